@@ -1,0 +1,1669 @@
+"""MENAS"""
+import argparse
+import contextlib
+import copy
+import difflib
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# 1. Config and presets -----------------------------------------------------------------------------------------------
+
+def option(default, help):
+    """A Config field with the sentence that --help prints."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of every study; each field is a command-line flag of the same name."""
+    preset: str = option("tiny", "smoke, tiny, ptb or paper: sizes and schedules of every study")
+    data: str = option("toy", "ptb, toy, or a folder with train.txt, valid.txt and test.txt")
+    cache: str = option("~/.cache/menas", "where downloads are kept")
+    out: str = option("", "the run's folder (default: runs/STUDY-PRESET-SEED)")
+    seed: int = option(1, "every random draw is a function of this number")
+    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
+    dtype: str = option("float32", "of the computation: float32 or bfloat16 (weights stay float32)")
+    threads: int = option(0, "CPU threads (0: torch decides)")
+    # the search space
+    nodes: int = option(12, "nodes of a cell")
+    activations: str = option("tanh,relu,identity,sigmoid", "activations to choose from")
+    # the shared network
+    hidden: int = option(200, "units of the embedding and of each node")
+    lstm_hidden: int = option(0, "units of the LSTM baseline, projected to --hidden (0: as --hidden)")
+    batch: int = option(64, "parallel streams of text")
+    bptt: int = option(35, "tokens of a segment, the truncation length of backpropagation")
+    random_bptt: bool = option(False, "segment lengths as in the corrected ENAS: normal, sd 5, 5 % halved, lr to match")
+    init: float = option(0.04, "weights start uniform in +- this")
+    word_dropout: float = option(0.0, "rate at which whole words of the vocabulary are dropped, per segment")
+    input_dropout: float = option(0.0, "rate on the embedded input, one mask per segment")
+    hidden_dropout: float = option(0.0, "rate on every node's input, one mask per segment")
+    output_dropout: float = option(0.0, "rate on h before the softmax, one mask per segment")
+    activation_reg: float = option(0.0, "weight of the mean square of the dropped output")
+    slowness_reg: float = option(0.0, "weight of the mean square change of h from one step to the next")
+    lr: float = option(20.0, "of SGD on the network's weights")
+    schedule: str = option("constant", "of lr: constant, cosine, or decay (.96 an epoch after 15)")
+    plateau: float = option(1.0, "divide lr by this when the validation loss does not improve (train only)")
+    clip: float = option(0.25, "largest norm of the gradient")
+    weight_decay: float = option(1e-6, "added to the clipped gradient, times the weight")
+    state: str = option("carry", "hidden state at a segment's start: carry, zero, or warm")
+    # search
+    epochs: int = option(10, "search: rounds of shared steps, then controller steps; train: passes over the text")
+    shared_steps: int = option(0, "shared steps of a round (0: one pass over the training split)")
+    shared_samples: int = option(1, "architectures in one shared step")
+    warm_epochs: int = option(0, "rounds before the controller learns")
+    controller: str = option("trained", "trained, or untrained: random search with weight sharing")
+    controller_steps: int = option(50, "controller steps of a round")
+    controller_samples: int = option(10, "architectures in one controller step, on one validation minibatch")
+    controller_hidden: int = option(100, "units of the controller's LSTM")
+    controller_lr: float = option(3.5e-3, "of Adam on the controller")
+    entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward")
+    temperature: float = option(5.0, "divides the controller's logits")
+    tanh_constant: float = option(2.5, "bounds them: constant * tanh(logits / temperature)")
+    reward: str = option("perplexity", "perplexity (80 / perplexity) or loss (minus the loss)")
+    baseline: str = option("leave_one_out", "leave_one_out or moving_average")
+    baseline_decay: float = option(0.95, "of the moving average")
+    derive_samples: int = option(100, "architectures scored on the whole validation split at the end")
+    retrain: bool = option(False, "search: train the found cell and an LSTM from scratch when it ends")
+    # train
+    cell: str = option("enas", "names, JSON files or search runs, comma-separated, trained in one batch; or lstm")
+    weights: str = option("", "a search run whose shared weights to start from (default: from scratch)")
+    replicas: int = option(1, "networks of each cell, seeded --seed, --seed + 1, ...")
+    patience: int = option(5, "epochs without improvement before training stops")
+    average: bool = option(False, "evaluate the mean of the weights since validation first stopped improving")
+    eval_batch: int = option(64, "parallel streams of an evaluation")
+    # logging
+    log_every: int = option(20, "steps from one line of metrics to the next; a run resumes at such a line")
+    checkpoint_seconds: float = option(30.0, "least time between two checkpoints")
+
+
+# preset -> study -> settings; "all" holds for every study and comes first.
+PRESETS = {
+    "smoke": {
+        "all": dict(data="toy", hidden=16, batch=16, bptt=20, nodes=4, epochs=2, controller_samples=8, log_every=10,
+                    controller_steps=5, shared_steps=20, derive_samples=10)},
+    "tiny": {
+        "all": dict(data="toy", hidden=32, batch=16, bptt=35, nodes=6, lr=10.0, eval_batch=16, controller_samples=16),
+        "search": dict(epochs=8, shared_steps=60, shared_samples=4, controller_steps=20, warm_epochs=2, retrain=True),
+        "train": dict(epochs=8, schedule="cosine")},
+    "ptb": {
+        "all": dict(data="ptb", hidden=200, dtype="bfloat16", weight_decay=1.2e-6),
+        "search": dict(epochs=6, batch=64, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine"),
+        "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35,
+                      schedule="cosine")},
+    # paper: the corrected code of ENAS's authors, search and final training
+    "paper": {
+        "all": dict(data="ptb", dtype="bfloat16", batch=64, random_bptt=True, clip=.25, controller_hidden=64,
+                    controller_lr=5e-5, entropy=1e-5, tanh_constant=2.25, slowness_reg=1e-3),
+        "search": dict(hidden=200, epochs=600, word_dropout=.1, input_dropout=.8, hidden_dropout=.25, output_dropout=.75,
+                       weight_decay=1.6e-6, clip=.1, batch=128, controller_steps=25, controller_samples=10),
+        "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775, hidden_dropout=.225,
+                      output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100)},
+}
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit code 2."""
+
+
+def nearest(word, choices):
+    """' (did you mean X?)', or '' if nothing is near."""
+    close = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def choose(kind, name, choices):
+    """choices[name], or a UserError that names the nearest."""
+    if name not in choices:
+        raise UserError(f"unknown {kind} '{name}'{nearest(name, choices)}; choose from {', '.join(choices)}")
+    return choices[name]
+
+
+def configure(study, preset, **overrides):
+    """The Config of one study under a preset, then the user's own settings."""
+    parts = choose("preset", preset, PRESETS)
+    return Config(**{"preset": preset, **parts["all"], **parts.get(study, {}), **overrides})
+
+
+def rng(*key):
+    """A generator seeded by its key: randomness is a function of (seed, purpose, step), so a resumed run draws alike."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+# 2. Data -------------------------------------------------------------------------------------------------------------
+
+PTB_MIRRORS = ("https://raw.githubusercontent.com/carpedm20/ENAS-pytorch/master/data/ptb/{}.txt",
+               "https://raw.githubusercontent.com/timbmg/RNNLM/master/data/ptb.{}.txt",
+               "https://raw.githubusercontent.com/kcyu2014/eval-nas/master/data/penn/{}.txt")
+PTB_SHA256 = {"train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+              "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+              "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass
+class Corpus:
+    """Token ids of the three splits, [tokens] each, the vocabulary, and the best possible perplexities if known."""
+    train: torch.Tensor
+    valid: torch.Tensor
+    test: torch.Tensor
+    words: list
+    floor: dict  # split -> perplexity under the true grammar; empty for real text
+
+
+def fetch(split, folder, mirrors=PTB_MIRRORS):
+    """Download one PTB file: the first mirror with the right hash wins; written atomically, nothing left on failure."""
+    reasons = []
+    for mirror in mirrors:
+        try:
+            with urllib.request.urlopen(mirror.format(split), timeout=30) as answer:
+                content = answer.read()
+        except OSError as error:
+            reasons.append(str(error))
+            continue
+        if hashlib.sha256(content).hexdigest() == PTB_SHA256[split]:
+            folder.mkdir(parents=True, exist_ok=True)
+            return write_atomically(folder / f"{split}.txt", content)
+        reasons.append(f"wrong SHA-256 from {mirror.format(split)}")
+    raise UserError(f"cannot download PTB's {split}.txt: {'; '.join(reasons)}. "
+                    "Put train.txt, valid.txt and test.txt in a folder and pass it as --data")
+
+
+def write_atomically(path, content):
+    """The file appears whole or not at all, also when the process is killed in between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def ptb_folder(cache):
+    """The folder of the three PTB files, downloaded if absent; a file with a wrong hash is an error, not replaced."""
+    folder = Path(cache).expanduser() / "ptb"
+    for split in SPLITS:
+        path = folder / f"{split}.txt"
+        if not path.exists():
+            fetch(split, folder)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != PTB_SHA256[split]:
+            raise UserError(f"{path} is not the standard PTB file (wrong SHA-256); delete it to download it again")
+    return folder
+
+
+def read_words(path):
+    """The words of a text file, an <eos> for each line's end."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start})") from None
+    words = [word for line in text.splitlines() if line.strip() for word in line.split() + ["<eos>"]]
+    if len(words) < 3:
+        raise UserError(f"{path} has {len(words)} tokens with its <eos>; a language model needs at least 3")
+    return words
+
+
+def load_corpus(config):
+    """The Corpus that --data names."""
+    if config.data == "toy":
+        texts, floor = toy_corpus()
+    else:
+        folder = ptb_folder(config.cache) if config.data == "ptb" else Path(config.data)
+        if not folder.is_dir():
+            raise UserError(f"no data folder '{config.data}'{nearest(config.data, ('ptb', 'toy'))}")
+        texts, floor = {split: read_words(folder / f"{split}.txt") for split in SPLITS}, {}
+    words = sorted(set(texts["train"]))
+    index = {word: i for i, word in enumerate(words)}
+    ids = {split: torch.tensor([lookup(index, word, split) for word in texts[split]]) for split in SPLITS}
+    return Corpus(**ids, words=words, floor=floor)
+
+
+def lookup(index, word, split):
+    """A word's id; unseen words are <unk> where the training split has it."""
+    known = index.get(word, index.get("<unk>"))
+    if known is None:
+        raise UserError(f"{split}.txt has the word '{word}', which train.txt lacks, and train.txt has no <unk>")
+    return known
+
+
+# The toy corpus: sentences of nouns and verbs that agree in class, across any clauses nested in between ('n3b that n1a
+# v1c v3a'). A stack machine writes it, so the distribution of the next word given ALL words before it is known exactly.
+TOY_CLASSES, TOY_WORDS, TOY_DEPTH = 6, 5, 4
+TOY_NEST, TOY_ADVERB, TOY_SAME_TOPIC = 0.35, 0.25, 0.75
+
+
+def toy_words(kind):
+    """[(word, probability)] of one kind, Zipf-distributed: the i-th word has probability ~ 1 / i."""
+    weights = [1 / (i + 1) for i in range(TOY_WORDS)]
+    return [(f"{kind}{'abcdefgh'[i]}", w / sum(weights)) for i, w in enumerate(weights)]
+
+
+def toy_next(state):
+    """[(word, probability, next state)] under the true grammar.
+
+    A state is (topic, open, phase): the class of the last main noun, the classes of the nouns whose verbs are due,
+    outermost first, and what was just written: 'start' of a noun phrase, 'noun', 'verb', or 'adverb'."""
+    topic, due, phase = state
+    moves = []
+    if phase == "start":
+        for c in range(TOY_CLASSES):
+            stays = TOY_SAME_TOPIC if c == topic else (1 - TOY_SAME_TOPIC) / (TOY_CLASSES - 1)
+            p = 1 / TOY_CLASSES if due else stays
+            moves += [(w, p * q, (topic if due else c, due + (c,), "noun")) for w, q in toy_words(f"n{c}")]
+        return moves
+    left = 1.0
+    if phase == "noun" and len(due) < TOY_DEPTH:
+        moves += [("that", TOY_NEST, (topic, due, "start"))]
+        left -= TOY_NEST
+    if phase == "verb":
+        moves += [(w, TOY_ADVERB * q, (topic, due, "adverb")) for w, q in toy_words("adv")]
+        left -= TOY_ADVERB
+    if due:
+        return moves + [(w, left * q, (topic, due[:-1], "verb")) for w, q in toy_words(f"v{due[-1]}")]
+    return moves + [("<eos>", left, (topic, (), "start"))]
+
+
+def toy_corpus(sizes=(60000, 6000, 6000)):
+    """{split: words} and {split: perplexity under the grammar}; whole sentences, the same on every machine."""
+    random_, texts, floor = random.Random(20180209), {}, {}
+    for split, size in zip(SPLITS, sizes):
+        state, words, bits = (0, (), "start"), [], []
+        while len(words) < size or words[-1] != "<eos>":
+            moves = toy_next(state)
+            word, p, state = random_.choices(moves, weights=[m[1] for m in moves])[0]
+            words.append(word)
+            bits.append(-math.log(p))
+        texts[split] = words
+        floor[split] = math.exp(sum(bits[1:]) / len(bits[1:]))  # as a model is scored: all tokens but the first
+    return texts, floor
+
+
+class Segment(NamedTuple):
+    """One step's text. targets are the inputs one token later, -1 where there is nothing to predict."""
+    inputs: torch.Tensor   # [T, B]
+    targets: torch.Tensor  # [T, B]
+    before: object         # [T', B] inputs of the segment before, None at the start of the text
+    ends: bool             # is it the text's last
+
+
+class Stream:
+    """B parallel readings of a split, cut into segments: every token but the first is a target once per epoch."""
+
+    def __init__(self, tokens, batch, bptt, key=(), vary=False):
+        length = math.ceil((len(tokens) - 1) / batch)
+        if length < 2:
+            raise UserError(f"batch {batch} is larger than the corpus allows: {len(tokens)} tokens")
+        padded = math.ceil(length / bptt) * bptt  # full segments have one shape; what is beyond the text is -1
+        self.inputs, self.targets = (torch.full((batch * length,), fill) for fill in (0, -1))
+        self.inputs[:len(tokens) - 1], self.targets[:len(tokens) - 1] = tokens[:-1], tokens[1:]
+        self.inputs, self.targets = (F.pad(x.view(batch, length), (0, padded - length), value=fill).t().contiguous()
+                                     for x, fill in ((self.inputs, 0), (self.targets, -1)))  # [padded, B]
+        self.length, self.bptt, self.key, self.vary = length, bptt, key, vary
+        self.epoch, self.at, self.last = 0, 0, 0  # at: the next segment's start; last: the length of the one before
+
+    def to(self, device):
+        self.inputs, self.targets = self.inputs.to(device), self.targets.to(device)
+        return self
+
+    def size(self):
+        """paper: the corrected ENAS draws a segment's length from a normal around bptt, 5 % of the time half of it."""
+        if not self.vary:
+            return self.bptt
+        draw = rng(*self.key, "bptt", self.epoch, self.at)
+        mean = self.bptt if torch.rand((), generator=draw).item() < 0.95 else self.bptt / 2
+        return min(max(5, round(mean + 5 * torch.randn((), generator=draw).item())), self.bptt + 20)
+
+    def next(self):
+        """The next Segment; after the last one the text starts again."""
+        size, start = self.size(), self.at
+        before = self.inputs[start - self.last:start] if start else None
+        self.at, self.last = start + size, size
+        ends = self.at >= self.length
+        if ends:
+            self.epoch, self.at, self.last = self.epoch + 1, 0, 0
+        return Segment(self.inputs[start:start + size], self.targets[start:start + size], before, ends)
+
+    def where(self):
+        """The reading position, for a checkpoint."""
+        return [self.epoch, self.at, self.last]
+
+    def seek(self, where):
+        self.epoch, self.at, self.last = where
+
+
+# 3. Cells and search spaces ------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda u: u, "sigmoid": torch.sigmoid}
+OUTPUTS = ("leaves", "all")  # h_t is the mean of the leaves (nodes nobody reads), or of all nodes
+LEAVES, ALL = range(2)
+INPUT = 0  # slot 0 is the input pair (x_t, h_{t-1}); node i's value is slot i + 1
+
+
+class Cell(NamedTuple):
+    """A recurrent cell as people write it; encode() makes it a row of integers."""
+    nodes: tuple            # of (slot read, activation's name)
+    output: str = "leaves"
+
+
+def named(pairs, output):
+    """A published cell from its text: 'activation<-predecessor' of nodes 1, 2, ...; node 0 is tanh on the input pair."""
+    nodes = [pair.split("<-") for pair in pairs.split()]
+    return Cell(((INPUT, "tanh"),) + tuple((int(p) + 1, act) for act, p in nodes), output)
+
+
+CELLS = {
+    "enas": named("tanh<-0 relu<-1 relu<-2 tanh<-2 tanh<-2 relu<-5 tanh<-1 relu<-6 relu<-8 relu<-8 relu<-8", "leaves"),
+    "darts_v1": named("relu<-0 relu<-1 tanh<-2 relu<-3 relu<-4 identity<-1 relu<-5 relu<-1", "all"),
+    "darts_v2": named("sigmoid<-0 relu<-1 relu<-1 identity<-1 tanh<-2 sigmoid<-5 tanh<-3 relu<-5", "all"),
+    "enas_lm": named("sigmoid<-0 tanh<-1 relu<-2 sigmoid<-2 tanh<-4 tanh<-5 sigmoid<-3 sigmoid<-6", "all"),
+    "chain": named(" ".join(f"tanh<-{i}" for i in range(11)), "leaves"),
+    "tree": named(" ".join(f"tanh<-{i // 2}" for i in range(11)), "leaves"),
+}
+
+
+def cell_to_json(cell):
+    """The cell as a dict that json.dumps prints and a person can edit."""
+    return {"output": cell.output, "nodes": [{"from": "input" if slot == INPUT else slot - 1, "activation": act}
+                                             for slot, act in cell.nodes]}
+
+
+def cell_from_json(cell):
+    """The Cell of such a dict. Nodes may stand in any order; they are sorted so that each reads an earlier one."""
+    if not isinstance(cell, dict) or not isinstance(cell.get("nodes"), list) or not cell["nodes"]:
+        raise UserError('a cell is {"output": "leaves", "nodes": [{"from": "input", "activation": "tanh"}, ...]}')
+    output, nodes = cell.get("output", "leaves"), cell["nodes"]
+    choose("output", output, dict.fromkeys(OUTPUTS))
+    for i, node in enumerate(nodes):
+        if not isinstance(node, dict) or "from" not in node or "activation" not in node:
+            raise UserError(f"node {i} needs 'from' and 'activation'")
+        choose(f"activation of node {i}", node["activation"], ACTIVATIONS)
+        if node["from"] != "input" and node["from"] not in range(len(nodes)):
+            raise UserError(f"node {i} reads node {node['from']}, which is missing: there are nodes 0 to {len(nodes) - 1}")
+    order = []
+    for i in range(len(nodes)):
+        path = []  # from node i back to one already sorted, or to the input
+        while i != "input" and i not in order:
+            if i in path:
+                raise UserError(f"the cell has a cycle: {' reads '.join(map(str, path[path.index(i):] + [i]))}")
+            path.append(i)
+            i = nodes[i]["from"]
+        order += reversed(path)
+    if [nodes[i]["from"] for i in order].count("input") != 1:
+        raise UserError("exactly one node reads the input in this search space")
+    slot = {"input": INPUT, **{i: place + 1 for place, i in enumerate(order)}}
+    return Cell(tuple((slot[nodes[i]["from"]], nodes[i]["activation"]) for i in order), output)
+
+
+# A cell is a row of integers [D]: its number of nodes, its output, then for each node the slot it reads and its activation.
+def encode(cells, nodes=0):
+    """Cells as rows [K, 2 + 2N]; N is the largest cell's, or more. Nodes a cell does not have are unused entries."""
+    nodes = max([nodes] + [len(cell.nodes) for cell in cells])
+    rows = torch.zeros(len(cells), 2 + 2 * nodes, dtype=torch.long)
+    for row, cell in zip(rows, cells):
+        flat = [x for slot, act in cell.nodes for x in (slot, list(ACTIVATIONS).index(act))]
+        row[:2 + len(flat)] = torch.tensor([len(cell.nodes), OUTPUTS.index(cell.output)] + flat)
+    return rows
+
+
+def decode(row):
+    """The Cell of one row [D]."""
+    count, output, *flat = row.tolist()
+    nodes = zip(flat[0:2 * count:2], flat[1:2 * count:2])
+    return Cell(tuple((slot, list(ACTIVATIONS)[act]) for slot, act in nodes), OUTPUTS[output])
+
+
+class Decision(NamedTuple):
+    """One column of a row: its name and the values it may take. With a single value there is nothing to decide."""
+    name: str
+    choices: tuple
+
+
+def search_space(config):
+    """The list of Decisions, a column each. ENAS: every node but the first reads an earlier one, any activation."""
+    names = config.activations.split(",")
+    activations = tuple(list(ACTIVATIONS).index(choose("activation", name, ACTIVATIONS) and name) for name in names)
+    if config.nodes < 1:
+        raise UserError(f"--nodes {config.nodes}: a cell has at least one node")
+    decisions = [Decision("nodes", (config.nodes,)), Decision("output", (LEAVES,))]
+    for i in range(config.nodes):
+        decisions += [Decision(f"predecessor of {i}", tuple(range(1, i + 1)) or (INPUT,)),
+                      Decision(f"activation of {i}", activations)]
+    return decisions
+
+
+def recurrent_parameters(cell, hidden):
+    """Weights of the recurrence: [x, h] -> 2H on the input pair, H -> 2H on every other node; no biases."""
+    return sum(2 * hidden * (2 * hidden if slot == INPUT else hidden) for slot, _ in cell.nodes)
+
+
+NODE_COLOURS = {"tanh": "#7fb3d5", "relu": "#f5b041", "identity": "#d5d8dc", "sigmoid": "#82e0aa"}
+
+
+def draw_cell(cell, title="", axes=None):
+    """The cell as a picture, input at the bottom, h_t at the top; returns matplotlib's axes."""
+    depth = [0]
+    for slot, _ in cell.nodes:
+        depth.append(depth[slot] + 1)
+    top = max(depth) + 1
+    rows = {d: [i for i, e in enumerate(depth) if e == d] for d in range(top)}
+    place = {i: (j - (len(row) - 1) / 2, d) for d, row in rows.items() for j, i in enumerate(row)}
+    read = {slot for slot, _ in cell.nodes}
+    leaves = [i + 1 for i in range(len(cell.nodes)) if cell.output == "all" or i + 1 not in read]
+    width = max(map(len, rows.values()))
+    axes = axes or plt.subplots(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained")[1]
+    box = dict(ha="center", va="center", fontsize=11, zorder=3)
+    shape = dict(boxstyle="round,pad=0.35", edgecolor="#333333")
+    arrow = dict(arrowstyle="-|>", shrinkA=13, shrinkB=13, color="#333333")
+    for i, (slot, act) in enumerate(cell.nodes):
+        axes.annotate("", place[i + 1], place[slot], arrowprops=arrow)
+        axes.text(*place[i + 1], f"{i}: {act}", bbox=dict(shape, facecolor=NODE_COLOURS[act]), **box)
+    for i in leaves:
+        axes.annotate("", (0, top), place[i], arrowprops=dict(arrow, color="#aaaaaa", linestyle=":"))
+    axes.text(*place[0], "$x_t,\\ h_{t-1}$", bbox=dict(shape, facecolor="white"), **box)
+    axes.text(0, top, "$h_t$ = mean", bbox=dict(shape, facecolor="white"), **box)
+    axes.set(xlim=(-width / 2, width / 2), ylim=(-0.5, top + 0.5), title=title)
+    axes.axis("off")
+    return axes
+
+
+# 4. The shared network -----------------------------------------------------------------------------------------------
+# Weights are a dict of tensors. Shared by all architectures: 'edges' is the bank [edges, H, 2H], a row for each pair
+# (slot read, node). Standalone, one network per architecture: every tensor has a leading K and 'edges' is [K, N, H, 2H].
+
+STATE_BOUND = 25.0  # largest norm of h_t, as in the peers
+
+
+def edge_index(slot, node):
+    """The bank's row of the edge slot -> node: node i can read slots 0 .. i."""
+    return node * (node + 1) // 2 + slot
+
+
+def uniform(shape, bound, key):
+    return (torch.rand(shape, generator=rng(*key)) * 2 - 1) * bound
+
+
+def shared_weights(config, words):
+    """Freshly initialised weights of the supernet, on the CPU."""
+    h, shapes = config.hidden, {}
+    shapes["embedding"] = (words, h)                                 # tied: also the decoder's
+    shapes["input"] = (h, 2 * h)                                     # x_t -> [gate, candidate] of node 0
+    shapes["edges"] = (edge_index(0, config.nodes), h, 2 * h)
+    weights = {name: uniform(shape, config.init, (config.seed, "init", name)) for name, shape in shapes.items()}
+    return {**weights, "bias": torch.zeros(words)}
+
+
+def standalone_weights(config, words, cells, seeds):
+    """K independent networks, each with only its own edges and initialised from its own seed, on the CPU."""
+    h, nodes, networks = config.hidden, (cells.shape[1] - 2) // 2, []
+    for row, seed in zip(cells, seeds):
+        draw = lambda name, *shape: uniform(shape, config.init, (seed, "init", name))
+        # drawn node by node, so that padding a cell to a larger batch does not change its weights
+        edges = torch.stack([draw(f"node {i}", h, 2 * h) for i in range(nodes)])
+        networks.append({"embedding": draw("embedding", words, h), "input": draw("input", h, 2 * h), "edges": edges,
+                         "bias": torch.zeros(words)})
+    return {name: torch.stack([network[name] for network in networks]) for name in networks[0]}
+
+
+def inherit(shared, cells):
+    """Standalone weights that start from the shared ones: each network gets its own copy."""
+    k, read, edges = len(cells), *structure(cells)[:2]
+    copies = {name: shared[name].expand(k, *shared[name].shape).clone() for name in ("embedding", "input", "bias")}
+    return {**copies, "edges": shared["edges"][edges].transpose(0, 1).contiguous()}
+
+
+def is_shared(weights):
+    return weights["embedding"].dim() == 2
+
+
+def structure(cells):
+    """What the recurrence needs of rows [K, D]: read, edge, activation [N, K] and the weight of each node in h_t [N, K]."""
+    count, output = cells[:, 0], cells[:, 1]
+    read, act = cells[:, 2::2].t(), cells[:, 3::2].t()                                   # [N, K]
+    node = torch.arange(len(read), device=cells.device)[:, None]
+    exists = node < count
+    is_read = ((read[None] == node[:, None] + 1) & exists[None]).any(1)                  # [node, reader, K] -> [N, K]
+    leaf = exists & ((output == ALL) | ~is_read)
+    return read, edge_index(read, node), act, leaf.double() / leaf.sum(0)
+
+
+class Batch(NamedTuple):
+    """One step's input to the network."""
+    inputs: torch.Tensor   # [T, B]
+    targets: torch.Tensor  # [T, B], -1 where there is nothing to predict
+    state: torch.Tensor    # [K or 1, B, H] h before the first token
+    masks: dict            # of dropout, see draw_masks; {} in evaluation
+
+
+def draw_masks(config, words, batch, seeds, step):
+    """Variational dropout: one mask per segment, scaled by 1 / (1 - rate). A leading 1 per seed: one seed, shared masks.
+
+    word [K, V], input, hidden, output [K, B, H]; a rate of 0 has no mask."""
+    shapes = {"word": (words,), "input": (batch, config.hidden), "hidden": (batch, config.hidden),
+              "output": (batch, config.hidden)}
+    rates = {name: getattr(config, f"{name}_dropout") for name in shapes}
+    keep = lambda seed, name: torch.rand(shapes[name], generator=rng(seed, name, step)) >= rates[name]
+    return {name: torch.stack([keep(seed, name) for seed in seeds]) / (1 - rate)
+            for name, rate in rates.items() if rate > 0}
+
+
+def reference_losses(weights, row, batch, k=0):
+    """The network as the peers write it, for ONE architecture: the mean loss, and the states [T, B, H].
+
+    Highway node (Pham et al. 2018): [c, u] = s_p W;  s_i = s_p + sigmoid(c) * (act(u) - s_p)."""
+    mine = weights if is_shared(weights) else {name: w[k] for name, w in weights.items()}
+    mask = {name: m[k if len(m) > 1 else 0] for name, m in batch.masks.items()}
+    (count, output, *flat), h, states = row.tolist(), batch.state[k if len(batch.state) > 1 else 0], []
+    hidden, times = h.shape[-1], lambda x, name: x * mask[name] if name in mask else x
+    nodes = list(zip(flat[0:2 * count:2], flat[1:2 * count:2]))
+    halves = lambda w: (w[:, :hidden].contiguous(), w[:, hidden:].contiguous())          # gate, candidate
+    wx = halves(mine["input"])
+    ws = [halves(mine["edges"][edge_index(read, i) if is_shared(weights) else i]) for i, (read, _) in enumerate(nodes)]
+    for tokens in batch.inputs:
+        x = F.embedding(tokens, mine["embedding"])                                       # [B, H]
+        x = times(x * mask["word"][tokens][:, None] if "word" in mask else x, "input")
+        slots = [h]
+        for (read, act), (w_c, w_u) in zip(nodes, ws):
+            s = times(slots[read], "hidden")
+            c, u = s @ w_c, s @ w_u
+            if read == INPUT:
+                c, u = c + x @ wx[0], u + x @ wx[1]
+            u = list(ACTIVATIONS.values())[act](u)
+            slots.append(slots[read] + torch.sigmoid(c) * (u - slots[read]))
+        leaves = [s for i, s in enumerate(slots) if i and (output == ALL or i not in dict(nodes))]
+        h = sum(leaves) / len(leaves)
+        h = h * (STATE_BOUND / h.norm(dim=-1, keepdim=True)).clamp(max=1)
+        states.append(h)
+    states = torch.stack(states)
+    logits = times(states, "output") @ mine["embedding"].t() + mine["bias"]              # [T, B, V]
+    return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-1), states
+
+
+class Workspace:
+    """Large buffers by shape. A forward pass takes them, its backward gives them back, so two passes never share one."""
+    free = {}
+
+    @classmethod
+    def take(cls, like, *shape):
+        kept = cls.free.get((like.device, like.dtype, shape))
+        return kept.pop() if kept else like.new_empty(shape)
+
+    @classmethod
+    def give(cls, *buffers):
+        for buffer in buffers:
+            cls.free.setdefault((buffer.device, buffer.dtype, tuple(buffer.shape)), []).append(buffer)
+
+
+# Every activation as arithmetic with coefficients per architecture, so that K different ones are one operation. With
+# z = slope * u and y = act(u): a sigmoid one is y = scale * sigmoid(z) + shift; a linear one y = max(z, floor).
+# Its derivative by z needs only y: dy/dz = (square * y + line) * y + constant + step * [y > 0].
+#                           slope scale shift linear floor       square line constant step
+COEFFICIENTS = {"tanh":     (2.0, 2.0, -1.0, 0.0, 0.0,           -0.5, 0.0, 0.5, 0.0),
+                "relu":     (1.0, 0.0, 0.0, 1.0, 0.0,            0.0, 0.0, 0.0, 1.0),
+                "identity": (1.0, 0.0, 0.0, 1.0, -math.inf,      0.0, 0.0, 1.0, 0.0),
+                "sigmoid":  (1.0, 1.0, 0.0, 0.0, 0.0,            -1.0, 1.0, 0.0, 0.0)}
+
+
+def coefficients(act, dtype):
+    """The table's columns for act [N, K]: nine tensors [N, K, 1, 1]."""
+    return coefficient_table(dtype, act.device)[act][..., None, None].unbind(2)
+
+
+@lru_cache
+def coefficient_table(dtype, device):
+    """Built once per device: a copy from the host inside a step would stop a GPU, and a CUDA graph's capture."""
+    return torch.tensor([COEFFICIENTS[name] for name in ACTIVATIONS], dtype=dtype, device=device)
+
+
+class Recurrence(torch.autograd.Function):
+    """All nodes, steps and architectures of the recurrence, with a backward pass through time written by hand.
+
+    xw [K or 1, T, B, 2H] is x_t times the input weights; h0 [K, B, H]; w [N, K, H, 2H] each node's weights, its candidate
+    half scaled by slope; mask [K or 1, B, H] or None; read, leaf [N, K]; act the coefficients. Returns h [K, T, B, H].
+    Buffers are filled in place and there is no graph per step; each node's weight gradient is ONE product over all T * B
+    rows. It can be differentiated once: exact second derivatives are the reference's business."""
+
+    @staticmethod
+    def forward(ctx, training, xw, h0, w, mask, read, leaf, *act):
+        (n, k, hidden, _), (t_, b) = w.shape, xw.shape[1:3]
+        kept = t_ if training else 1  # steps whose values the backward pass needs
+        slots, gates = Workspace.take(w, n + 1, k, kept, b, hidden), Workspace.take(w, n, k, kept, b, 2, hidden)
+        h, shrink = w.new_empty(k, t_, b, hidden), w.new_empty(k, t_, b, 1)
+        p, pm, z = (w.new_empty(k, b, width) for width in (hidden, hidden, 2 * hidden))
+        z_c, z_u = (half for half in z.view(k, b, 2, hidden).unbind(2))
+        index = read * k + torch.arange(k, device=read.device)                           # [N, K] rows of slots, flat
+        leaf = leaf.t()[:, None].to(w.dtype).contiguous()                                # [K, 1, N]
+        slope, (scale, shift, linear, floor) = act[0], (x.unbind() for x in act[1:5])
+        per_node = list(zip(index.unbind(), w.unbind(), scale, shift, [x.bool() for x in linear], floor))
+        for t in range(t_):
+            now, x = (t if training else 0), xw[:, t]
+            rows = slots.view((n + 1) * k, kept, b, hidden)[:, now]                      # [(N+1) K, B, H]
+            values = slots[:, :, now].unbind()                                           # N+1 times [K, B, H]
+            values[0].copy_(h0 if t == 0 else h[:, t - 1])
+            for i, (where, w_i, scale, shift, linear, floor) in enumerate(per_node):
+                torch.index_select(rows, 0, where, out=p)
+                torch.bmm(p if mask is None else torch.mul(p, mask, out=pm), w_i, out=z)
+                if i == 0:  # the node that reads the input pair
+                    z_c.add_(x[..., :hidden])
+                    z_u.addcmul_(x[..., hidden:], slope[0])
+                g = gates[i, :, now]                                                     # [K, B, 2, H]
+                c, u = torch.sigmoid(z.view_as(g), out=g).unbind(2)
+                torch.where(linear, torch.maximum(z_u, floor), torch.addcmul(shift, scale, u), out=u)
+                torch.lerp(p, u, c, out=values[i + 1])
+            mean = torch.bmm(leaf, slots[1:, :, now].view(n, k, b * hidden).transpose(0, 1)).view(k, b, hidden)
+            shrink[:, t] = (STATE_BOUND / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)).clamp(max=1)
+            torch.mul(mean, shrink[:, t], out=h[:, t])
+        if training:
+            ctx.saved = xw.shape[0], w, mask, index, leaf, act, slots, gates, h.detach(), shrink
+        else:
+            Workspace.give(slots, gates)
+        return h
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        if ctx.saved is None:
+            raise RuntimeError("the recurrence was already differentiated: its buffers are gone")
+        (shared, w, mask, index, leaf, act, slots, gates, h, shrink), ctx.saved = ctx.saved, None
+        (n, k, hidden, _), (t_, b) = w.shape, h.shape[1:3]
+        slope, (square, line, constant, step) = act[0], act[5:]
+        flat = slots.view((n + 1) * k, t_, b, hidden)
+        keep = Workspace.take(w, n, k, t_, b, hidden)
+        # Local derivatives of s = p + c (u - p) for all steps at once: gates become ds/dc~ and ds/dz, keep ds/dp = 1 - c.
+        for i in range(n):
+            c, u = gates[i].unbind(3)
+            torch.sub(1, c, out=keep[i])
+            slope_u = u.mul(square[i][:, None]).add_(line[i][:, None]).mul_(u).add_(constant[i][:, None])
+            slope_u.addcmul_(step[i][:, None], (u > 0).to(u.dtype)).mul_(c)
+            u.sub_(flat.index_select(0, index[i])).mul_(c).mul_(keep[i])
+            c.copy_(u)
+            u.copy_(slope_u)
+        # Back through time: ds [N+1, K, B, H] collects the gradient of every slot of one step.
+        ds, dz, dp = w.new_empty(n + 1, k, b, hidden), w.new_empty(k, b, 2 * hidden), w.new_empty(k, b, hidden)
+        dh, leaf = None, leaf.permute(2, 0, 1)[..., None]                                # leaf [N, K, 1, 1]
+        per_node = list(zip(ds[1:].unbind(), index.unbind(), w.transpose(2, 3).unbind(), gates.unbind(), keep.unbind()))
+        ds_flat, dz_pair = ds.view((n + 1) * k, b, hidden), dz.view(k, b, 2, hidden)
+        for t in reversed(range(t_)):
+            dh = grad[:, t] if dh is None else grad[:, t] + dh
+            radial = (h[:, t] * dh).sum(-1, keepdim=True).mul_(shrink[:, t] < 1).div_(STATE_BOUND ** 2)
+            dm = torch.addcmul(dh, radial, h[:, t], value=-1).mul_(shrink[:, t])         # of h = m min(1, bound / |m|)
+            ds[0] = 0
+            torch.mul(dm, leaf, out=ds[1:])
+            for d, where, w_t, local, stay in reversed(per_node):
+                now = local[:, t]                                                        # [K, B, 2, H]
+                torch.mul(now, d[:, :, None], out=dz_pair)
+                now.copy_(dz_pair)
+                torch.bmm(dz, w_t, out=dp)
+                if mask is not None:
+                    dp.mul_(mask)
+                ds_flat.index_add_(0, where, dp.addcmul_(d, stay[:, t]))
+            dh = ds[0]
+        dh = dh.clone()
+        dw = torch.empty_like(w)
+        for i in range(n):
+            read = flat.index_select(0, index[i])
+            read = read if mask is None else read.mul_(mask[:, None])
+            torch.bmm(read.view(k, t_ * b, hidden).transpose(1, 2), gates[i].view(k, t_ * b, 2 * hidden), out=dw[i])
+        dxw = gates[0].clone()
+        dxw[..., 1, :] *= slope[0][:, None]
+        dxw = dxw.view(k, t_, b, 2 * hidden)
+        Workspace.give(slots, gates, keep)
+        return None, dxw if shared == k else dxw.sum(0, keepdim=True), dh, dw, *[None] * (3 + len(act))
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Mean loss of h [K, R, H] against targets [R] under decoders [K, V, H] and biases [K, V]: [K], in float32 or better.
+
+    Row chunks: all logits never exist at once. If a gradient is wanted, forward computes it there and then for dL = 1,
+    since the softmax is at hand, and backward only scales it. Rows with target -1 do not count."""
+
+    @staticmethod
+    def forward(ctx, training, h, decoder, bias, targets, chunk=128):
+        k, rows, _ = h.shape
+        wide = torch.promote_types(h.dtype, torch.float32)
+        counts = (targets >= 0).to(wide)
+        share = counts / counts.sum().clamp(min=1)                                       # [R] weight of each row
+        losses = torch.zeros(k, dtype=wide, device=h.device)
+        if training:
+            dh, dw, db = torch.empty_like(h), torch.zeros(decoder.shape, dtype=wide, device=h.device), \
+                torch.zeros(bias.shape, dtype=wide, device=h.device)
+        for i in range(k):
+            for r in range(0, rows, chunk):
+                x, y, part = h[i, r:r + chunk], targets[r:r + chunk].clamp(min=0)[:, None], share[r:r + chunk, None]
+                logp = torch.log_softmax(torch.addmm(bias[i], x, decoder[i].t()).to(wide), 1)
+                losses[i] -= (logp.gather(1, y) * part).sum()
+                if training:  # dL/dlogits = (softmax - onehot) / count
+                    d = logp.exp_().scatter_add_(1, y, torch.full_like(part, -1)).mul_(part)
+                    db[i] += d.sum(0)
+                    d = d.to(h.dtype)
+                    torch.mm(d, decoder[i], out=dh[i, r:r + chunk])
+                    dw[i] += d.t() @ x
+        if training:
+            ctx.save_for_backward(dh, dw, db)
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dh, dw, db = ctx.saved_tensors
+        scale = grad[:, None, None]
+        return None, (dh * scale.to(dh.dtype)), (dw * scale).to(dh.dtype), (db * scale[..., 0]).to(dh.dtype), None, None
+
+
+def unroll(weights, cells, batch, dtype=torch.float32):
+    """h of K architectures over a segment: [K, T, B, H] in dtype, and the state to go on with [K, B, H]."""
+    cast = lambda x: x.to(dtype)
+    x = cast(embed(weights, batch))                                                      # [K or 1, T, B, H]
+    xw = x @ cast(weights["input"]).view(-1, 1, *weights["input"].shape[-2:])
+    read, edge, act, leaf = structure(cells)
+    n, k = read.shape
+    if is_shared(weights):
+        w = weights["edges"].index_select(0, edge.flatten()).unflatten(0, (n, k))        # [N, K, H, 2H]
+    else:
+        w = weights["edges"].transpose(0, 1)
+    act = coefficients(act, dtype)
+    hidden = w.shape[2]
+    w = torch.cat([cast(w[..., :hidden]), cast(w[..., hidden:]) * act[0]], -1)           # scaled as COEFFICIENTS says
+    mask = cast(batch.masks["hidden"]) if "hidden" in batch.masks else None
+    h = Recurrence.apply(torch.is_grad_enabled(), xw, cast(batch.state).expand(k, -1, -1), w, mask, read, leaf, *act)
+    return h, h[:, -1].detach().to(batch.state.dtype)
+
+
+def embed(weights, batch):
+    """The embedded, dropped input [K or 1, T, B, H]."""
+    table, tokens, masks = weights["embedding"], batch.inputs, batch.masks
+    copies = 1 if is_shared(weights) else len(table)
+    offset = torch.arange(copies, device=tokens.device)[:, None, None] * table.shape[-2]
+    x = F.embedding(tokens + offset, table.view(-1, table.shape[-1]))                    # K tables, one after the other
+    if "word" in masks:
+        x = x * masks["word"][:, tokens][..., None]
+    return x * masks["input"][:, None] if "input" in masks else x
+
+
+def unroll_lstm(weights, cells, batch, dtype=torch.float32):
+    """torch.nn.LSTM in the place of unroll, one after the other for K seeds; the state is h and c side by side."""
+    x, outputs, states = embed(weights, batch), [], []
+    names = [f"{w}_l0" for w in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    for i in range(len(x)):
+        h, c = batch.state[i if len(batch.state) > 1 else 0].chunk(2, -1)
+        flat = [weights[name][i] for name in names]
+        out, h, c = torch.lstm(x[i], (h[None].contiguous(), c[None].contiguous()), flat, True, 1, 0.0, False, False, False)
+        outputs.append(out @ weights["project"][i] if "project" in weights else out)
+        states.append(torch.cat([h[0], c[0]], -1).detach())
+    return torch.stack(outputs).to(dtype), torch.stack(states)
+
+
+def lstm_weights(config, words, seeds):
+    """Weights of K LSTMs; one of other than --hidden units is projected back to the tied embedding's size."""
+    e, h = config.hidden, config.lstm_hidden or config.hidden
+    shapes = {"embedding": (words, e), "weight_ih_l0": (4 * h, e), "weight_hh_l0": (4 * h, h), "bias_ih_l0": (4 * h,),
+              "bias_hh_l0": (4 * h,), **({"project": (h, e)} if h != e else {})}
+    weights = {name: torch.stack([uniform(shape, config.init, (seed, "init", name)) for seed in seeds])
+               for name, shape in shapes.items()}
+    return {**weights, "bias": torch.zeros(len(seeds), words)}
+
+
+def network(weights, cells, batch, dtype=torch.float32, activation_reg=0.0, slowness_reg=0.0):
+    """Mean loss per token of K architectures [K], plus the activation penalties if asked for, and the next state."""
+    h, state = (unroll_lstm if "weight_hh_l0" in weights else unroll)(weights, cells, batch, dtype)
+    dropped = h * batch.masks["output"].to(dtype)[:, None] if "output" in batch.masks else h
+    k = len(h)
+    decoder, bias = (weights[name].to(dtype).expand(k, *weights[name].shape[-2 if name == "embedding" else -1:])
+                     for name in ("embedding", "bias"))
+    losses = CrossEntropy.apply(torch.is_grad_enabled(), dropped.flatten(1, 2), decoder, bias, batch.targets.flatten())
+    if activation_reg:
+        losses = losses + activation_reg * dropped.square().mean((1, 2, 3))
+    if slowness_reg:
+        losses = losses + slowness_reg * (h[:, 1:] - h[:, :-1]).square().mean((1, 2, 3))
+    return losses, state
+
+
+def segment_losses(weights, cells, batch, dtype=torch.float32):
+    """network() without the state: the signature that the architecture gradients use."""
+    return network(weights, cells, batch, dtype)[0]
+
+
+# 5. The controller ---------------------------------------------------------------------------------------------------
+
+class Sample(NamedTuple):
+    """K architectures and what the policy says of them."""
+    rows: torch.Tensor      # [K, D]
+    log_prob: torch.Tensor  # [K] of the whole row
+    entropy: torch.Tensor   # [K] sum of the decisions' entropies along the row's path; its mean estimates the policy's
+    hidden: torch.Tensor    # [K, controller_hidden] the LSTM's state after the last decision
+
+
+class Controller(nn.Module):
+    """pi_theta(m): an LSTM that takes one decision after the other, each with an embedding and a head of its own.
+
+    Sampling and scoring are the same walk, so the temperature and the tanh constant cannot differ between them."""
+
+    def __init__(self, decisions, config):
+        super().__init__()
+        size, self.decisions = config.controller_hidden, decisions
+        self.temperature, self.tanh_constant = config.temperature, config.tanh_constant
+        self.free = [column for column, d in enumerate(decisions) if len(d.choices) > 1]
+        widest = max([len(d.choices) for d in decisions])
+        self.start = nn.Parameter(torch.empty(size))
+        self.embed = nn.Parameter(torch.empty(len(self.free), widest, size))
+        self.head = nn.Parameter(torch.empty(len(self.free), size, widest))
+        self.lstm = nn.LSTMCell(size, size)
+        for name, parameter in self.named_parameters():
+            parameter.data.copy_(uniform(parameter.shape, 0.1, (config.seed, "controller", name)))
+        self.register_buffer("only", torch.tensor([d.choices[0] for d in decisions]))
+        self.register_buffer("values", torch.tensor([list(d.choices) + [-1] * (widest - len(d.choices))
+                                                     for d in decisions]))
+
+    def forward(self, draws=None, rows=None):
+        """Walk the decisions, sampling with uniform draws [K, D], or taking those of given rows [K, D]: a Sample."""
+        k = len(draws if rows is None else rows)
+        x, state = self.start.expand(k, -1), None
+        out = self.only.repeat(k, 1)
+        log_prob = entropy = self.start.new_zeros(k)
+        for f, column in enumerate(self.free):
+            n = len(self.decisions[column].choices)
+            state = self.lstm(x, state)
+            logits = self.tanh_constant * torch.tanh(state[0] @ self.head[f, :, :n] / self.temperature)
+            logp = F.log_softmax(logits, 1)                                              # [K, choices]
+            if rows is None:
+                choice = (logp.exp().cumsum(1) < draws[:, column, None]).sum(1).clamp(max=n - 1)
+            else:
+                choice = (rows[:, column, None] == self.values[column, :n]).long().argmax(1)
+            log_prob = log_prob + logp.gather(1, choice[:, None])[:, 0]
+            entropy = entropy - (logp.exp() * logp).sum(1)
+            out[:, column] = self.values[column][choice]
+            x = self.embed[f][choice]
+        return Sample(out, log_prob, entropy, x if state is None else state[0])
+
+    def sample(self, k, *key):
+        """K architectures, drawn by rng(*key) on the CPU whatever the device."""
+        return self(draws=torch.rand(k, len(self.decisions), generator=rng(*key)).to(self.start.device))
+
+
+def uniform_rows(decisions, k, *key):
+    """K rows drawn uniformly from the space, which an untrained controller only nearly does."""
+    draws = torch.rand(k, len(decisions), generator=rng(*key)).tolist()
+    return torch.tensor([[d.choices[int(u * len(d.choices))] for d, u in zip(decisions, row)] for row in draws])
+
+
+# 6. Architecture gradients -------------------------------------------------------------------------------------------
+# theta: the controller. dF/dtheta = E_m [ cost(m) dlog pi(m)/dtheta ], omega held fixed: the direct term, ENAS's own.
+
+def perplexity_reward(losses):
+    """80 / perplexity, as in ENAS. losses [K], nats per token."""
+    return 80 * torch.exp(-losses)
+
+
+REWARDS = {"perplexity": perplexity_reward, "loss": torch.neg}
+
+
+def leave_one_out(rewards, memory, decay):
+    """b_k = mean of the others' rewards: scored on the same minibatch, its difficulty cancels. Unbiased; needs K > 1."""
+    k = len(rewards)
+    return (rewards.sum() - rewards) / max(k - 1, 1), memory
+
+
+def moving_average(rewards, memory, decay):
+    """b = decayed mean of PAST rewards, bias-corrected; memory [2]: weighted sum and weight. paper: ENAS's baseline.
+
+    The very first step, which has no past, takes leave_one_out."""
+    past = torch.where(memory[1] > 0, memory[0] / memory[1].clamp(min=1e-12), leave_one_out(rewards, memory, decay)[0])
+    now = torch.stack([rewards.mean(), torch.ones_like(memory[1])])
+    return past, decay * memory + (1 - decay) * now
+
+
+BASELINES = {"leave_one_out": leave_one_out, "moving_average": moving_average}
+
+
+def worst_for_failures(rewards):
+    """A reward that is not finite becomes the worst of its batch, so one broken architecture leaves the rest alone."""
+    finite = torch.isfinite(rewards)
+    worst = torch.where(finite, rewards, math.inf).min()
+    return torch.where(finite, rewards, torch.where(torch.isfinite(worst), worst, 0.0))
+
+
+def policy_loss(sample, rewards, baseline, entropy_weight):
+    """Its gradient is minus an unbiased estimate of d/dtheta { E[reward] + entropy_weight * entropy of the policy }.
+
+    mean_k [ (R_k + w H_k - b_k) log pi(m_k) + w H_k ] (Williams 1992); the H outside differentiates the entropies
+    themselves, the one in the bracket the distribution that they are averaged over."""
+    advantage = (rewards + entropy_weight * sample.entropy - baseline).detach()
+    return -(advantage * sample.log_prob + entropy_weight * sample.entropy).mean()
+
+
+# 7. Runs and records -------------------------------------------------------------------------------------------------
+
+WHEREABOUTS = {"out", "cache", "device", "threads", "checkpoint_seconds"}  # settings that may differ when a run resumes
+FORMAT = "menas checkpoint 1"
+
+
+class Run:
+    """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json; owned by one process.
+
+    Killed at any instant, the same command goes on from the last checkpoint, whose state also says how long metrics.jsonl
+    was, and every random draw depends only on its key: the result is that of an undisturbed run."""
+
+    def __init__(self, study, config, quiet=False):
+        self.study, self.config, self.quiet = study, config, quiet
+        self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}")
+        self.good, self.stop, self.seconds, self.started, self.board = None, 0, 0.0, time.time(), None
+        self.saved_at = self.spoke_at = self.started
+
+    def __enter__(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "w")
+        except OSError as error:
+            raise UserError(f"cannot make the run's folder {self.folder}: {error.strerror}") from None
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system's own, so a killed run frees it
+        except OSError:
+            raise UserError(f"another run is at work in {self.folder}; give this one another --out") from None
+        self.check_config()
+        self.old_handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.old_handlers.items():
+            signal.signal(number, handler)
+        self.lock.close()
+
+    def on_signal(self, number, frame):
+        if self.stop:  # asked twice: leave at once
+            raise SystemExit(128 + number)
+        self.stop = number
+
+    def check_config(self):
+        """A folder belongs to one study and configuration."""
+        path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
+        if path.exists():
+            theirs = json.loads(path.read_text())
+            for name in mine:
+                if name not in WHEREABOUTS and theirs.get(name) != mine[name]:
+                    raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, not {mine[name]!r}; "
+                                    "give this one another --out")
+        else:
+            write_json(path, mine)
+
+    def result(self):
+        """The finished run's record, or None."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def restore(self):
+        """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to it."""
+        paths = [self.folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
+        refused = []
+        for path in filter(Path.exists, paths):
+            try:
+                saved = torch.load(path, map_location=device_of(self.config), weights_only=True)
+                if not isinstance(saved, dict) or saved.get("format") != FORMAT or saved.get("study") != self.study:
+                    raise ValueError(f"it is not a checkpoint of menas {self.study}")
+            except Exception as error:  # torch.load raises many kinds, all of which mean: not this file
+                refused.append(f"{path} is refused: {str(error).splitlines()[0][:100]}")
+                continue
+            for line in refused:
+                self.say(f"{line}; going on from {path.name}")
+            self.good, self.good_bytes, self.seconds = saved["state"], saved["metrics_bytes"], saved["seconds"]
+            with open(self.folder / "metrics.jsonl", "ab") as file:
+                file.truncate(self.good_bytes)
+            return copy.deepcopy(self.good)
+        if refused:
+            raise UserError(f"{refused[0]}; there is none before it: delete it to start again")
+        (self.folder / "metrics.jsonl").write_bytes(b"")
+        return None
+
+    def keep(self, state):
+        """Remember a good state; write it if the last checkpoint is old, or leave with it if a signal asked for that."""
+        self.good, self.good_bytes = copy.deepcopy(state), (self.folder / "metrics.jsonl").stat().st_size
+        if self.stop or time.time() - self.saved_at >= self.config.checkpoint_seconds:
+            self.save()
+        self.obey()
+
+    def obey(self):
+        """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
+        if self.stop:
+            if self.good is not None:
+                self.save()
+            self.say(f"stopped by {signal.Signals(self.stop).name}; the same command goes on from here")
+            raise SystemExit(128 + self.stop)
+
+    def save(self):
+        path = self.folder / "checkpoint.pt"
+        saved = {"format": FORMAT, "study": self.study, "state": self.good, "seconds": self.elapsed(),
+                 "metrics_bytes": self.good_bytes}
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
+        if path.exists():
+            os.replace(path, path.with_name("checkpoint.previous.pt"))
+        write_atomically(path, buffer.getvalue())
+        self.saved_at = time.time()
+
+    def elapsed(self):
+        return self.seconds + time.time() - self.started
+
+    def log(self, **values):
+        """One line of metrics.jsonl. No times in it: it is the same for every run of this configuration."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self.board is None:
+            self.board = tensorboard(self.folder)
+        for name, value in values.items():
+            if self.board and isinstance(value, float):
+                self.board.add_scalar(name, value, values["step"])
+
+    def progress(self, done, total, words, **values):
+        """A line for the person who waits, at most one in five seconds."""
+        now = time.time()
+        if now - self.spoke_at < 5 and done < total:
+            return
+        self.spoke_at = now
+        spent = max(now - self.started, 1e-9)
+        left = spent / max(done, 1e-9) * (total - done)
+        shown = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                          for name, value in values.items())
+        self.say(f"{100 * done / total:3.0f} %  {shown}  {words / spent:,.0f} words/s  {clock(left)} left")
+
+    def say(self, text):
+        if not self.quiet:
+            print(f"[{self.study}] {text}", flush=True)
+
+    def finish(self, metrics):
+        """Write result.json and return it."""
+        device = device_of(self.config)
+        record = {"study": self.study, "config": asdict(self.config), "seed": self.config.seed, "commit": commit(),
+                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+                  "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+                  "seconds": round(self.elapsed(), 1), "metrics": metrics}
+        write_json(self.folder / "result.json", record)
+        return record
+
+
+def write_json(path, value):
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def clock(seconds):
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+
+def tensorboard(folder):
+    """A TensorBoard writer, or False where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return False
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def commit():
+    """The commit that this file is at, '+' if it has been changed since; '' outside a repository."""
+    git = lambda *words: subprocess.run(("git",) + words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if git("diff", "HEAD", "--", Path(__file__).name) else "")
+
+
+def device_of(config):
+    if config.device not in ("auto", "cpu") and not config.device.startswith("cuda"):
+        raise UserError(f"unknown device '{config.device}'; choose auto, cpu or cuda")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here; use --device cpu")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+# 8. Evaluate, derive, train ------------------------------------------------------------------------------------------
+
+def to_device(tensors, device):
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def zero_state(weights, batch):
+    """h before the first word [1, B, H]; an LSTM's c beside it."""
+    width = 2 * weights["weight_hh_l0"].shape[-1] if "weight_hh_l0" in weights else weights["embedding"].shape[-1]
+    return weights["embedding"].new_zeros(1, batch, width)
+
+
+WARM_UP = 70  # words read before a stream's first scored one, so that cutting the text in streams hardly matters
+
+
+@torch.no_grad()
+def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32):
+    """Mean loss [K] over a whole split: every token but the first exactly once, no dropout. exp() of it is perplexity."""
+    n = len(tokens) - 1                                                                  # targets
+    batch = min(batch, max(1, n // WARM_UP))
+    length = math.ceil(n / batch)
+    start = torch.arange(batch, device=tokens.device) * length
+    at = start + torch.arange(-min(WARM_UP, length), length, device=tokens.device)[:, None]
+    inputs = tokens[at.clamp(0, n - 1)]                                                  # [warm-up + length, B]
+    targets = torch.where((at >= start) & (at < n), tokens[(at + 1).clamp(0, n)], -1)
+    warm = len(at) - length
+    state, total = zero_state(weights, batch), 0.0
+    for lo in [0] + list(range(warm, len(at), bptt)):
+        hi = warm if lo < warm else lo + bptt
+        losses, state = network(weights, cells, Batch(inputs[lo:hi], targets[lo:hi], state, {}), dtype)
+        if lo < warm:
+            state[:, 0] = 0  # the first stream has no words before it
+        total = total + losses * (targets[lo:hi] >= 0).sum()
+    return total / n
+
+
+def perplexity(loss):
+    """exp(loss); infinite where that overflows or the loss is not a number."""
+    return math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
+
+
+def evaluate_many(weights, rows, tokens, at_once=10, **how):
+    """evaluate() for any number of architectures under shared weights, some at a time for memory's sake: [K]."""
+    return torch.cat([evaluate(weights, part, tokens, **how) for part in rows.split(at_once)])
+
+
+@torch.no_grad()
+def sgd_step(weights, grads, lr, clip, decay):
+    """omega <- omega - lr (g min(1, clip / |g|) + decay omega), in place; for standalone networks each on its own.
+
+    lr: [K], or [1] for shared weights. A gradient that is not finite changes nothing. Returns |g| of the same shape."""
+    groups = len(lr)
+    norm = sum(g.reshape(groups, -1).square().sum(1) for g in grads.values()).sqrt()
+    scale = torch.where(torch.isfinite(norm), lr * (clip / norm).clamp(max=1), 0.0)
+    rate = torch.where(torch.isfinite(norm), lr * decay, 0.0)
+    for name, g in grads.items():
+        w = weights[name].view(groups, -1)
+        g = torch.where(torch.isfinite(norm)[:, None], g.reshape(groups, -1), 0.0)
+        w.mul_(1 - rate[:, None]).sub_(g.mul_(scale[:, None]))
+    return norm
+
+
+def gradients(losses, weights):
+    """d sum(losses) / d weights, a dict; weights that play no part have zeros."""
+    grads = torch.autograd.grad(losses.sum(), list(weights.values()), allow_unused=True)
+    return {name: torch.zeros_like(w) if g is None else g for (name, w), g in zip(weights.items(), grads)}
+
+
+def train_step(weights, cells, batch, lr, config):
+    """One step of SGD on the mean loss of K architectures (shared weights), or on each one's own: losses, next state."""
+    for w in weights.values():
+        w.requires_grad_()
+    losses, state = network(weights, cells, batch, DTYPES[config.dtype], config.activation_reg, config.slowness_reg)
+    grads = gradients(losses / len(losses) if is_shared(weights) else losses, weights)
+    sgd_step(weights, grads, lr, config.clip, config.weight_decay)
+    return losses.detach(), state
+
+
+def constant_schedule(epoch, epochs):
+    return 1.0
+
+
+def cosine_schedule(epoch, epochs):
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / epochs)))
+
+
+def decay_schedule(epoch, epochs):
+    """paper: ENAS-pytorch, .96 an epoch from the 15th."""
+    return 0.96 ** max(0, int(epoch) - 14)
+
+
+SCHEDULES = {"constant": constant_schedule, "cosine": cosine_schedule, "decay": decay_schedule}
+
+
+def train_networks(config, run, corpus, weights, cells, seeds):
+    """Train K standalone networks as one, each by itself: its masks, clipping, learning rate, averaging, stopping, failure.
+
+    Returns the best weights of each by validation and a dict of lists: valid_loss, best_epoch, epochs, failed. A network
+    that has stopped leaves the batch. cells: rows [K, D], or None for LSTMs."""
+    device, dtype, schedule = device_of(config), DTYPES[config.dtype], SCHEDULES[config.schedule]
+    stream = Stream(corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt).to(device)
+    valid, words, k = corpus.valid.to(device), len(corpus.words), len(seeds)
+    cells = None if cells is None else cells.to(device)
+    s = run.restore()
+    if s is None:
+        weights = to_device(weights, device)
+        full = lambda value: torch.full((k,), value, device=device)
+        s = {"step": 0, "where": stream.where(), "weights": weights, "best": copy.deepcopy(weights),
+             "mean": copy.deepcopy(weights) if config.average else {}, "averaged": full(0), "lr": full(config.lr),
+             "alive": torch.arange(k, device=device), "best_loss": full(math.inf), "best_epoch": full(0),
+             "epochs": full(0), "bad": full(0), "failed": full(False), "state": zero_state(weights, config.batch),
+             "loss": full(0.0), "steps": 0}
+        run.keep(s)
+    stream.seek(s["where"])
+    while len(s["alive"]) and stream.epoch < config.epochs:
+        alive = s["alive"]
+        # one step of SGD on the next segment
+        at = stream.epoch + stream.at / stream.length
+        segment = stream.next()
+        state = zero_state(s["weights"], config.batch) if segment.before is None else s["state"]
+        masks = draw_masks(config, words, config.batch, [seeds[i] for i in alive.tolist()], s["step"])
+        batch = Batch(segment.inputs, segment.targets, state, to_device(masks, device))
+        length = len(segment.inputs) / config.bptt if config.random_bptt else 1.0
+        lr = s["lr"][alive] * length * schedule(at, config.epochs)
+        losses, state = train_step(s["weights"], None if cells is None else cells[alive], batch, lr, config)
+        finite = torch.isfinite(losses)
+        s["failed"][alive] |= ~finite
+        s["state"] = torch.where(finite[:, None, None], state, 0.0)
+        s["loss"][alive] += losses
+        s["step"], s["steps"] = s["step"] + 1, s["steps"] + 1
+        # running mean of the weights, for those whose validation has stopped improving
+        if config.average:
+            update_mean(s, alive)
+        # at the end of an epoch: validate
+        if segment.ends:
+            validate(config, s, cells, valid, dtype, stream.epoch)
+        if segment.ends or s["steps"] >= config.log_every:
+            s["where"] = stream.where()
+            loss = (s["loss"][alive] / s["steps"]).mean().item()
+            line = dict(step=s["step"], epoch=stream.epoch, loss=loss, perplexity=perplexity(loss))
+            if segment.ends:
+                line["valid_perplexity"] = [perplexity(x) for x in s["valid"].tolist()]
+            run.log(**line)
+            s["loss"].zero_()
+            s["steps"] = 0
+            run.keep(s)
+            epoch = stream.epoch + stream.at / stream.length
+            run.progress(epoch, config.epochs, s["step"] * config.batch * config.bptt * len(alive), step=s["step"],
+                         epoch=stream.epoch, loss=loss, perplexity=perplexity(loss),
+                         valid=perplexity(s["best_loss"].min().item()))
+        run.obey()
+    numbers = {"valid_loss": s["best_loss"], "best_epoch": s["best_epoch"], "epochs": s["epochs"], "failed": s["failed"]}
+    return s["best"], {name: value.tolist() for name, value in numbers.items()}
+
+
+@torch.no_grad()
+def update_mean(s, alive):
+    """mean <- mean + (w - mean) / n for the networks that average (n > 0)."""
+    n = s["averaged"][alive]
+    share = torch.where(n > 0, 1 / n.clamp(min=1), 0.0)
+    for name, w in s["weights"].items():
+        s["mean"][name].view(len(n), -1).add_((w - s["mean"][name]).view(len(n), -1) * share[:, None])
+    s["averaged"][alive] = torch.where(n > 0, n + 1, n)
+
+
+@torch.no_grad()
+def validate(config, s, cells, valid, dtype, epoch):
+    """Score the alive networks; keep the best weights; start averaging, lower lr, or let go those that do not improve."""
+    alive = s["alive"]
+    averaging = s["averaged"][alive] > 0
+    pick = lambda yes, a, b: torch.where(yes.view(-1, *[1] * (a.dim() - 1)), a, b)
+    current = {name: pick(averaging, s["mean"][name], w) if s["mean"] else w for name, w in s["weights"].items()}
+    loss = evaluate(current, None if cells is None else cells[alive], valid, config.eval_batch, dtype=dtype).float()
+    s["valid"] = loss
+    better = (loss < s["best_loss"][alive]) & torch.isfinite(loss)
+    for name, w in current.items():
+        s["best"][name][alive] = pick(better, w, s["best"][name][alive])
+    s["best_loss"][alive] = torch.where(better, loss, s["best_loss"][alive])
+    s["best_epoch"][alive] = torch.where(better, epoch, s["best_epoch"][alive])
+    s["bad"][alive] = torch.where(better, 0, s["bad"][alive] + 1)
+    s["epochs"][alive] = epoch
+    s["lr"][alive] = torch.where(better, s["lr"][alive], s["lr"][alive] / config.plateau)
+    if config.average:
+        s["averaged"][alive] = torch.where(~better & ~averaging, 1, s["averaged"][alive])
+    stay = (s["bad"][alive] < config.patience) & ~s["failed"][alive]
+    if not stay.all():
+        s["alive"] = alive[stay]
+        s["state"] = s["state"][stay]
+        for part in ("weights", "mean"):
+            s[part] = {name: w[stay].clone() for name, w in s[part].items()}
+
+
+# 9. The search -------------------------------------------------------------------------------------------------------
+
+def carry_state(weights, cells, segment, carried, dtype):
+    """h where the last architectures left it (their mean). paper: so does ENAS, whatever cell made it."""
+    return carried
+
+
+def zero_start(weights, cells, segment, carried, dtype):
+    """h = 0 at every segment."""
+    return torch.zeros_like(carried)
+
+
+@torch.no_grad()
+def warm_start(weights, cells, segment, carried, dtype):
+    """h after the segment before, read from 0 by the architectures themselves [K, B, H]; costs a forward pass."""
+    if segment.before is None:
+        return torch.zeros_like(carried)
+    before = Batch(segment.before, torch.full_like(segment.before, -1), torch.zeros_like(carried), {})
+    return unroll(weights, cells, before, dtype)[1]
+
+
+STATES = {"carry": carry_state, "zero": zero_start, "warm": warm_start}
+
+
+def start_batch(config, weights, cells, segment, carried, masks):
+    """A Batch whose state follows the policy --state; at the start of the text it is 0 under all of them."""
+    carried = zero_state(weights, config.batch) if segment.before is None else carried
+    state = STATES[config.state](weights, cells, segment, carried, DTYPES[config.dtype])
+    return Batch(segment.inputs, segment.targets, state, masks)
+
+
+@torch.no_grad()
+def score(config, weights, cells, segment, carried):
+    """Losses [K] of architectures on one validation segment in eval mode, and the state to carry on [1, B, H]."""
+    batch = start_batch(config, weights, cells, segment, carried, {})
+    losses, state = network(weights, cells, batch, DTYPES[config.dtype])
+    return losses, mean_state(losses, state)
+
+
+def mean_state(losses, state):
+    """The mean of h over the architectures whose loss is finite [1, B, H]."""
+    finite = torch.isfinite(losses)[:, None, None]
+    return torch.where(finite, state, 0.0).sum(0, keepdim=True) / finite.sum().clamp(min=1)
+
+
+def controller_step(config, controller, adam, sample, losses, memory):
+    """One REINFORCE step of Adam from K scored architectures; returns the rewards [K] and the baseline's memory."""
+    rewards = worst_for_failures(REWARDS[config.reward](losses))
+    value = rewards + config.entropy * sample.entropy.detach()  # the baseline predicts all that is rewarded
+    baseline, memory = BASELINES[config.baseline](value, memory, config.baseline_decay)
+    adam.zero_grad(set_to_none=False)
+    policy_loss(sample, rewards, baseline, config.entropy).backward()
+    adam.step()
+    return rewards, memory
+
+
+def search_line(s, epoch):
+    """The line of metrics since the last one, and new sums: loss and perplexity in training, reward, entropy."""
+    (loss, reward, entropy), (shared, rewarded) = s["sums"].tolist(), s["counts"]
+    s["sums"], s["counts"] = torch.zeros_like(s["sums"]), [0, 0]
+    line = dict(step=s["step"], epoch=epoch)
+    if shared:
+        line.update(loss=loss / shared, perplexity=perplexity(loss / shared) if loss == loss else loss)
+    if rewarded:
+        line.update(reward=reward / rewarded, entropy=entropy / rewarded)
+    return line
+
+
+def roll_back(run, s, controller, adam):
+    """Weights, controller and optimizer as they last were good; the steps and the text go on, so it will not repeat."""
+    run.say(f"a loss is not finite at step {s['step']}: back to the weights of step {run.good['step']}")
+    good = copy.deepcopy(run.good)
+    s.update({name: good[name] for name in ("weights", "memory")})
+    s.update({name: torch.zeros_like(s[name]) for name in ("train_state", "valid_state")})
+    controller.load_state_dict(good["controller"])
+    adam.load_state_dict(good["adam"])
+
+
+def search(config, run, corpus):
+    """ENAS: rounds of SGD on the shared weights, then of REINFORCE on the controller. Returns both."""
+    device, words, decisions = device_of(config), len(corpus.words), search_space(config)
+    controller = Controller(decisions, config).to(device)
+    adam = torch.optim.Adam(controller.parameters(), lr=config.controller_lr)
+    train, valid = (Stream(tokens, config.batch, config.bptt, (config.seed, name), name == "train" and config.random_bptt)
+                    .to(device) for tokens, name in ((corpus.train, "train"), (corpus.valid, "valid")))
+    shared_steps = config.shared_steps or math.ceil(train.length / config.bptt)
+    learns = config.controller == "trained"
+    controller_steps = config.controller_steps if learns else 0
+    round_ = shared_steps + controller_steps
+    s = run.restore()
+    if s is None:
+        zeros = torch.zeros(1, config.batch, config.hidden, device=device)
+        s = {"step": 0, "weights": to_device(shared_weights(config, words), device), "train": train.where(),
+             "valid": valid.where(), "train_state": zeros, "valid_state": zeros.clone(), "controller": {}, "adam": {},
+             "memory": torch.zeros(2, device=device), "rollbacks": 0,
+             "sums": torch.zeros(3, device=device), "counts": [0, 0]}  # of loss, reward, entropy since the last line
+    else:
+        controller.load_state_dict(s["controller"])
+        adam.load_state_dict(s["adam"])
+
+    def snapshot():
+        run.keep({**s, "train": train.where(), "valid": valid.where(), "controller": controller.state_dict(),
+                  "adam": adam.state_dict()})
+
+    train.seek(s["train"])
+    valid.seek(s["valid"])
+    if run.good is None:
+        snapshot()
+    while s["step"] < config.epochs * round_:
+        epoch, at = divmod(s["step"], round_)
+        key = (config.seed, s["step"])
+        if at < shared_steps:
+            # shared step: SGD on omega, a fresh architecture (or a few) on the next training segment
+            with torch.no_grad():
+                cells = controller.sample(config.shared_samples, *key, "shared").rows
+            segment = train.next()
+            masks = to_device(draw_masks(config, words, config.batch, [config.seed], s["step"]), device)
+            batch = start_batch(config, s["weights"], cells, segment, s["train_state"], masks)
+            length = len(segment.inputs) / config.bptt if config.random_bptt else 1.0
+            lr = config.lr * length * SCHEDULES[config.schedule](epoch + at / shared_steps, config.epochs)
+            losses, state = train_step(s["weights"], cells, batch, torch.full((1,), lr, device=device), config)
+            s["train_state"] = mean_state(losses, state)
+            s["sums"][0] += losses.mean()
+            s["counts"][0] += 1
+        elif epoch >= config.warm_epochs:
+            # controller step: REINFORCE on theta, K fresh architectures on ONE validation segment, in eval mode
+            sample = controller.sample(config.controller_samples, *key, "controller")
+            losses, s["valid_state"] = score(config, s["weights"], sample.rows, valid.next(), s["valid_state"])
+            rewards, s["memory"] = controller_step(config, controller, adam, sample, losses, s["memory"])
+            s["sums"][1:] += torch.stack([rewards.mean(), sample.entropy.detach().mean()])
+            s["counts"][1] += 1
+        s["step"] += 1
+        # a line of metrics, after which the state is known to be good
+        if s["step"] % config.log_every == 0 or s["step"] % round_ in (0, shared_steps):
+            line = search_line(s, epoch)
+            if not math.isfinite(sum(x for x in line.values() if x is not None)):
+                s["rollbacks"] += 1
+                roll_back(run, s, controller, adam)
+                line = dict(step=s["step"], epoch=epoch, rolled_back_to=run.good["step"])
+            run.log(**line)
+            snapshot()
+            run.progress(s["step"], config.epochs * round_, s["step"] * config.batch * config.bptt, **line)
+        run.obey()
+    return s["weights"], controller
+
+
+def derive(config, weights, rows, corpus):
+    """Validation loss [K] of architectures under the shared weights, whole split, best first, and the rows so sorted."""
+    device = device_of(config)
+    losses = evaluate_many(weights, rows.to(device), corpus.valid.to(device), batch=config.eval_batch,
+                           dtype=DTYPES[config.dtype])
+    order = torch.where(torch.isfinite(losses), losses, math.inf).argsort(stable=True)
+    return losses[order], rows.to(device)[order]
+
+
+def load_cell(config, name):
+    """A cell by name, 'random:SEED' (uniform over the space), a JSON file, or the best one of a search run's folder."""
+    if name in CELLS:
+        return CELLS[name]
+    if name.startswith("random:"):
+        return decode(uniform_rows(search_space(config), 1, "random cell", name)[0])
+    path = Path(name)
+    if path.is_dir() or path.suffix == ".json":
+        return cell_from_json(read_json(path / "result.json")["metrics"]["best_cell"] if path.is_dir() else read_json(path))
+    raise UserError(f"unknown cell '{name}'{nearest(name, [*CELLS, 'lstm'])}; choose from {', '.join(CELLS)}, lstm, "
+                    "random:SEED, a JSON file, or a search's folder")
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+# 10. Studies ---------------------------------------------------------------------------------------------------------
+
+def study_search(config, run):
+    """Search, then derive: the best of the controller's samples beside the best of as many uniform ones."""
+    corpus = load_corpus(config)
+    weights, controller = search(config, run, corpus)
+    run.say(f"scoring {config.derive_samples} sampled and as many uniform architectures on the whole validation split")
+    samples = controller.sample(config.derive_samples, config.seed, "derive").rows
+    uniform_ = uniform_rows(controller.decisions, config.derive_samples, config.seed, "derive uniform")
+    metrics, record = {}, {}
+    for name, rows in (("", samples), ("uniform_", uniform_)):
+        losses, rows = derive(config, weights, rows, corpus)
+        perplexities = [perplexity(x) for x in losses.tolist()]
+        record[f"{name}derived"] = [{"cell": row, "valid_perplexity": p} for row, p in zip(rows.tolist(), perplexities)]
+        metrics[f"{name}best_cell"] = cell_to_json(decode(rows[0]))
+        metrics[f"{name}valid_perplexity"] = perplexities[0]
+        metrics[f"{name}mean_valid_perplexity"] = sum(perplexities) / len(perplexities)
+    if corpus.floor:
+        metrics["floor_perplexity"] = corpus.floor["valid"]
+    write_json(run.folder / "derived.json", record)
+    torch.save({name: w.detach().cpu() for name, w in weights.items()}, run.folder / "weights.pt")
+    write_json(run.folder / "cell.json", metrics["best_cell"])
+    draw_cell(cell_from_json(metrics["best_cell"]), "the cell found").figure.savefig(run.folder / "cell.png", dpi=120)
+    plt.close("all")
+    if config.retrain:
+        metrics["retrained"] = retrain(config, run)
+    return metrics
+
+
+def retrain(config, run):
+    """The found cell and an LSTM, trained from scratch under the preset's training settings: their records' metrics."""
+    same = {name: getattr(config, name) for name in ("data", "cache", "seed", "device", "threads", "nodes", "hidden")}
+    results = {}
+    for name, cell in (("found", str(run.folder / "cell.json")), ("lstm", "lstm")):
+        sub = configure("train", config.preset, **same, cell=cell, out=str(run.folder / name))
+        results[name] = run_study("train", sub)["metrics"]
+    return results
+
+
+def study_train(config, run):
+    """Train cells from scratch or from a search's shared weights, as one batch; perplexities of the best weights."""
+    corpus, names = load_corpus(config), config.cell.split(",")
+    words, names = len(corpus.words), [name for name in names for _ in range(config.replicas)]
+    seeds = [config.seed + i % config.replicas for i in range(len(names))]
+    if set(names) == {"lstm"}:
+        cells, weights = None, lstm_weights(config, words, seeds)
+    elif "lstm" in names:
+        raise UserError("--cell lstm is another network: train it in a run of its own")
+    else:
+        cells = encode([load_cell(config, name) for name in names])
+        weights = inherit(load_shared(config, words), cells) if config.weights else \
+            standalone_weights(config, words, cells, seeds)
+    best, records = train_networks(config, run, corpus, weights, cells, seeds)
+    run.say("evaluating the best weights on the whole of each split")
+    device = device_of(config)
+    rows = None if cells is None else cells.to(device)
+    scores = {split: evaluate(best, rows, getattr(corpus, split).to(device), config.eval_batch).tolist() for split in SPLITS}
+    networks = []
+    for i, (name, seed) in enumerate(zip(names, seeds)):
+        network_ = {"cell": name, "seed": seed, **{f"{split}_perplexity": perplexity(scores[split][i]) for split in SPLITS}}
+        recurrent = sum(best[n][i].numel() for n in best if n not in ("embedding", "bias")) if cells is None else \
+            recurrent_parameters(decode(cells[i]), config.hidden)
+        network_.update(parameters=recurrent + best["embedding"][i].numel() + words, recurrent_parameters=recurrent,
+                        best_epoch=records["best_epoch"][i], epochs=records["epochs"][i], failed=records["failed"][i])
+        networks.append(network_)
+    torch.save({name: w.detach().cpu() for name, w in best.items()}, run.folder / "weights.pt")
+    metrics = dict(networks[0]) if len(networks) == 1 else {}
+    if corpus.floor:
+        metrics["floor_perplexity"] = corpus.floor["test"]
+    return {**metrics, "networks": networks}
+
+
+def load_shared(config, words):
+    """The shared weights of a finished search, which must fit this corpus and size."""
+    path = Path(config.weights) / "weights.pt"
+    if not path.exists():
+        raise UserError(f"{config.weights} has no weights.pt: it is not a finished search")
+    weights = torch.load(path, weights_only=True)
+    if weights["embedding"].shape != (words, config.hidden):
+        raise UserError(f"{path} is for {tuple(weights['embedding'].shape)} words and units, not {(words, config.hidden)}")
+    return weights
+
+
+STUDIES = {"search": study_search, "train": study_train}
+
+
+def run_study(study, config):
+    """Run, resume, or find finished one study; its record."""
+    check(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with Run(study, config) as run:
+        done = run.result()
+        if done:
+            run.say(f"already finished: {run.folder / 'result.json'}")
+            return done
+        return run.finish(STUDIES[study](config, run))
+
+
+def check(config):
+    """Wrong settings, each with its name, before any work is done."""
+    for name, choices in (("preset", PRESETS), ("dtype", DTYPES), ("schedule", SCHEDULES), ("state", STATES),
+                          ("reward", REWARDS), ("baseline", BASELINES), ("controller", ("trained", "untrained"))):
+        choose(name, getattr(config, name), dict.fromkeys(choices))
+    for name in ("nodes", "hidden", "batch", "bptt", "epochs", "shared_samples", "controller_samples", "eval_batch",
+                 "derive_samples", "replicas", "patience", "log_every", "controller_hidden"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
+    for name in ("word", "input", "hidden", "output"):
+        if not 0 <= getattr(config, f"{name}_dropout") < 1:
+            raise UserError(f"--{name}_dropout {getattr(config, f'{name}_dropout')} must be in [0, 1): it is a DROP rate")
+    device_of(config)
+
+
+# 12. Main ------------------------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors, with the nearest right flag."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse(arguments):
+    """(study, Config) of a command line; every field of Config is a flag."""
+    parser = Parser(prog="menas.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("study", help=" | ".join(STUDIES))
+    for f in fields(Config):
+        kind = (lambda text: {"true": True, "false": False}[text.lower()]) if f.type == "bool" or f.type is bool else f.type
+        extra = dict(nargs="?", const=True, metavar="BOOL") if f.type is bool else dict(metavar=f.type.__name__.upper())
+        parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{f.default}]",
+                            **extra)
+    given, unknown = parser.parse_known_args(arguments)
+    flags = [f"--{f.name}" for f in fields(Config)]
+    for word in unknown:
+        flag = word.split("=")[0]
+        raise UserError(f"unknown argument '{word}'{nearest(flag.replace('-', '_').replace('__', '--', 1), flags)}")
+    given = vars(given)
+    study = given.pop("study")
+    choose("study", study, STUDIES)
+    return study, configure(study, given.pop("preset", "tiny"), **given)
+
+
+def main(arguments=None):
+    """Run a command line; a UserError is one line on stderr and exit code 2."""
+    try:
+        study, config = parse(arguments)
+        record = run_study(study, config)
+    except UserError as error:
+        print(f"menas: {error}", file=sys.stderr)
+        return 2
+    print(summary(record))
+    return 0
+
+
+def summary(record):
+    return json.dumps(record["metrics"], indent=1)[:3000]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
