@@ -54,7 +54,7 @@ class Config:
     batch: int = option(64, "parallel streams of text")
     bptt: int = option(35, "tokens of a segment, the truncation length of backpropagation")
     random_bptt: bool = option(False, "segment lengths as in the corrected ENAS: normal, sd 5, 5 % halved, lr to match")
-    init: float = option(0.04, "weights start uniform in +- this")
+    init: float = option(0.0, "weights start uniform in +- this (0: sqrt(3 / hidden), which keeps the variance)")
     word_dropout: float = option(0.0, "rate at which whole words of the vocabulary are dropped, per segment")
     input_dropout: float = option(0.0, "rate on the embedded input, one mask per segment")
     hidden_dropout: float = option(0.0, "rate on every node's input, one mask per segment")
@@ -113,7 +113,7 @@ PRESETS = {
                       schedule="cosine")},
     # paper: the corrected code of ENAS's authors, search and final training
     "paper": {
-        "all": dict(data="ptb", dtype="bfloat16", batch=64, random_bptt=True, clip=.25, controller_hidden=64,
+        "all": dict(data="ptb", dtype="bfloat16", init=.04, batch=64, random_bptt=True, clip=.25, controller_hidden=64,
                     controller_lr=5e-5, entropy=1e-5, tanh_constant=2.25, slowness_reg=1e-3),
         "search": dict(hidden=200, epochs=600, word_dropout=.1, input_dropout=.8, hidden_dropout=.25, output_dropout=.75,
                        weight_decay=1.6e-6, clip=.1, batch=128, controller_steps=25, controller_samples=10),
@@ -505,7 +505,13 @@ def edge_index(slot, node):
 
 
 def uniform(shape, bound, key):
+    """Uniform in +- bound, drawn by rng(*key)."""
     return (torch.rand(shape, generator=rng(*key)) * 2 - 1) * bound
+
+
+def init_bound(config):
+    """paper: .04 at 800 units; at 200 that is too small for the signal to pass 12 nodes."""
+    return config.init or math.sqrt(3 / config.hidden)
 
 
 def shared_weights(config, words):
@@ -514,7 +520,7 @@ def shared_weights(config, words):
     shapes["embedding"] = (words, h)                                 # tied: also the decoder's
     shapes["input"] = (h, 2 * h)                                     # x_t -> [gate, candidate] of node 0
     shapes["edges"] = (edge_index(0, config.nodes), h, 2 * h)
-    weights = {name: uniform(shape, config.init, (config.seed, "init", name)) for name, shape in shapes.items()}
+    weights = {name: uniform(shape, init_bound(config), (config.seed, "init", name)) for name, shape in shapes.items()}
     return {**weights, "bias": torch.zeros(words)}
 
 
@@ -522,7 +528,7 @@ def standalone_weights(config, words, cells, seeds):
     """K independent networks, each with only its own edges and initialised from its own seed, on the CPU."""
     h, nodes, networks = config.hidden, (cells.shape[1] - 2) // 2, []
     for row, seed in zip(cells, seeds):
-        draw = lambda name, *shape: uniform(shape, config.init, (seed, "init", name))
+        draw = lambda name, *shape: uniform(shape, init_bound(config), (seed, "init", name))
         # drawn node by node, so that padding a cell to a larger batch does not change its weights
         edges = torch.stack([draw(f"node {i}", h, 2 * h) for i in range(nodes)])
         networks.append({"embedding": draw("embedding", words, h), "input": draw("input", h, 2 * h), "edges": edges,
@@ -739,40 +745,44 @@ class Recurrence(torch.autograd.Function):
 class CrossEntropy(torch.autograd.Function):
     """Mean loss of h [K, R, H] against targets [R] under decoders [K, V, H] and biases [K, V]: [K], in float32 or better.
 
-    Row chunks: all logits never exist at once. If a gradient is wanted, forward computes it there and then for dL = 1,
-    since the softmax is at hand, and backward only scales it. Rows with target -1 do not count."""
+    The products are in h's dtype, the gradients of decoder and bias in theirs.
+    All logits never exist at once: the softmax goes by chunks that stay in the cache, the products by blocks of chunks. If
+    a gradient is wanted, forward computes it there and then for dL = 1, since the softmax is at hand, and backward only
+    scales it. Rows with target -1 do not count."""
 
     @staticmethod
-    def forward(ctx, training, h, decoder, bias, targets, chunk=128):
+    def forward(ctx, training, h, decoder, bias, targets, chunk=128, block=1024):
         k, rows, _ = h.shape
         wide = torch.promote_types(h.dtype, torch.float32)
         counts = (targets >= 0).to(wide)
         share = counts / counts.sum().clamp(min=1)                                       # [R] weight of each row
-        losses = torch.zeros(k, dtype=wide, device=h.device)
+        losses, low, shift = torch.zeros(k, dtype=wide, device=h.device), decoder.to(h.dtype), bias.to(h.dtype)
         if training:
-            dh, dw, db = torch.empty_like(h), torch.zeros(decoder.shape, dtype=wide, device=h.device), \
-                torch.zeros(bias.shape, dtype=wide, device=h.device)
-        for i in range(k):
-            for r in range(0, rows, chunk):
-                x, y, part = h[i, r:r + chunk], targets[r:r + chunk].clamp(min=0)[:, None], share[r:r + chunk, None]
-                logp = torch.log_softmax(torch.addmm(bias[i], x, decoder[i].t()).to(wide), 1)
-                losses[i] -= (logp.gather(1, y) * part).sum()
-                if training:  # dL/dlogits = (softmax - onehot) / count
-                    d = logp.exp_().scatter_add_(1, y, torch.full_like(part, -1)).mul_(part)
-                    db[i] += d.sum(0)
-                    d = d.to(h.dtype)
-                    torch.mm(d, decoder[i], out=dh[i, r:r + chunk])
-                    dw[i] += d.t() @ x
+            d = h.new_empty(min(block, rows), decoder.shape[1])                          # dL/dlogits of a block
+            dh, dw, db = torch.empty_like(h), decoder.new_zeros(decoder.shape), bias.new_zeros(bias.shape)
+        for i, r in ((i, r) for i in range(k) for r in range(0, rows, chunk)):
+            x, y, part = h[i, r:r + chunk], targets[r:r + chunk].clamp(min=0)[:, None], share[r:r + chunk, None]
+            logp = torch.log_softmax(torch.addmm(shift[i], x, low[i].t()).to(wide), 1)
+            losses[i] -= (logp.gather(1, y) * part).sum()
+            if training:  # dL/dlogits = (softmax - onehot) / count
+                p = logp.exp_().scatter_add_(1, y, torch.full_like(part, -1)).mul_(part)
+                db[i] += p.sum(0)
+                at, end = r % block, min(r + chunk, rows)
+                d[at:at + len(p)] = p
+                if end == rows or end % block == 0:
+                    start = r - at
+                    torch.mm(d[:end - start], low[i], out=dh[i, start:end])
+                    dw[i] += d[:end - start].t() @ h[i, start:end]
         if training:
-            ctx.save_for_backward(dh, dw, db)
+            ctx.saved = dh, dw, db
         return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        dh, dw, db = ctx.saved_tensors
-        scale = grad[:, None, None]
-        return None, (dh * scale.to(dh.dtype)), (dw * scale).to(dh.dtype), (db * scale[..., 0]).to(dh.dtype), None, None
+        (dh, dw, db), ctx.saved = ctx.saved, None
+        grad = grad[:, None]
+        return None, dh.mul_(grad[..., None]), dw.mul_(grad[..., None]), db.mul_(grad), None
 
 
 def unroll(weights, cells, batch, dtype=torch.float32):
@@ -823,7 +833,7 @@ def lstm_weights(config, words, seeds):
     e, h = config.hidden, config.lstm_hidden or config.hidden
     shapes = {"embedding": (words, e), "weight_ih_l0": (4 * h, e), "weight_hh_l0": (4 * h, h), "bias_ih_l0": (4 * h,),
               "bias_hh_l0": (4 * h,), **({"project": (h, e)} if h != e else {})}
-    weights = {name: torch.stack([uniform(shape, config.init, (seed, "init", name)) for seed in seeds])
+    weights = {name: torch.stack([uniform(shape, init_bound(config), (seed, "init", name)) for seed in seeds])
                for name, shape in shapes.items()}
     return {**weights, "bias": torch.zeros(len(seeds), words)}
 
@@ -833,8 +843,8 @@ def network(weights, cells, batch, dtype=torch.float32, activation_reg=0.0, slow
     h, state = (unroll_lstm if "weight_hh_l0" in weights else unroll)(weights, cells, batch, dtype)
     dropped = h * batch.masks["output"].to(dtype)[:, None] if "output" in batch.masks else h
     k = len(h)
-    decoder, bias = (weights[name].to(dtype).expand(k, *weights[name].shape[-2 if name == "embedding" else -1:])
-                     for name in ("embedding", "bias"))
+    v, e = weights["embedding"].shape[-2:]
+    decoder, bias = weights["embedding"].expand(k, v, e), weights["bias"].expand(k, v)
     losses = CrossEntropy.apply(torch.is_grad_enabled(), dropped.flatten(1, 2), decoder, bias, batch.targets.flatten())
     if activation_reg:
         losses = losses + activation_reg * dropped.square().mean((1, 2, 3))
@@ -973,6 +983,7 @@ class Run:
         self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}")
         self.good, self.stop, self.seconds, self.started, self.board = None, 0, 0.0, time.time(), None
         self.saved_at = self.spoke_at = self.started
+        self.commit = commit()  # now: the file may change while the run goes on
 
     def __enter__(self):
         try:
@@ -1096,7 +1107,7 @@ class Run:
     def finish(self, metrics):
         """Write result.json and return it."""
         device = device_of(self.config)
-        record = {"study": self.study, "config": asdict(self.config), "seed": self.config.seed, "commit": commit(),
+        record = {"study": self.study, "config": asdict(self.config), "seed": self.config.seed, "commit": self.commit,
                   "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
                   "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
                   "seconds": round(self.elapsed(), 1), "metrics": metrics}
@@ -1190,13 +1201,13 @@ def sgd_step(weights, grads, lr, clip, decay):
 
     lr: [K], or [1] for shared weights. A gradient that is not finite changes nothing. Returns |g| of the same shape."""
     groups = len(lr)
-    norm = sum(g.reshape(groups, -1).square().sum(1) for g in grads.values()).sqrt()
-    scale = torch.where(torch.isfinite(norm), lr * (clip / norm).clamp(max=1), 0.0)
-    rate = torch.where(torch.isfinite(norm), lr * decay, 0.0)
-    for name, g in grads.items():
-        w = weights[name].view(groups, -1)
-        g = torch.where(torch.isfinite(norm)[:, None], g.reshape(groups, -1), 0.0)
-        w.mul_(1 - rate[:, None]).sub_(g.mul_(scale[:, None]))
+    flat = {name: g.reshape(groups, -1) for name, g in grads.items()}
+    norm = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat.values()]).norm(dim=0)
+    finite = torch.isfinite(norm)
+    scale = torch.where(finite, lr * (clip / norm).clamp(max=1), 0.0)[:, None]
+    rate = torch.where(finite, lr * decay, 0.0)[:, None]
+    for name, g in flat.items():
+        weights[name].view(groups, -1).mul_(1 - rate).addcmul_(torch.nan_to_num_(g, 0.0, 0.0, 0.0), scale, value=-1)
     return norm
 
 
