@@ -1,7 +1,7 @@
 """MENAS"""
 import argparse
-import contextlib
 import copy
+import ctypes
 import difflib
 import fcntl
 import hashlib
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -252,41 +253,41 @@ def lookup(index, word, split):
     return known
 
 
-# The toy corpus: sentences of nouns and verbs that agree in class, across any clauses nested in between ('n3b that n1a
-# v1c v3a'). A stack machine writes it, so the distribution of the next word given ALL words before it is known exactly.
-TOY_CLASSES, TOY_WORDS, TOY_DEPTH = 6, 5, 4
-TOY_NEST, TOY_ADVERB, TOY_SAME_TOPIC = 0.35, 0.25, 0.75
+# The toy corpus: nouns and their verbs agree in class, and often in letter, across clauses nested in between: 'n3b that
+# n1a v1a v3b'. A stack machine writes it, so the distribution of the next word given ALL words before is known exactly.
+TOY_CLASSES, TOY_WORDS, TOY_DEPTH = 8, 6, 4
+TOY_NEST, TOY_ADVERB, TOY_TOPIC, TOY_ECHO = 0.4, 0.3, 0.75, 0.6  # probabilities, see toy_next
 
 
 def toy_words(kind):
-    """[(word, probability)] of one kind, Zipf-distributed: the i-th word has probability ~ 1 / i."""
-    weights = [1 / (i + 1) for i in range(TOY_WORDS)]
-    return [(f"{kind}{'abcdefgh'[i]}", w / sum(weights)) for i, w in enumerate(weights)]
+    """[(word, probability, i)] of one kind, Zipf-distributed: the i-th word has probability ~ 1 / (i + 1)."""
+    total = sum(1 / (i + 1) for i in range(TOY_WORDS))
+    return [(f"{kind}{'abcdefghij'[i]}", 1 / (i + 1) / total, i) for i in range(TOY_WORDS)]
 
 
 def toy_next(state):
     """[(word, probability, next state)] under the true grammar.
 
-    A state is (topic, open, phase): the class of the last main noun, the classes of the nouns whose verbs are due,
-    outermost first, and what was just written: 'start' of a noun phrase, 'noun', 'verb', or 'adverb'."""
+    A state is (topic, due, phase): the class of the last main noun, (class, letter) of the nouns whose verbs are still to
+    come, outermost first, and what was written last: 'start' (a noun is next), 'noun', 'verb', or 'adverb'. A main noun
+    keeps the topic with TOY_TOPIC; a clause follows a noun with TOY_NEST, an adverb a verb with TOY_ADVERB; a verb has its
+    noun's class, and its letter with TOY_ECHO."""
     topic, due, phase = state
-    moves = []
     if phase == "start":
-        for c in range(TOY_CLASSES):
-            stays = TOY_SAME_TOPIC if c == topic else (1 - TOY_SAME_TOPIC) / (TOY_CLASSES - 1)
-            p = 1 / TOY_CLASSES if due else stays
-            moves += [(w, p * q, (topic if due else c, due + (c,), "noun")) for w, q in toy_words(f"n{c}")]
-        return moves
-    left = 1.0
+        keeps = lambda c: TOY_TOPIC if c == topic else (1 - TOY_TOPIC) / (TOY_CLASSES - 1)
+        return [(word, q * (1 / TOY_CLASSES if due else keeps(c)), (topic if due else c, due + ((c, i),), "noun"))
+                for c in range(TOY_CLASSES) for word, q, i in toy_words(f"n{c}")]
+    moves, left = [], 1.0
     if phase == "noun" and len(due) < TOY_DEPTH:
-        moves += [("that", TOY_NEST, (topic, due, "start"))]
-        left -= TOY_NEST
+        moves, left = [("that", TOY_NEST, (topic, due, "start"))], 1 - TOY_NEST
     if phase == "verb":
-        moves += [(w, TOY_ADVERB * q, (topic, due, "adverb")) for w, q in toy_words("adv")]
-        left -= TOY_ADVERB
-    if due:
-        return moves + [(w, left * q, (topic, due[:-1], "verb")) for w, q in toy_words(f"v{due[-1]}")]
-    return moves + [("<eos>", left, (topic, (), "start"))]
+        moves = [(word, TOY_ADVERB * q, (topic, due, "adverb")) for word, q, _ in toy_words("adv")]
+        left = 1 - TOY_ADVERB
+    if not due:
+        return moves + [("<eos>", left, (topic, (), "start"))]
+    c, letter = due[-1]
+    return moves + [(word, left * (TOY_ECHO * (i == letter) + (1 - TOY_ECHO) * q), (topic, due[:-1], "verb"))
+                    for word, q, i in toy_words(f"v{c}")]
 
 
 def toy_corpus(sizes=(60000, 6000, 6000)):
@@ -626,13 +627,13 @@ class Workspace:
 
 
 # Every activation as arithmetic with coefficients per architecture, so that K different ones are one operation. With
-# z = slope * u and y = act(u): a sigmoid one is y = scale * sigmoid(z) + shift; a linear one y = max(z, floor).
+# z = slope * u and y = act(u): a sigmoid one is y = low + (high - low) sigmoid(z), a linear one y = max(z, floor).
 # Its derivative by z needs only y: dy/dz = (square * y + line) * y + constant + step * [y > 0].
-#                           slope scale shift linear floor       square line constant step
-COEFFICIENTS = {"tanh":     (2.0, 2.0, -1.0, 0.0, 0.0,           -0.5, 0.0, 0.5, 0.0),
-                "relu":     (1.0, 0.0, 0.0, 1.0, 0.0,            0.0, 0.0, 0.0, 1.0),
-                "identity": (1.0, 0.0, 0.0, 1.0, -math.inf,      0.0, 0.0, 1.0, 0.0),
-                "sigmoid":  (1.0, 1.0, 0.0, 0.0, 0.0,            -1.0, 1.0, 0.0, 0.0)}
+#                           slope low  high linear floor       square line constant step
+COEFFICIENTS = {"tanh":     (2.0, -1.0, 1.0, 0.0, 0.0,         -0.5, 0.0, 0.5, 0.0),
+                "relu":     (1.0, 0.0, 0.0, 1.0, 0.0,          0.0, 0.0, 0.0, 1.0),
+                "identity": (1.0, 0.0, 0.0, 1.0, -math.inf,    0.0, 0.0, 1.0, 0.0),
+                "sigmoid":  (1.0, 0.0, 1.0, 0.0, 0.0,          -1.0, 1.0, 0.0, 0.0)}
 
 
 def coefficients(act, dtype):
@@ -652,10 +653,17 @@ class Recurrence(torch.autograd.Function):
     xw [K or 1, T, B, 2H] is x_t times the input weights; h0 [K, B, H]; w [N, K, H, 2H] each node's weights, its candidate
     half scaled by slope; mask [K or 1, B, H] or None; read, leaf [N, K]; act the coefficients. Returns h [K, T, B, H].
     Buffers are filled in place and there is no graph per step; each node's weight gradient is ONE product over all T * B
-    rows. It can be differentiated once: exact second derivatives are the reference's business."""
+    rows. A second backward computes the buffers again; second derivatives are the reference's business."""
 
     @staticmethod
-    def forward(ctx, training, xw, h0, w, mask, read, leaf, *act):
+    def forward(ctx, training, *inputs):
+        h, ctx.buffers = Recurrence.run(training, *inputs)
+        ctx.inputs = inputs
+        return h
+
+    @staticmethod
+    def run(training, xw, h0, w, mask, read, leaf, *act):
+        """h, and what backward needs, or None if not training."""
         (n, k, hidden, _), (t_, b) = w.shape, xw.shape[1:3]
         kept = t_ if training else 1  # steps whose values the backward pass needs
         slots, gates = Workspace.take(w, n + 1, k, kept, b, hidden), Workspace.take(w, n, k, kept, b, 2, hidden)
@@ -664,14 +672,14 @@ class Recurrence(torch.autograd.Function):
         z_c, z_u = (half for half in z.view(k, b, 2, hidden).unbind(2))
         index = read * k + torch.arange(k, device=read.device)                           # [N, K] rows of slots, flat
         leaf = leaf.t()[:, None].to(w.dtype).contiguous()                                # [K, 1, N]
-        slope, (scale, shift, linear, floor) = act[0], (x.unbind() for x in act[1:5])
-        per_node = list(zip(index.unbind(), w.unbind(), scale, shift, [x.bool() for x in linear], floor))
+        slope, (low, high, linear, floor) = act[0], (x.unbind() for x in act[1:5])
+        per_node = list(zip(index.unbind(), w.unbind(), low, high, [x.bool() for x in linear], floor))
         for t in range(t_):
             now, x = (t if training else 0), xw[:, t]
             rows = slots.view((n + 1) * k, kept, b, hidden)[:, now]                      # [(N+1) K, B, H]
             values = slots[:, :, now].unbind()                                           # N+1 times [K, B, H]
             values[0].copy_(h0 if t == 0 else h[:, t - 1])
-            for i, (where, w_i, scale, shift, linear, floor) in enumerate(per_node):
+            for i, (where, w_i, low, high, linear, floor) in enumerate(per_node):
                 torch.index_select(rows, 0, where, out=p)
                 torch.bmm(p if mask is None else torch.mul(p, mask, out=pm), w_i, out=z)
                 if i == 0:  # the node that reads the input pair
@@ -679,23 +687,21 @@ class Recurrence(torch.autograd.Function):
                     z_u.addcmul_(x[..., hidden:], slope[0])
                 g = gates[i, :, now]                                                     # [K, B, 2, H]
                 c, u = torch.sigmoid(z.view_as(g), out=g).unbind(2)
-                torch.where(linear, torch.maximum(z_u, floor), torch.addcmul(shift, scale, u), out=u)
+                torch.where(linear, torch.maximum(z_u, floor), torch.lerp(low, high, u), out=u)
                 torch.lerp(p, u, c, out=values[i + 1])
             mean = torch.bmm(leaf, slots[1:, :, now].view(n, k, b * hidden).transpose(0, 1)).view(k, b, hidden)
             shrink[:, t] = (STATE_BOUND / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)).clamp(max=1)
             torch.mul(mean, shrink[:, t], out=h[:, t])
         if training:
-            ctx.saved = xw.shape[0], w, mask, index, leaf, act, slots, gates, h.detach(), shrink
-        else:
-            Workspace.give(slots, gates)
-        return h
+            return h, (index, leaf, slots, gates, h.detach(), shrink)
+        Workspace.give(slots, gates)
+        return h, None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        if ctx.saved is None:
-            raise RuntimeError("the recurrence was already differentiated: its buffers are gone")
-        (shared, w, mask, index, leaf, act, slots, gates, h, shrink), ctx.saved = ctx.saved, None
+        xw, _, w, mask, _, _, *act = ctx.inputs
+        (index, leaf, slots, gates, h, shrink), ctx.buffers = ctx.buffers or Recurrence.run(True, *ctx.inputs)[1], None
         (n, k, hidden, _), (t_, b) = w.shape, h.shape[1:3]
         slope, (square, line, constant, step) = act[0], act[5:]
         flat = slots.view((n + 1) * k, t_, b, hidden)
@@ -739,7 +745,7 @@ class Recurrence(torch.autograd.Function):
         dxw[..., 1, :] *= slope[0][:, None]
         dxw = dxw.view(k, t_, b, 2 * hidden)
         Workspace.give(slots, gates, keep)
-        return None, dxw if shared == k else dxw.sum(0, keepdim=True), dh, dw, *[None] * (3 + len(act))
+        return None, dxw if len(xw) == k else dxw.sum(0, keepdim=True), dh, dw, *[None] * (3 + len(act))
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -762,10 +768,10 @@ class CrossEntropy(torch.autograd.Function):
             dh, dw, db = torch.empty_like(h), decoder.new_zeros(decoder.shape), bias.new_zeros(bias.shape)
         for i, r in ((i, r) for i in range(k) for r in range(0, rows, chunk)):
             x, y, part = h[i, r:r + chunk], targets[r:r + chunk].clamp(min=0)[:, None], share[r:r + chunk, None]
-            logp = torch.log_softmax(torch.addmm(shift[i], x, low[i].t()).to(wide), 1)
+            logp = torch.log_softmax(torch.addmm(shift[i], x, low[i].t()), 1)
             losses[i] -= (logp.gather(1, y) * part).sum()
             if training:  # dL/dlogits = (softmax - onehot) / count
-                p = logp.exp_().scatter_add_(1, y, torch.full_like(part, -1)).mul_(part)
+                p = logp.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=h.dtype)).mul_(part)
                 db[i] += p.sum(0)
                 at, end = r % block, min(r + chunk, rows)
                 d[at:at + len(p)] = p
@@ -774,15 +780,15 @@ class CrossEntropy(torch.autograd.Function):
                     torch.mm(d[:end - start], low[i], out=dh[i, start:end])
                     dw[i] += d[:end - start].t() @ h[i, start:end]
         if training:
-            ctx.saved = dh, dw, db
+            ctx.save_for_backward(dh, dw, db)
         return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (dh, dw, db), ctx.saved = ctx.saved, None
-        grad = grad[:, None]
-        return None, dh.mul_(grad[..., None]), dw.mul_(grad[..., None]), db.mul_(grad), None
+        dh, dw, db = ctx.saved_tensors
+        grad = grad.to(dw.dtype)[:, None]
+        return None, dh * grad[..., None].to(dh.dtype), dw * grad[..., None], db * grad, *[None] * 3
 
 
 def unroll(weights, cells, batch, dtype=torch.float32):
@@ -981,7 +987,7 @@ class Run:
     def __init__(self, study, config, quiet=False):
         self.study, self.config, self.quiet = study, config, quiet
         self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}")
-        self.good, self.stop, self.seconds, self.started, self.board = None, 0, 0.0, time.time(), None
+        self.good, self.stop, self.seconds, self.started, self.board, self.first = None, 0, 0.0, time.time(), None, None
         self.saved_at = self.spoke_at = self.started
         self.commit = commit()  # now: the file may change while the run goes on
 
@@ -1091,11 +1097,13 @@ class Run:
     def progress(self, done, total, words, **values):
         """A line for the person who waits, at most one in five seconds."""
         now = time.time()
+        self.first = self.first or (now, done, words)  # of this process: a resumed run did not do what came before
         if now - self.spoke_at < 5 and done < total:
             return
-        self.spoke_at = now
-        spent = max(now - self.started, 1e-9)
-        left = spent / max(done, 1e-9) * (total - done)
+        self.spoke_at, (since, done_then, words_then) = now, self.first
+        spent = max(now - since, 1e-9)
+        left = spent / max(done - done_then, 1e-9) * (total - done)
+        words -= words_then
         shown = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                           for name, value in values.items())
         self.say(f"{100 * done / total:3.0f} %  {shown}  {words / spent:,.0f} words/s  {clock(left)} left")
@@ -1532,7 +1540,7 @@ def study_search(config, run):
         record[f"{name}derived"] = [{"cell": row, "valid_perplexity": p} for row, p in zip(rows.tolist(), perplexities)]
         metrics[f"{name}best_cell"] = cell_to_json(decode(rows[0]))
         metrics[f"{name}valid_perplexity"] = perplexities[0]
-        metrics[f"{name}mean_valid_perplexity"] = sum(perplexities) / len(perplexities)
+        metrics[f"{name}median_valid_perplexity"] = perplexities[len(perplexities) // 2]
     if corpus.floor:
         metrics["floor_perplexity"] = corpus.floor["valid"]
     write_json(run.folder / "derived.json", record)
@@ -1599,7 +1607,79 @@ def load_shared(config, words):
     return weights
 
 
-STUDIES = {"search": study_search, "train": study_train}
+# name -> hidden, batch, vocabulary, architectures at once, dtypes timed beside the plain loop in float32
+BENCHES = {"hidden 1000": (1000, 64, 10000, 1, ("float32", "bfloat16")),
+           "hidden 200": (200, 64, 10000, 1, ("float32", "bfloat16")),
+           "hidden 32, 32 at once": (32, 16, 200, 32, ("float32",))}
+
+
+def study_bench(config, run):
+    """Speed: the batched recurrence beside the plain loop (one architecture, float32) and torch.nn.LSTM, in one run."""
+    ratios = []
+    for name, (hidden, batch, words, k, dtypes) in BENCHES.items():
+        if hidden <= config.hidden:  # --hidden bounds the largest case
+            for row in bench(replace(config, hidden=hidden, batch=batch, nodes=12), words, k, dtypes):
+                ratios.append({"name": f"{row.pop('name')}, {name}", **row})
+                run.say("{name}: {ratio:.2f} ({seconds:.4f} s)".format(**ratios[-1]))
+    return {"ratios": ratios}
+
+
+def bench(config, words, k, dtypes, repeats=5):
+    """[{name, seconds per architecture, ratio = plain loop's seconds / these}]; plain and fast in turn, medians."""
+    device, rows = device_of(config), encode([CELLS["enas"]] * k).to(device_of(config))
+    tokens = torch.randint(words, (config.bptt, config.batch), generator=rng("bench")).to(device)
+    weights, lstm = (to_device(w, device) for w in (shared_weights(config, words), lstm_weights(config, words, [1])))
+    for w in (*weights.values(), *lstm.values()):
+        w.requires_grad_()
+    masks = to_device(draw_masks(replace(config, hidden_dropout=.25), words, config.batch, [1], 0), device)
+
+    def job(network_, weights, masks, train):
+        batch = Batch(tokens, tokens, zero_state(weights, config.batch), masks)
+        with torch.set_grad_enabled(train):
+            losses = network_(weights, batch)
+            if train:
+                gradients(losses, weights)
+
+    fast = {dtype: lambda w, batch, dtype=DTYPES[dtype]: network(w, rows, batch, dtype)[0] for dtype in dtypes}
+    found = []
+    for train, label in ((True, "training step"), (False, "scoring")):
+        jobs = {"plain": partial(job, lambda w, batch: reference_losses(w, rows[0], batch)[0], weights, masks, train),
+                "LSTM": partial(job, lambda w, batch: network(w, None, batch)[0], lstm, {}, train),
+                **{dtype: partial(job, f, weights, masks, train) for dtype, f in fast.items()}}
+        seconds = {name: [] for name in jobs}
+        for _ in range(repeats + 1):  # the first is a warm-up
+            for name, work in jobs.items():
+                seconds[name].append(timed(work, device) / (k if name in dtypes else 1))
+        medians = {name: sorted(times[1:])[repeats // 2] for name, times in seconds.items()}
+        found += [dict(name=f"{label}, {name}", seconds=medians[name], ratio=medians["plain"] / medians[name])
+                  for name in medians if name != "plain"]
+        if train and device.type == "cpu":
+            peaks = {name: peak_memory(jobs[name]) for name in (dtypes[0], "plain")}
+            found.append(dict(name="peak memory, " + dtypes[0], seconds=0.0, ratio=peaks["plain"] * k / peaks[dtypes[0]]))
+    return found
+
+
+def timed(work, device):
+    """Seconds of one call."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(work):
+    """Bytes that a call needs at most beyond what is held before it (Linux: the kernel's high-water mark, reset)."""
+    Workspace.free.clear()
+    ctypes.CDLL(None).malloc_trim(0)
+    status = lambda name: int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+STUDIES = {"search": study_search, "train": study_train, "bench": study_bench}
 
 
 def run_study(study, config):
@@ -1630,6 +1710,93 @@ def check(config):
     device_of(config)
 
 
+# 11. Tables and report -----------------------------------------------------------------------------------------------
+
+PUBLISHED = {"enas": "- / 55.8", "darts_v1": "60.2 / 57.6", "darts_v2": "58.1 / 55.7", "enas_lm": "- / 57.3"}
+
+
+def table(headers, rows):
+    """A Markdown table whose columns are also aligned as plain text; floats to two decimals."""
+    text = [[f"{x:.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x) for x in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headers, *text)]
+    lines = [headers, ["-" * w for w in widths], *text]
+    return "\n".join("| " + " | ".join(x.ljust(w) for x, w in zip(line, widths)) + " |" for line in lines)
+
+
+def table_train(records):
+    """Networks trained from scratch, best test perplexity first, beside what was published for the cell at 850 units."""
+    networks = [n for record in records for n in record["metrics"]["networks"]]
+    return table(("cell", "recurrent weights", "epochs", "train", "valid", "test", "published valid / test"),
+                 [(Path(n["cell"]).name, n["recurrent_parameters"], n["epochs"], n["train_perplexity"], n["valid_perplexity"],
+                   n["test_perplexity"], PUBLISHED.get(n["cell"], "")) for n in
+                  sorted(networks, key=lambda n: n["test_perplexity"])])
+
+
+def table_search(records):
+    """Validation perplexity under the shared weights of the best and median architecture of either kind."""
+    rows = []
+    for r in records:
+        for name, prefix in ((f"{r['config']['controller']} controller", ""), ("uniform", "uniform_")):
+            rows.append((r["config"]["data"], r["seed"], name, r["config"]["derive_samples"],
+                         *(r["metrics"][f"{prefix}{what}valid_perplexity"] for what in ("", "median_"))))
+    return table(("data", "seed", "sampled from", "samples", "best", "median"), rows)
+
+
+def table_bench(records):
+    """How many times faster, or smaller, than the plain loop."""
+    return table(("measured", "seconds an architecture", "plain loop / this"),
+                 [(x["name"], f"{x['seconds']:.4f}", x["ratio"]) for r in records for x in r["metrics"]["ratios"]])
+
+
+TABLES = {"train": table_train, "search": table_search, "bench": table_bench}
+
+
+def draw_curves(records, axes, x, y, label):
+    """One line per run of metric y against x, from metrics.jsonl."""
+    for record in records:
+        lines = [json.loads(line) for line in (record["folder"] / "metrics.jsonl").read_text().splitlines()]
+        points = [(line[x], line[y][0] if isinstance(line[y], list) else line[y]) for line in lines if y in line]
+        if points:
+            axes.plot(*zip(*points), label=label(record), linewidth=1.5)
+    axes.set(xlabel=x, ylabel=y.replace("_", " "))
+    axes.legend(fontsize=8)
+
+
+def report(folder="results", readme="README.md"):
+    """Make every table and figure again from the committed records; tables go between their marks in the README."""
+    records = [{**read_json(path), "folder": path.parent} for path in sorted(Path(folder).glob("*/result.json"))]
+    if not records:
+        raise UserError(f"no records in {folder}/")
+    by_study = {study: [r for r in records if r["study"] == study] for study in TABLES}
+    text = Path(readme).read_text() if Path(readme).exists() else ""
+    for study, found in by_study.items():
+        made = TABLES[study](found) if found else ""
+        print(f"{made}\n")
+        text = re.sub(rf"(<!-- {study} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
+    if text:
+        Path(readme).write_text(text)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    draw_curves(by_study["train"], axes[0], "epoch", "valid_perplexity", lambda r: Path(r["config"]["cell"]).name)
+    axes[0].set_ylim(top=260)
+    for ax, y in zip(axes[1:], ("reward", "entropy")):
+        draw_curves(by_study["search"], ax, "step", y, lambda r: f"{r['config']['data']}, seed {r['seed']}")
+    figure.savefig(Path(folder) / "curves.png", dpi=110)
+    for r in by_study["search"]:
+        draw_cell(cell_from_json(r["metrics"]["best_cell"]), "the cell found").figure.savefig(r["folder"] / "cell.png", dpi=110)
+    plt.close("all")
+
+
+def summary(record):
+    """What a finished study prints."""
+    metrics, study = record["metrics"], record["study"]
+    text = TABLES[study]([record])
+    if "retrained" in metrics:
+        text += "\n\ntrained from scratch:\n" + table_train([{"metrics": m} for m in metrics["retrained"].values()])
+    if "floor_perplexity" in metrics:
+        text += f"\n\nthe best possible, under the true grammar: {metrics['floor_perplexity']:.2f}"
+    return text
+
+
 # 12. Main ------------------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -1643,7 +1810,7 @@ def parse(arguments):
     """(study, Config) of a command line; every field of Config is a flag."""
     parser = Parser(prog="menas.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("study", help=" | ".join(STUDIES))
+    parser.add_argument("study", help=" | ".join([*STUDIES, "report"]))
     for f in fields(Config):
         kind = (lambda text: {"true": True, "false": False}[text.lower()]) if f.type == "bool" or f.type is bool else f.type
         extra = dict(nargs="?", const=True, metavar="BOOL") if f.type is bool else dict(metavar=f.type.__name__.upper())
@@ -1656,7 +1823,7 @@ def parse(arguments):
         raise UserError(f"unknown argument '{word}'{nearest(flag.replace('-', '_').replace('__', '--', 1), flags)}")
     given = vars(given)
     study = given.pop("study")
-    choose("study", study, STUDIES)
+    choose("study", study, {**STUDIES, "report": report})
     return study, configure(study, given.pop("preset", "tiny"), **given)
 
 
@@ -1664,16 +1831,14 @@ def main(arguments=None):
     """Run a command line; a UserError is one line on stderr and exit code 2."""
     try:
         study, config = parse(arguments)
+        if study == "report":
+            return report()
         record = run_study(study, config)
     except UserError as error:
         print(f"menas: {error}", file=sys.stderr)
         return 2
-    print(summary(record))
+    print(f"\n{summary(record)}")
     return 0
-
-
-def summary(record):
-    return json.dumps(record["metrics"], indent=1)[:3000]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""A step never waits for the host, which a GPU's speed and a CUDA graph's capture need. Run: pytest tests/test_device.py"""
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from menas import REWARDS, BASELINES, Batch, Config, Controller, Segment, Stream, coefficient_table, draw_masks, network, \
+    policy_loss, score, search_space, sgd_step, shared_weights, train_step, worst_for_failures
+
+META = torch.device("meta")
+CONFIG = Config(hidden=8, nodes=4, batch=3, bptt=5, word_dropout=.1, input_dropout=.1, hidden_dropout=.1, output_dropout=.1,
+                activation_reg=1e-3, slowness_reg=1e-3)
+HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+
+class NoHost(TorchDispatchMode):
+    """Raises on a host read, on a shape that depends on data, and on an operand that lies on the CPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in HOST_READS):
+            raise AssertionError(f"{function} makes the host wait")
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, torch.Tensor) and tensor.device != META:
+                raise AssertionError(f"{function} has an operand on the CPU")
+        return out
+
+
+def to_meta(tensors):
+    return {name: tensor.to(META) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("state", ["carry", "zero", "warm"])
+def test_a_training_step_and_a_reward(dtype, state):
+    config = Config(**{**vars(CONFIG), "dtype": dtype, "state": state})
+    weights = to_meta(shared_weights(config, 20))
+    masks = to_meta(draw_masks(config, 20, config.batch, [1], 0))
+    controller = Controller(search_space(config), config).to(META)
+    tokens = torch.zeros(5, 3, dtype=torch.long, device=META)
+    segment = Segment(tokens, tokens, tokens, False)
+    draws, carried = torch.rand(2, len(controller.decisions), device=META), torch.zeros(1, 3, 8, device=META)
+    lr = torch.full((1,), 1.0, device=META)
+    coefficient_table(getattr(torch, dtype), META)  # made once, by the first step
+    with NoHost():
+        sample = controller(draws)
+        losses, _ = train_step(weights, sample.rows, Batch(tokens, tokens, carried, masks), lr, config)
+        scored, _ = score(config, weights, sample.rows, segment, carried)
+        rewards = worst_for_failures(REWARDS["perplexity"](scored))
+        for baseline in BASELINES.values():
+            value, _ = baseline(rewards, torch.zeros(2, device=META), 0.95)
+            policy_loss(sample, rewards, value, 0.1).backward(retain_graph=True)
+    assert losses.shape == scored.shape == (2,)
+
+
+@pytest.mark.parametrize("mistake", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x + torch.ones(2),
+                                     lambda x: 1 if x.sum() > 0 else 0])
+def test_the_watcher_sees_mistakes(mistake):
+    with pytest.raises(Exception), NoHost():
+        mistake(torch.zeros(2, device=META))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_cuda_equals_cpu(dtype, tolerance):
+    """Oracle: the CPU, the same weights, masks and text; losses, and weights after a step of SGD."""
+    config, found = Config(**{**vars(CONFIG), "dtype": dtype}), []
+    tokens = torch.randint(20, (2, 5, 3), generator=torch.Generator().manual_seed(0))
+    cells = Controller(search_space(config), config).sample(2, 1).rows
+    for device in ("cpu", "cuda"):
+        weights = {name: w.to(device) for name, w in shared_weights(config, 20).items()}
+        masks = {name: m.to(device) for name, m in draw_masks(config, 20, config.batch, [1], 0).items()}
+        batch = Batch(*tokens.to(device), torch.zeros(1, 3, 8, device=device), masks)
+        losses, _ = train_step(weights, cells.to(device), batch, torch.full((1,), 1.0, device=device), config)
+        found.append({"losses": losses, **weights})
+    for name in found[0]:
+        assert (found[0][name] - found[1][name].cpu()).abs().max() < tolerance, name
