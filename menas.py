@@ -545,6 +545,7 @@ def inherit(shared, cells):
 
 
 def is_shared(weights):
+    """Is it the supernet, or K networks each with its own?"""
     return weights["embedding"].dim() == 2
 
 
@@ -930,12 +931,8 @@ def uniform_rows(decisions, k, *key):
 # 6. Architecture gradients -------------------------------------------------------------------------------------------
 # theta: the controller. dF/dtheta = E_m [ cost(m) dlog pi(m)/dtheta ], omega held fixed: the direct term, ENAS's own.
 
-def perplexity_reward(losses):
-    """80 / perplexity, as in ENAS. losses [K], nats per token."""
-    return 80 * torch.exp(-losses)
-
-
-REWARDS = {"perplexity": perplexity_reward, "loss": torch.neg}
+# losses [K], nats per token -> rewards [K]. paper: ENAS's is 80 / perplexity.
+REWARDS = {"perplexity": lambda losses: 80 * torch.exp(-losses), "loss": torch.neg}
 
 
 def leave_one_out(rewards, memory, decay):
@@ -974,6 +971,7 @@ def policy_loss(sample, rewards, baseline, entropy_weight):
 
 # 7. Runs and records -------------------------------------------------------------------------------------------------
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 WHEREABOUTS = {"out", "cache", "device", "threads", "checkpoint_seconds"}  # settings that may differ when a run resumes
 FORMAT = "menas checkpoint 1"
 
@@ -981,15 +979,15 @@ FORMAT = "menas checkpoint 1"
 class Run:
     """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json; owned by one process.
 
-    Killed at any instant, the same command goes on from the last checkpoint, whose state also says how long metrics.jsonl
-    was, and every random draw depends only on its key: the result is that of an undisturbed run."""
+    Killed at any instant, the same command goes on from the last checkpoint, which also knows how long metrics.jsonl was;
+    as every random draw depends only on its key, the result is that of an undisturbed run."""
 
-    def __init__(self, study, config, quiet=False):
-        self.study, self.config, self.quiet = study, config, quiet
+    def __init__(self, study, config):
+        self.study, self.config, self.commit = study, config, commit()  # the file may change while the run goes on
         self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}")
-        self.good, self.stop, self.seconds, self.started, self.board, self.first = None, 0, 0.0, time.time(), None, None
+        self.good, self.good_bytes, self.stop, self.board, self.first = None, 0, 0, None, None
+        self.seconds, self.started = 0.0, time.time()  # spent before this process; its start
         self.saved_at = self.spoke_at = self.started
-        self.commit = commit()  # now: the file may change while the run goes on
 
     def __enter__(self):
         try:
@@ -1001,12 +999,18 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system's own, so a killed run frees it
         except OSError:
             raise UserError(f"another run is at work in {self.folder}; give this one another --out") from None
-        self.check_config()
-        self.old_handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
+        theirs = read_json(path) if path.exists() else mine
+        for name in mine:
+            if name not in WHEREABOUTS and theirs.get(name) != mine[name]:
+                raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, not {mine[name]!r}; "
+                                "give this one another --out")
+        write_json(path, mine)
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.old_handlers.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.lock.close()
 
@@ -1015,34 +1019,16 @@ class Run:
             raise SystemExit(128 + number)
         self.stop = number
 
-    def check_config(self):
-        """A folder belongs to one study and configuration."""
-        path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
-        if path.exists():
-            theirs = json.loads(path.read_text())
-            for name in mine:
-                if name not in WHEREABOUTS and theirs.get(name) != mine[name]:
-                    raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, not {mine[name]!r}; "
-                                    "give this one another --out")
-        else:
-            write_json(path, mine)
-
-    def result(self):
-        """The finished run's record, or None."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
-
     def restore(self):
-        """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to it."""
-        paths = [self.folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
+        """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to what it was then."""
         refused = []
-        for path in filter(Path.exists, paths):
+        for path in filter(Path.exists, (self.folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt"))):
             try:
                 saved = torch.load(path, map_location=device_of(self.config), weights_only=True)
-                if not isinstance(saved, dict) or saved.get("format") != FORMAT or saved.get("study") != self.study:
+                if not isinstance(saved, dict) or (saved.get("format"), saved.get("study")) != (FORMAT, self.study):
                     raise ValueError(f"it is not a checkpoint of menas {self.study}")
             except Exception as error:  # torch.load raises many kinds, all of which mean: not this file
-                refused.append(f"{path} is refused: {str(error).splitlines()[0][:100]}")
+                refused.append(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0][:100]}")
                 continue
             for line in refused:
                 self.say(f"{line}; going on from {path.name}")
@@ -1056,11 +1042,10 @@ class Run:
         return None
 
     def keep(self, state):
-        """Remember a good state; write it if the last checkpoint is old, or leave with it if a signal asked for that."""
+        """Remember a state known to be good; write it if the last checkpoint is old."""
         self.good, self.good_bytes = copy.deepcopy(state), (self.folder / "metrics.jsonl").stat().st_size
-        if self.stop or time.time() - self.saved_at >= self.config.checkpoint_seconds:
+        if time.time() - self.saved_at >= self.config.checkpoint_seconds:
             self.save()
-        self.obey()
 
     def obey(self):
         """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
@@ -1071,64 +1056,60 @@ class Run:
             raise SystemExit(128 + self.stop)
 
     def save(self):
-        path = self.folder / "checkpoint.pt"
-        saved = {"format": FORMAT, "study": self.study, "state": self.good, "seconds": self.elapsed(),
-                 "metrics_bytes": self.good_bytes}
-        buffer = io.BytesIO()
-        torch.save(saved, buffer)
+        """Write the good state; the checkpoint before it stays as checkpoint.previous.pt."""
+        path, buffer = self.folder / "checkpoint.pt", io.BytesIO()
+        torch.save({"format": FORMAT, "study": self.study, "state": self.good, "metrics_bytes": self.good_bytes,
+                    "seconds": self.seconds + time.time() - self.started}, buffer)
         if path.exists():
             os.replace(path, path.with_name("checkpoint.previous.pt"))
         write_atomically(path, buffer.getvalue())
         self.saved_at = time.time()
 
-    def elapsed(self):
-        return self.seconds + time.time() - self.started
+    def log(self, line, done, total, words):
+        """A line of metrics.jsonl, and now and then one for the person who waits: done of total, words read so far.
 
-    def log(self, **values):
-        """One line of metrics.jsonl. No times in it: it is the same for every run of this configuration."""
+        There is no time in metrics.jsonl: it is the same for every run of a configuration."""
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(line) + "\n")
         if self.board is None:
             self.board = tensorboard(self.folder)
-        for name, value in values.items():
+        for name, value in line.items():
             if self.board and isinstance(value, float):
-                self.board.add_scalar(name, value, values["step"])
-
-    def progress(self, done, total, words, **values):
-        """A line for the person who waits, at most one in five seconds."""
+                self.board.add_scalar(name, value, line["step"])
         now = time.time()
-        self.first = self.first or (now, done, words)  # of this process: a resumed run did not do what came before
-        if now - self.spoke_at < 5 and done < total:
-            return
-        self.spoke_at, (since, done_then, words_then) = now, self.first
-        spent = max(now - since, 1e-9)
-        left = spent / max(done - done_then, 1e-9) * (total - done)
-        words -= words_then
-        shown = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                          for name, value in values.items())
-        self.say(f"{100 * done / total:3.0f} %  {shown}  {words / spent:,.0f} words/s  {clock(left)} left")
+        since, done_then, words_then = self.first = self.first or (now, done, words)  # of this process, if resumed
+        if now - self.spoke_at >= 5 or done >= total:
+            self.spoke_at, spent = now, max(now - since, 1e-9)
+            left = int(spent / max(done - done_then, 1e-9) * (total - done))
+            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
+            self.say(f"{100 * done / total:3.0f} %  {shown}  {(words - words_then) / spent:,.0f} words/s  "
+                     f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
 
     def say(self, text):
-        if not self.quiet:
-            print(f"[{self.study}] {text}", flush=True)
+        print(f"[{self.study}] {text}", flush=True)
 
     def finish(self, metrics):
         """Write result.json and return it."""
-        device = device_of(self.config)
+        gpu, seconds = device_of(self.config).type == "cuda", self.seconds + time.time() - self.started
         record = {"study": self.study, "config": asdict(self.config), "seed": self.config.seed, "commit": self.commit,
                   "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-                  "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-                  "seconds": round(self.elapsed(), 1), "metrics": metrics}
+                  "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+                  "seconds": round(seconds, 1), "metrics": metrics}
         write_json(self.folder / "result.json", record)
         return record
 
 
 def write_json(path, value):
+    """Indented, atomic."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def clock(seconds):
-    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+def read_json(path):
+    """Its content, or a UserError that names the file."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def tensorboard(folder):
@@ -1147,19 +1128,18 @@ def commit():
 
 
 def device_of(config):
+    """The torch.device that --device names."""
     if config.device not in ("auto", "cpu") and not config.device.startswith("cuda"):
-        raise UserError(f"unknown device '{config.device}'; choose auto, cpu or cuda")
+        raise UserError(f"unknown device '{config.device}'{nearest(config.device, ('cpu', 'cuda', 'auto'))}")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here; use --device cpu")
+        raise UserError(f"--device {config.device}: there is no CUDA device here; use --device cpu")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 # 8. Evaluate, derive, train ------------------------------------------------------------------------------------------
 
 def to_device(tensors, device):
+    """A dict of tensors, moved."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
@@ -1235,20 +1215,10 @@ def train_step(weights, cells, batch, lr, config):
     return losses.detach(), state
 
 
-def constant_schedule(epoch, epochs):
-    return 1.0
-
-
-def cosine_schedule(epoch, epochs):
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / epochs)))
-
-
-def decay_schedule(epoch, epochs):
-    """paper: ENAS-pytorch, .96 an epoch from the 15th."""
-    return 0.96 ** max(0, int(epoch) - 14)
-
-
-SCHEDULES = {"constant": constant_schedule, "cosine": cosine_schedule, "decay": decay_schedule}
+# (epochs done, epochs in all) -> factor of lr. paper: decay is ENAS-pytorch's, .96 an epoch from the 15th.
+SCHEDULES = {"constant": lambda epoch, epochs: 1.0,
+             "cosine": lambda epoch, epochs: 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / epochs))),
+             "decay": lambda epoch, epochs: 0.96 ** max(0, int(epoch) - 14)}
 
 
 def train_networks(config, run, corpus, weights, cells, seeds):
@@ -1271,13 +1241,16 @@ def train_networks(config, run, corpus, weights, cells, seeds):
              "loss": full(0.0), "steps": 0}
         run.keep(s)
     stream.seek(s["where"])
+    own_seeds = ()
     while len(s["alive"]) and stream.epoch < config.epochs:
         alive = s["alive"]
+        if len(own_seeds) != len(alive):  # a network has left; only then does the host ask which
+            own_seeds = [seeds[i] for i in alive.tolist()]
         # one step of SGD on the next segment
         at = stream.epoch + stream.at / stream.length
         segment = stream.next()
         state = zero_state(s["weights"], config.batch) if segment.before is None else s["state"]
-        masks = draw_masks(config, words, config.batch, [seeds[i] for i in alive.tolist()], s["step"])
+        masks = draw_masks(config, words, config.batch, own_seeds, s["step"])
         batch = Batch(segment.inputs, segment.targets, state, to_device(masks, device))
         length = len(segment.inputs) / config.bptt if config.random_bptt else 1.0
         lr = s["lr"][alive] * length * schedule(at, config.epochs)
@@ -1295,18 +1268,15 @@ def train_networks(config, run, corpus, weights, cells, seeds):
             validate(config, s, cells, valid, dtype, stream.epoch)
         if segment.ends or s["steps"] >= config.log_every:
             s["where"] = stream.where()
-            loss = (s["loss"][alive] / s["steps"]).mean().item()
+            loss = (s["loss"][alive] / s["steps"]).nanmean().item()  # of the networks that have not failed
             line = dict(step=s["step"], epoch=stream.epoch, loss=loss, perplexity=perplexity(loss))
             if segment.ends:
                 line["valid_perplexity"] = [perplexity(x) for x in s["valid"].tolist()]
-            run.log(**line)
             s["loss"].zero_()
             s["steps"] = 0
+            run.log(line, stream.epoch + stream.at / stream.length, config.epochs,
+                    s["step"] * config.batch * config.bptt * len(alive))
             run.keep(s)
-            epoch = stream.epoch + stream.at / stream.length
-            run.progress(epoch, config.epochs, s["step"] * config.batch * config.bptt * len(alive), step=s["step"],
-                         epoch=stream.epoch, loss=loss, perplexity=perplexity(loss),
-                         valid=perplexity(s["best_loss"].min().item()))
         run.obey()
     numbers = {"valid_loss": s["best_loss"], "best_epoch": s["best_epoch"], "epochs": s["epochs"], "failed": s["failed"]}
     return s["best"], {name: value.tolist() for name, value in numbers.items()}
@@ -1488,9 +1458,8 @@ def search(config, run, corpus):
                 s["rollbacks"] += 1
                 roll_back(run, s, controller, adam)
                 line = dict(step=s["step"], epoch=epoch, rolled_back_to=run.good["step"])
-            run.log(**line)
+            run.log(line, s["step"], config.epochs * round_, s["step"] * config.batch * config.bptt)
             snapshot()
-            run.progress(s["step"], config.epochs * round_, s["step"] * config.batch * config.bptt, **line)
         run.obey()
     return s["weights"], controller
 
@@ -1515,13 +1484,6 @@ def load_cell(config, name):
         return cell_from_json(read_json(path / "result.json")["metrics"]["best_cell"] if path.is_dir() else read_json(path))
     raise UserError(f"unknown cell '{name}'{nearest(name, [*CELLS, 'lstm'])}; choose from {', '.join(CELLS)}, lstm, "
                     "random:SEED, a JSON file, or a search's folder")
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
 
 
 # 10. Studies ---------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def train(folder, rows, seeds, change=None, **settings):
     weights = float64(standalone_weights(config, WORDS, rows, seeds))
     if change:
         change(weights)
-    with Run("train", config, quiet=True) as run:
+    with Run("train", config) as run:
         return train_networks(config, run, small_corpus(), weights, rows, seeds)
 
 
