@@ -1,4 +1,28 @@
-"""MENAS"""
+"""MENAS: efficient neural architecture search for recurrent cells, exact, batched, and in one file.
+
+    python menas.py search                            # about a minute on two CPU cores: finds a cell on a built-in corpus,
+                                                      # draws it, trains it and an LSTM from scratch, and prints their
+                                                      # perplexities beside the best possible
+    python menas.py search --preset ptb               # the same on Penn Treebank, on a laptop
+    python menas.py train --preset ptb --cell enas    # a published cell, a JSON file, or a search's folder
+    python menas.py bench | report | --help
+
+The one idea: an architecture is a row of integers, a batch of architectures is a tensor. One forward pass runs K of
+them on the same minibatch, under shared weights (ENAS) or each under its own (many networks, trained as one).
+
+    code            symbol      meaning
+    weights         omega       of the shared network (the supernet), or of K standalone ones; a dict of tensors
+    controller      theta       the policy's weights
+    cells, rows     m           architectures [K, D], a column per decision
+    network()       L(omega; m) mean loss per token [K], nats; perplexity is its exponential
+    K, N, D         -           architectures in a batch, nodes of a cell, decisions
+    T, B, H, V      -           steps of a segment (bptt), parallel streams (batch), hidden units, words
+    slot            s           what a node can read: slot 0 is the input pair (x_t, h_{t-1}), slot i + 1 is node i
+
+ENAS (Pham et al. 2018) alternates omega <- omega - lr d/domega E_m L_train(omega; m), an architecture or a few at a
+time, and theta <- theta + lr E_m [ reward(m) dlog pi(m)/dtheta ], the reward from L_valid(omega; m). Where we differ from
+the paper a comment says so, after 'paper:'.
+"""
 import argparse
 import copy
 import ctypes
@@ -24,6 +48,7 @@ from typing import NamedTuple
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -101,7 +126,7 @@ class Config:
 # preset -> study -> settings; "all" holds for every study and comes first.
 PRESETS = {
     "smoke": {
-        "all": dict(data="toy", hidden=16, batch=16, bptt=20, nodes=4, epochs=2, controller_samples=8, log_every=10,
+        "all": dict(data="toy", hidden=16, batch=64, bptt=20, nodes=4, epochs=2, controller_samples=8, log_every=10,
                     controller_steps=5, shared_steps=20, derive_samples=10)},
     "tiny": {
         "all": dict(data="toy", hidden=32, batch=16, bptt=35, nodes=6, lr=10.0, eval_batch=16, controller_samples=16),
@@ -116,8 +141,8 @@ PRESETS = {
     "paper": {
         "all": dict(data="ptb", dtype="bfloat16", init=.04, batch=64, random_bptt=True, clip=.25, controller_hidden=64,
                     controller_lr=5e-5, entropy=1e-5, tanh_constant=2.25, slowness_reg=1e-3),
-        "search": dict(hidden=200, epochs=600, word_dropout=.1, input_dropout=.8, hidden_dropout=.25, output_dropout=.75,
-                       weight_decay=1.6e-6, clip=.1, batch=128, controller_steps=25, controller_samples=10),
+        "search": dict(hidden=200, epochs=600, batch=128, word_dropout=.1, input_dropout=.8, hidden_dropout=.25, clip=.1,
+                       output_dropout=.75, weight_decay=1.6e-6, controller_steps=25, controller_samples=10),
         "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775, hidden_dropout=.225,
                       output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100)},
 }
@@ -147,7 +172,7 @@ def configure(study, preset, **overrides):
 
 
 def rng(*key):
-    """A generator seeded by its key: randomness is a function of (seed, purpose, step), so a resumed run draws alike."""
+    """A generator seeded by a key: randomness is a function of (seed, purpose, step); a resumed run draws alike."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -268,10 +293,10 @@ def toy_words(kind):
 def toy_next(state):
     """[(word, probability, next state)] under the true grammar.
 
-    A state is (topic, due, phase): the class of the last main noun, (class, letter) of the nouns whose verbs are still to
-    come, outermost first, and what was written last: 'start' (a noun is next), 'noun', 'verb', or 'adverb'. A main noun
-    keeps the topic with TOY_TOPIC; a clause follows a noun with TOY_NEST, an adverb a verb with TOY_ADVERB; a verb has its
-    noun's class, and its letter with TOY_ECHO."""
+    A state is (topic, due, phase): the class of the last main noun, (class, letter) of the nouns whose verbs are still
+    to come, outermost first, and what was written last: 'start' (a noun is next), 'noun', 'verb', or 'adverb'. A main
+    noun keeps the topic with TOY_TOPIC; a clause follows a noun with TOY_NEST, an adverb a verb with TOY_ADVERB; a verb
+    has its noun's class, and its letter with TOY_ECHO."""
     topic, due, phase = state
     if phase == "start":
         keeps = lambda c: TOY_TOPIC if c == topic else (1 - TOY_TOPIC) / (TOY_CLASSES - 1)
@@ -373,7 +398,7 @@ class Cell(NamedTuple):
 
 
 def named(pairs, output):
-    """A published cell from its text: 'activation<-predecessor' of nodes 1, 2, ...; node 0 is tanh on the input pair."""
+    """A published cell from 'activation<-predecessor' of nodes 1, 2, ...; node 0 is tanh on the input pair."""
     nodes = [pair.split("<-") for pair in pairs.split()]
     return Cell(((INPUT, "tanh"),) + tuple((int(p) + 1, act) for act, p in nodes), output)
 
@@ -405,7 +430,7 @@ def cell_from_json(cell):
             raise UserError(f"node {i} needs 'from' and 'activation'")
         choose(f"activation of node {i}", node["activation"], ACTIVATIONS)
         if node["from"] != "input" and node["from"] not in range(len(nodes)):
-            raise UserError(f"node {i} reads node {node['from']}, which is missing: there are nodes 0 to {len(nodes) - 1}")
+            raise UserError(f"node {i} reads node {node['from']}, which is missing: nodes are 0 to {len(nodes) - 1}")
     order = []
     for i in range(len(nodes)):
         path = []  # from node i back to one already sorted, or to the input
@@ -421,7 +446,7 @@ def cell_from_json(cell):
     return Cell(tuple((slot[nodes[i]["from"]], nodes[i]["activation"]) for i in order), output)
 
 
-# A cell is a row of integers [D]: its number of nodes, its output, then for each node the slot it reads and its activation.
+# A row of integers [D] is a cell: its number of nodes, its output, then for each node the slot read and the activation.
 def encode(cells, nodes=0):
     """Cells as rows [K, 2 + 2N]; N is the largest cell's, or more. Nodes a cell does not have are unused entries."""
     nodes = max([nodes] + [len(cell.nodes) for cell in cells])
@@ -495,7 +520,7 @@ def draw_cell(cell, title="", axes=None):
 
 # 4. The shared network -----------------------------------------------------------------------------------------------
 # Weights are a dict of tensors. Shared by all architectures: 'edges' is the bank [edges, H, 2H], a row for each pair
-# (slot read, node). Standalone, one network per architecture: every tensor has a leading K and 'edges' is [K, N, H, 2H].
+# (slot read, node). Standalone, a network per architecture: every tensor has a leading K and 'edges' is [K, N, H, 2H].
 
 STATE_BOUND = 25.0  # largest norm of h_t, as in the peers
 
@@ -550,7 +575,7 @@ def is_shared(weights):
 
 
 def structure(cells):
-    """What the recurrence needs of rows [K, D]: read, edge, activation [N, K] and the weight of each node in h_t [N, K]."""
+    """What the recurrence needs of rows [K, D], each [N, K]: slot read, edge, activation, weight of the node in h_t."""
     count, output = cells[:, 0], cells[:, 1]
     read, act = cells[:, 2::2].t(), cells[:, 3::2].t()                                   # [N, K]
     node = torch.arange(len(read), device=cells.device)[:, None]
@@ -569,7 +594,7 @@ class Batch(NamedTuple):
 
 
 def draw_masks(config, words, batch, seeds, step):
-    """Variational dropout: one mask per segment, scaled by 1 / (1 - rate). A leading 1 per seed: one seed, shared masks.
+    """Variational dropout: a mask per segment, scaled by 1 / (1 - rate), for each of K seeds; one seed, shared masks.
 
     word [K, V], input, hidden, output [K, B, H]; a rate of 0 has no mask."""
     shapes = {"word": (words,), "input": (batch, config.hidden), "hidden": (batch, config.hidden),
@@ -613,7 +638,7 @@ def reference_losses(weights, row, batch, k=0):
 
 
 class Workspace:
-    """Large buffers by shape. A forward pass takes them, its backward gives them back, so two passes never share one."""
+    """Large buffers by shape. A forward pass takes them, its backward gives them back: two passes never share one."""
     free = {}
 
     @classmethod
@@ -651,10 +676,10 @@ def coefficient_table(dtype, device):
 class Recurrence(torch.autograd.Function):
     """All nodes, steps and architectures of the recurrence, with a backward pass through time written by hand.
 
-    xw [K or 1, T, B, 2H] is x_t times the input weights; h0 [K, B, H]; w [N, K, H, 2H] each node's weights, its candidate
-    half scaled by slope; mask [K or 1, B, H] or None; read, leaf [N, K]; act the coefficients. Returns h [K, T, B, H].
-    Buffers are filled in place and there is no graph per step; each node's weight gradient is ONE product over all T * B
-    rows. A second backward computes the buffers again; second derivatives are the reference's business."""
+    xw [K or 1, T, B, 2H] is x_t times the input weights; h0 [K, B, H]; w [N, K, H, 2H] each node's weights, its
+    candidate half scaled by slope; mask [K or 1, B, H] or None; read, leaf [N, K]; act the coefficients. Returns h
+    [K, T, B, H]. Buffers are filled in place and there is no graph per step; each node's weight gradient is ONE product
+    over all T * B rows. A second backward fills the buffers again; it has no second derivatives, the reference has."""
 
     @staticmethod
     def forward(ctx, training, *inputs):
@@ -707,7 +732,7 @@ class Recurrence(torch.autograd.Function):
         slope, (square, line, constant, step) = act[0], act[5:]
         flat = slots.view((n + 1) * k, t_, b, hidden)
         keep = Workspace.take(w, n, k, t_, b, hidden)
-        # Local derivatives of s = p + c (u - p) for all steps at once: gates become ds/dc~ and ds/dz, keep ds/dp = 1 - c.
+        # Local derivatives of s = p + c (u - p), all steps at once: gates become ds/dc~ and ds/dz, keep ds/dp = 1 - c.
         for i in range(n):
             c, u = gates[i].unbind(3)
             torch.sub(1, c, out=keep[i])
@@ -750,12 +775,11 @@ class Recurrence(torch.autograd.Function):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Mean loss of h [K, R, H] against targets [R] under decoders [K, V, H] and biases [K, V]: [K], in float32 or better.
+    """Mean loss [K] of h [K, R, H] for targets [R] under decoders [K, V, H] and biases [K, V], in float32 or better.
 
-    The products are in h's dtype, the gradients of decoder and bias in theirs.
-    All logits never exist at once: the softmax goes by chunks that stay in the cache, the products by blocks of chunks. If
-    a gradient is wanted, forward computes it there and then for dL = 1, since the softmax is at hand, and backward only
-    scales it. Rows with target -1 do not count."""
+    The products are in h's dtype, the gradients of decoder and bias in theirs. All logits never exist at once: the
+    softmax goes by chunks that stay in the cache, the products by blocks of chunks. If a gradient is wanted, forward
+    computes it there and then for dL = 1, since the softmax is at hand; backward only scales it. Target -1: no target."""
 
     @staticmethod
     def forward(ctx, training, h, decoder, bias, targets, chunk=128, block=1024):
@@ -829,7 +853,8 @@ def unroll_lstm(weights, cells, batch, dtype=torch.float32):
     for i in range(len(x)):
         h, c = batch.state[i if len(batch.state) > 1 else 0].chunk(2, -1)
         flat = [weights[name][i] for name in names]
-        out, h, c = torch.lstm(x[i], (h[None].contiguous(), c[None].contiguous()), flat, True, 1, 0.0, False, False, False)
+        start = (h[None].contiguous(), c[None].contiguous())
+        out, h, c = torch.lstm(x[i], start, flat, True, 1, 0.0, False, False, False)
         outputs.append(out @ weights["project"][i] if "project" in weights else out)
         states.append(torch.cat([h[0], c[0]], -1).detach())
     return torch.stack(outputs).to(dtype), torch.stack(states)
@@ -936,7 +961,7 @@ REWARDS = {"perplexity": lambda losses: 80 * torch.exp(-losses), "loss": torch.n
 
 
 def leave_one_out(rewards, memory, decay):
-    """b_k = mean of the others' rewards: scored on the same minibatch, its difficulty cancels. Unbiased; needs K > 1."""
+    """b_k = mean of the others' rewards: on the same minibatch, so its difficulty cancels. Unbiased; needs K > 1."""
     k = len(rewards)
     return (rewards.sum() - rewards) / max(k - 1, 1), memory
 
@@ -979,8 +1004,8 @@ FORMAT = "menas checkpoint 1"
 class Run:
     """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json; owned by one process.
 
-    Killed at any instant, the same command goes on from the last checkpoint, which also knows how long metrics.jsonl was;
-    as every random draw depends only on its key, the result is that of an undisturbed run."""
+    Killed at any instant, the same command goes on from the last checkpoint, which also knows how long metrics.jsonl
+    was; as every random draw depends only on its key, the result is that of an undisturbed run."""
 
     def __init__(self, study, config):
         self.study, self.config, self.commit = study, config, commit()  # the file may change while the run goes on
@@ -1123,8 +1148,9 @@ def tensorboard(folder):
 
 def commit():
     """The commit that this file is at, '+' if it has been changed since; '' outside a repository."""
-    git = lambda *words: subprocess.run(("git",) + words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
-    return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if git("diff", "HEAD", "--", Path(__file__).name) else "")
+    here = ("git", "-C", Path(__file__).parent)
+    git = lambda *words: subprocess.run(here + words, capture_output=True, text=True).stdout
+    return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(git("diff", "HEAD", "--", Path(__file__).name))
 
 
 def device_of(config):
@@ -1154,7 +1180,7 @@ WARM_UP = 70  # words read before a stream's first scored one, so that cutting t
 
 @torch.no_grad()
 def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32):
-    """Mean loss [K] over a whole split: every token but the first exactly once, no dropout. exp() of it is perplexity."""
+    """Mean loss [K] over a whole split: every token but the first exactly once, no dropout. Its exp() is perplexity."""
     n = len(tokens) - 1                                                                  # targets
     batch = min(batch, max(1, n // WARM_UP))
     length = math.ceil(n / batch)
@@ -1176,11 +1202,6 @@ def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32):
 def perplexity(loss):
     """exp(loss); infinite where that overflows or the loss is not a number."""
     return math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
-
-
-def evaluate_many(weights, rows, tokens, at_once=10, **how):
-    """evaluate() for any number of architectures under shared weights, some at a time for memory's sake: [K]."""
-    return torch.cat([evaluate(weights, part, tokens, **how) for part in rows.split(at_once)])
 
 
 @torch.no_grad()
@@ -1206,7 +1227,7 @@ def gradients(losses, weights):
 
 
 def train_step(weights, cells, batch, lr, config):
-    """One step of SGD on the mean loss of K architectures (shared weights), or on each one's own: losses, next state."""
+    """A step of SGD on the mean loss of K architectures (shared weights) or on each one's own: losses, next state."""
     for w in weights.values():
         w.requires_grad_()
     losses, state = network(weights, cells, batch, DTYPES[config.dtype], config.activation_reg, config.slowness_reg)
@@ -1222,10 +1243,10 @@ SCHEDULES = {"constant": lambda epoch, epochs: 1.0,
 
 
 def train_networks(config, run, corpus, weights, cells, seeds):
-    """Train K standalone networks as one, each by itself: its masks, clipping, learning rate, averaging, stopping, failure.
+    """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging, stopping, failure.
 
-    Returns the best weights of each by validation and a dict of lists: valid_loss, best_epoch, epochs, failed. A network
-    that has stopped leaves the batch. cells: rows [K, D], or None for LSTMs."""
+    Returns the best weights of each by validation and a dict of lists: best_loss, best_epoch, epochs, failed. A
+    network that has stopped leaves the batch. cells: rows [K, D], or None for LSTMs."""
     device, dtype, schedule = device_of(config), DTYPES[config.dtype], SCHEDULES[config.schedule]
     stream = Stream(corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt).to(device)
     valid, words, k = corpus.valid.to(device), len(corpus.words), len(seeds)
@@ -1278,8 +1299,7 @@ def train_networks(config, run, corpus, weights, cells, seeds):
                     s["step"] * config.batch * config.bptt * len(alive))
             run.keep(s)
         run.obey()
-    numbers = {"valid_loss": s["best_loss"], "best_epoch": s["best_epoch"], "epochs": s["epochs"], "failed": s["failed"]}
-    return s["best"], {name: value.tolist() for name, value in numbers.items()}
+    return s["best"], {name: s[name].tolist() for name in ("best_loss", "best_epoch", "epochs", "failed")}
 
 
 @torch.no_grad()
@@ -1294,7 +1314,7 @@ def update_mean(s, alive):
 
 @torch.no_grad()
 def validate(config, s, cells, valid, dtype, epoch):
-    """Score the alive networks; keep the best weights; start averaging, lower lr, or let go those that do not improve."""
+    """Score the alive networks; keep the best weights; start averaging, lower lr, or let go where nothing improves."""
     alive = s["alive"]
     averaging = s["averaged"][alive] > 0
     pick = lambda yes, a, b: torch.where(yes.view(-1, *[1] * (a.dim() - 1)), a, b)
@@ -1381,7 +1401,7 @@ def search_line(s, epoch):
     s["sums"], s["counts"] = torch.zeros_like(s["sums"]), [0, 0]
     line = dict(step=s["step"], epoch=epoch)
     if shared:
-        line.update(loss=loss / shared, perplexity=perplexity(loss / shared) if loss == loss else loss)
+        line.update(loss=loss / shared, perplexity=perplexity(loss / shared))
     if rewarded:
         line.update(reward=reward / rewarded, entropy=entropy / rewarded)
     return line
@@ -1402,18 +1422,16 @@ def search(config, run, corpus):
     device, words, decisions = device_of(config), len(corpus.words), search_space(config)
     controller = Controller(decisions, config).to(device)
     adam = torch.optim.Adam(controller.parameters(), lr=config.controller_lr)
-    train, valid = (Stream(tokens, config.batch, config.bptt, (config.seed, name), name == "train" and config.random_bptt)
-                    .to(device) for tokens, name in ((corpus.train, "train"), (corpus.valid, "valid")))
+    train = Stream(corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt).to(device)
+    valid = Stream(corpus.valid, config.batch, config.bptt).to(device)
     shared_steps = config.shared_steps or math.ceil(train.length / config.bptt)
-    learns = config.controller == "trained"
-    controller_steps = config.controller_steps if learns else 0
-    round_ = shared_steps + controller_steps
+    round_ = shared_steps + (config.controller_steps if config.controller == "trained" else 0)
     s = run.restore()
     if s is None:
         zeros = torch.zeros(1, config.batch, config.hidden, device=device)
         s = {"step": 0, "weights": to_device(shared_weights(config, words), device), "train": train.where(),
              "valid": valid.where(), "train_state": zeros, "valid_state": zeros.clone(), "controller": {}, "adam": {},
-             "memory": torch.zeros(2, device=device), "rollbacks": 0,
+             "memory": torch.zeros(2, device=device),
              "sums": torch.zeros(3, device=device), "counts": [0, 0]}  # of loss, reward, entropy since the last line
     else:
         controller.load_state_dict(s["controller"])
@@ -1452,10 +1470,9 @@ def search(config, run, corpus):
             s["counts"][1] += 1
         s["step"] += 1
         # a line of metrics, after which the state is known to be good
-        if s["step"] % config.log_every == 0 or s["step"] % round_ in (0, shared_steps):
+        if any(s["counts"]) and (s["step"] % config.log_every == 0 or s["step"] % round_ in (0, shared_steps)):
             line = search_line(s, epoch)
-            if not math.isfinite(sum(x for x in line.values() if x is not None)):
-                s["rollbacks"] += 1
+            if not math.isfinite(sum(line.values())):
                 roll_back(run, s, controller, adam)
                 line = dict(step=s["step"], epoch=epoch, rolled_back_to=run.good["step"])
             run.log(line, s["step"], config.epochs * round_, s["step"] * config.batch * config.bptt)
@@ -1464,13 +1481,14 @@ def search(config, run, corpus):
     return s["weights"], controller
 
 
-def derive(config, weights, rows, corpus):
-    """Validation loss [K] of architectures under the shared weights, whole split, best first, and the rows so sorted."""
+def derive(config, weights, rows, corpus, at_once=10):
+    """Architectures under the shared weights on the whole validation split, best first: rows [K, D], perplexities."""
     device = device_of(config)
-    losses = evaluate_many(weights, rows.to(device), corpus.valid.to(device), batch=config.eval_batch,
-                           dtype=DTYPES[config.dtype])
-    order = torch.where(torch.isfinite(losses), losses, math.inf).argsort(stable=True)
-    return losses[order], rows.to(device)[order]
+    losses = torch.cat([evaluate(weights, part, corpus.valid.to(device), config.eval_batch, dtype=DTYPES[config.dtype])
+                        for part in rows.to(device).split(at_once)])  # some at a time, for memory's sake
+    scored = [perplexity(loss) for loss in losses.tolist()]
+    order = sorted(range(len(rows)), key=scored.__getitem__)
+    return rows.cpu()[order], [scored[i] for i in order]
 
 
 def load_cell(config, name):
@@ -1481,7 +1499,7 @@ def load_cell(config, name):
         return decode(uniform_rows(search_space(config), 1, "random cell", name)[0])
     path = Path(name)
     if path.is_dir() or path.suffix == ".json":
-        return cell_from_json(read_json(path / "result.json")["metrics"]["best_cell"] if path.is_dir() else read_json(path))
+        return cell_from_json(read_json(path / "cell.json" if path.is_dir() else path))
     raise UserError(f"unknown cell '{name}'{nearest(name, [*CELLS, 'lstm'])}; choose from {', '.join(CELLS)}, lstm, "
                     "random:SEED, a JSON file, or a search's folder")
 
@@ -1493,79 +1511,70 @@ def study_search(config, run):
     corpus = load_corpus(config)
     weights, controller = search(config, run, corpus)
     run.say(f"scoring {config.derive_samples} sampled and as many uniform architectures on the whole validation split")
-    samples = controller.sample(config.derive_samples, config.seed, "derive").rows
-    uniform_ = uniform_rows(controller.decisions, config.derive_samples, config.seed, "derive uniform")
-    metrics, record = {}, {}
-    for name, rows in (("", samples), ("uniform_", uniform_)):
-        losses, rows = derive(config, weights, rows, corpus)
-        perplexities = [perplexity(x) for x in losses.tolist()]
-        record[f"{name}derived"] = [{"cell": row, "valid_perplexity": p} for row, p in zip(rows.tolist(), perplexities)]
+    metrics, derived = {}, {}
+    for name, rows in (("", controller.sample(config.derive_samples, config.seed, "derive").rows),
+                       ("uniform_", uniform_rows(controller.decisions, config.derive_samples, config.seed, "uniform"))):
+        rows, perplexities = derive(config, weights, rows, corpus)
+        derived[f"{name}cells"] = [[*row, round(p, 3)] for row, p in zip(rows.tolist(), perplexities)]
         metrics[f"{name}best_cell"] = cell_to_json(decode(rows[0]))
         metrics[f"{name}valid_perplexity"] = perplexities[0]
         metrics[f"{name}median_valid_perplexity"] = perplexities[len(perplexities) // 2]
+        write_json(run.folder / f"{name}cell.json", metrics[f"{name}best_cell"])
+    (run.folder / "derived.json").write_text(json.dumps(derived))  # each a row of integers, then its perplexity
+    torch.save({name: w.detach().cpu() for name, w in weights.items()}, run.folder / "weights.pt")
+    save_cell(run.folder, metrics)
     if corpus.floor:
         metrics["floor_perplexity"] = corpus.floor["valid"]
-    write_json(run.folder / "derived.json", record)
-    torch.save({name: w.detach().cpu() for name, w in weights.items()}, run.folder / "weights.pt")
-    write_json(run.folder / "cell.json", metrics["best_cell"])
-    draw_cell(cell_from_json(metrics["best_cell"]), "the cell found").figure.savefig(run.folder / "cell.png", dpi=120)
-    plt.close("all")
     if config.retrain:
-        metrics["retrained"] = retrain(config, run)
+        same = ("data", "cache", "seed", "device", "threads", "nodes", "hidden", "checkpoint_seconds")
+        for name, cell in (("found", str(run.folder / "cell.json")), ("lstm", "lstm")):
+            sub = configure("train", config.preset, **{n: getattr(config, n) for n in same}, cell=cell,
+                            out=str(run.folder / name))
+            metrics[name] = run_study("train", sub)["metrics"]
     return metrics
-
-
-def retrain(config, run):
-    """The found cell and an LSTM, trained from scratch under the preset's training settings: their records' metrics."""
-    same = {name: getattr(config, name) for name in ("data", "cache", "seed", "device", "threads", "nodes", "hidden")}
-    results = {}
-    for name, cell in (("found", str(run.folder / "cell.json")), ("lstm", "lstm")):
-        sub = configure("train", config.preset, **same, cell=cell, out=str(run.folder / name))
-        results[name] = run_study("train", sub)["metrics"]
-    return results
 
 
 def study_train(config, run):
     """Train cells from scratch or from a search's shared weights, as one batch; perplexities of the best weights."""
-    corpus, names = load_corpus(config), config.cell.split(",")
-    words, names = len(corpus.words), [name for name in names for _ in range(config.replicas)]
+    corpus, device = load_corpus(config), device_of(config)
+    names = [name for name in config.cell.split(",") for _ in range(config.replicas)]
     seeds = [config.seed + i % config.replicas for i in range(len(names))]
+    words = len(corpus.words)
     if set(names) == {"lstm"}:
         cells, weights = None, lstm_weights(config, words, seeds)
     elif "lstm" in names:
         raise UserError("--cell lstm is another network: train it in a run of its own")
     else:
         cells = encode([load_cell(config, name) for name in names])
-        weights = inherit(load_shared(config, words), cells) if config.weights else \
+        weights = inherit(load_shared(config, words, cells), cells) if config.weights else \
             standalone_weights(config, words, cells, seeds)
     best, records = train_networks(config, run, corpus, weights, cells, seeds)
-    run.say("evaluating the best weights on the whole of each split")
-    device = device_of(config)
+    run.say("evaluating the best weights on the whole of each split, in float32")
     rows = None if cells is None else cells.to(device)
-    scores = {split: evaluate(best, rows, getattr(corpus, split).to(device), config.eval_batch).tolist() for split in SPLITS}
-    networks = []
-    for i, (name, seed) in enumerate(zip(names, seeds)):
-        network_ = {"cell": name, "seed": seed, **{f"{split}_perplexity": perplexity(scores[split][i]) for split in SPLITS}}
-        recurrent = sum(best[n][i].numel() for n in best if n not in ("embedding", "bias")) if cells is None else \
-            recurrent_parameters(decode(cells[i]), config.hidden)
-        network_.update(parameters=recurrent + best["embedding"][i].numel() + words, recurrent_parameters=recurrent,
-                        best_epoch=records["best_epoch"][i], epochs=records["epochs"][i], failed=records["failed"][i])
-        networks.append(network_)
+    scores = {f"{split}_perplexity": [perplexity(loss) for loss in evaluate(
+        best, rows, getattr(corpus, split).to(device), config.eval_batch).tolist()] for split in SPLITS}
+    if cells is None:
+        recurrent = [sum(w[0].numel() for name, w in best.items() if name not in ("embedding", "bias"))] * len(names)
+    else:
+        recurrent = [recurrent_parameters(decode(row), config.hidden) for row in cells]
+    columns = {"cell": names, "seed": seeds, **scores, "recurrent_parameters": recurrent,
+               "parameters": [r + words * (config.hidden + 1) for r in recurrent], **records}
+    networks = [dict(zip(columns, values)) for values in zip(*columns.values())]
     torch.save({name: w.detach().cpu() for name, w in best.items()}, run.folder / "weights.pt")
-    metrics = dict(networks[0]) if len(networks) == 1 else {}
-    if corpus.floor:
-        metrics["floor_perplexity"] = corpus.floor["test"]
-    return {**metrics, "networks": networks}
+    metrics = {**(networks[0] if len(networks) == 1 else {}), "networks": networks}
+    return {**metrics, "floor_perplexity": corpus.floor["test"]} if corpus.floor else metrics
 
 
-def load_shared(config, words):
-    """The shared weights of a finished search, which must fit this corpus and size."""
+def load_shared(config, words, cells):
+    """The shared weights of a finished search, which must fit this corpus, size and cells."""
     path = Path(config.weights) / "weights.pt"
     if not path.exists():
-        raise UserError(f"{config.weights} has no weights.pt: it is not a finished search")
+        raise UserError(f"--weights {config.weights} has no weights.pt: it is not a finished search")
     weights = torch.load(path, weights_only=True)
-    if weights["embedding"].shape != (words, config.hidden):
-        raise UserError(f"{path} is for {tuple(weights['embedding'].shape)} words and units, not {(words, config.hidden)}")
+    if not is_shared(weights) or weights["embedding"].shape != (words, config.hidden):
+        raise UserError(f"{path} does not hold the shared weights for {words} words and --hidden {config.hidden}")
+    if structure(cells)[1].max() >= len(weights["edges"]):
+        raise UserError(f"{path} is for smaller cells than those of --cell {config.cell}")
     return weights
 
 
@@ -1578,56 +1587,51 @@ BENCHES = {"hidden 1000": (1000, 64, 10000, 1, ("float32", "bfloat16")),
 def study_bench(config, run):
     """Speed: the batched recurrence beside the plain loop (one architecture, float32) and torch.nn.LSTM, in one run."""
     ratios = []
-    for name, (hidden, batch, words, k, dtypes) in BENCHES.items():
+    for case, (hidden, batch, words, k, dtypes) in BENCHES.items():
         if hidden <= config.hidden:  # --hidden bounds the largest case
-            for row in bench(replace(config, hidden=hidden, batch=batch, nodes=12), words, k, dtypes):
-                ratios.append({"name": f"{row.pop('name')}, {name}", **row})
-                run.say("{name}: {ratio:.2f} ({seconds:.4f} s)".format(**ratios[-1]))
+            for name, seconds, ratio in bench(replace(config, hidden=hidden, batch=batch, nodes=12), words, k, dtypes):
+                ratios.append({"name": f"{name}, {case}", "seconds": seconds, "ratio": ratio})
+                run.say(f"{name}, {case}: {ratio:.2f}")
     return {"ratios": ratios}
 
 
 def bench(config, words, k, dtypes, repeats=5):
-    """[{name, seconds per architecture, ratio = plain loop's seconds / these}]; plain and fast in turn, medians."""
-    device, rows = device_of(config), encode([CELLS["enas"]] * k).to(device_of(config))
-    tokens = torch.randint(words, (config.bptt, config.batch), generator=rng("bench")).to(device)
+    """[(name, seconds per architecture, plain loop's seconds / these)]: all of them in turn, medians."""
+    device = device_of(config)
+    rows, tokens = encode([CELLS["enas"]] * k).to(device), torch.randint(words, (config.bptt, config.batch)).to(device)
     weights, lstm = (to_device(w, device) for w in (shared_weights(config, words), lstm_weights(config, words, [1])))
     for w in (*weights.values(), *lstm.values()):
         w.requires_grad_()
     masks = to_device(draw_masks(replace(config, hidden_dropout=.25), words, config.batch, [1], 0), device)
 
-    def job(network_, weights, masks, train):
-        batch = Batch(tokens, tokens, zero_state(weights, config.batch), masks)
+    def job(losses_of, weights, masks, train):
         with torch.set_grad_enabled(train):
-            losses = network_(weights, batch)
+            losses = losses_of(weights, Batch(tokens, tokens, zero_state(weights, config.batch), masks))
             if train:
                 gradients(losses, weights)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
-    fast = {dtype: lambda w, batch, dtype=DTYPES[dtype]: network(w, rows, batch, dtype)[0] for dtype in dtypes}
     found = []
     for train, label in ((True, "training step"), (False, "scoring")):
-        jobs = {"plain": partial(job, lambda w, batch: reference_losses(w, rows[0], batch)[0], weights, masks, train),
-                "LSTM": partial(job, lambda w, batch: network(w, None, batch)[0], lstm, {}, train),
-                **{dtype: partial(job, f, weights, masks, train) for dtype, f in fast.items()}}
+        masks = masks if train else {}
+        jobs = {"plain": partial(job, lambda w, b: reference_losses(w, rows[0], b)[0], weights, masks, train),
+                "torch.nn.LSTM": partial(job, lambda w, b: network(w, None, b)[0], lstm, {}, train)}
+        for dtype in dtypes:
+            fast = lambda w, b, dtype=DTYPES[dtype]: network(w, rows, b, dtype)[0]
+            jobs[dtype] = partial(job, fast, weights, masks, train)
         seconds = {name: [] for name in jobs}
         for _ in range(repeats + 1):  # the first is a warm-up
             for name, work in jobs.items():
-                seconds[name].append(timed(work, device) / (k if name in dtypes else 1))
-        medians = {name: sorted(times[1:])[repeats // 2] for name, times in seconds.items()}
-        found += [dict(name=f"{label}, {name}", seconds=medians[name], ratio=medians["plain"] / medians[name])
-                  for name in medians if name != "plain"]
+                start = time.perf_counter()
+                work()
+                seconds[name].append((time.perf_counter() - start) / (k if name in dtypes else 1))
+        median = {name: sorted(times[1:])[repeats // 2] for name, times in seconds.items()}
+        found += [(f"{label}, {name}", median[name], median["plain"] / median[name]) for name in jobs]
         if train and device.type == "cpu":
-            peaks = {name: peak_memory(jobs[name]) for name in (dtypes[0], "plain")}
-            found.append(dict(name="peak memory, " + dtypes[0], seconds=0.0, ratio=peaks["plain"] * k / peaks[dtypes[0]]))
+            peak = {name: peak_memory(jobs[name]) for name in (*dtypes, "plain")}
+            found += [(f"memory of a {label}, {name}", 0.0, k * peak["plain"] / peak[name]) for name in dtypes]
     return found
-
-
-def timed(work, device):
-    """Seconds of one call."""
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def peak_memory(work):
@@ -1650,10 +1654,9 @@ def run_study(study, config):
     if config.threads:
         torch.set_num_threads(config.threads)
     with Run(study, config) as run:
-        done = run.result()
-        if done:
-            run.say(f"already finished: {run.folder / 'result.json'}")
-            return done
+        if (run.folder / "result.json").exists():
+            run.say(f"already finished: {run.folder}")
+            return read_json(run.folder / "result.json")
         return run.finish(STUDIES[study](config, run))
 
 
@@ -1662,65 +1665,87 @@ def check(config):
     for name, choices in (("preset", PRESETS), ("dtype", DTYPES), ("schedule", SCHEDULES), ("state", STATES),
                           ("reward", REWARDS), ("baseline", BASELINES), ("controller", ("trained", "untrained"))):
         choose(name, getattr(config, name), dict.fromkeys(choices))
-    for name in ("nodes", "hidden", "batch", "bptt", "epochs", "shared_samples", "controller_samples", "eval_batch",
-                 "derive_samples", "replicas", "patience", "log_every", "controller_hidden"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)} must be at least 1")
-    for name in ("word", "input", "hidden", "output"):
-        if not 0 <= getattr(config, f"{name}_dropout") < 1:
-            raise UserError(f"--{name}_dropout {getattr(config, f'{name}_dropout')} must be in [0, 1): it is a DROP rate")
+    positive = "nodes hidden batch bptt epochs shared_samples controller_samples eval_batch derive_samples replicas " \
+               "patience log_every controller_hidden lr clip temperature tanh_constant plateau"
+    for name in positive.split():
+        if not getattr(config, name) >= (1 if isinstance(getattr(config, name), int) else 1e-12):
+            raise UserError(f"--{name} {getattr(config, name)} is too small")
+    for name in ("word_dropout", "input_dropout", "hidden_dropout", "output_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)} must be in [0, 1): it is a DROP rate")
     device_of(config)
 
 
-# 11. Tables and report -----------------------------------------------------------------------------------------------
+# 11. Tables, figures and the report ----------------------------------------------------------------------------------
 
 PUBLISHED = {"enas": "- / 55.8", "darts_v1": "60.2 / 57.6", "darts_v2": "58.1 / 55.7", "enas_lm": "- / 57.3"}
 
 
 def table(headers, rows):
     """A Markdown table whose columns are also aligned as plain text; floats to two decimals."""
-    text = [[f"{x:.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x) for x in row] for row in rows]
+    show = lambda x: f"{x:.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
+    text = [list(map(show, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *text)]
-    lines = [headers, ["-" * w for w in widths], *text]
-    return "\n".join("| " + " | ".join(x.ljust(w) for x, w in zip(line, widths)) + " |" for line in lines)
+    lines = [headers, ["-" * width for width in widths], *text]
+    return "\n".join("| " + " | ".join(x.ljust(width) for x, width in zip(line, widths)) + " |" for line in lines)
 
 
-def table_train(records):
-    """Networks trained from scratch, best test perplexity first, beside what was published for the cell at 850 units."""
-    networks = [n for record in records for n in record["metrics"]["networks"]]
-    return table(("cell", "recurrent weights", "epochs", "train", "valid", "test", "published valid / test"),
-                 [(Path(n["cell"]).name, n["recurrent_parameters"], n["epochs"], n["train_perplexity"], n["valid_perplexity"],
-                   n["test_perplexity"], PUBLISHED.get(n["cell"], "")) for n in
-                  sorted(networks, key=lambda n: n["test_perplexity"])])
+def short(name):
+    """A cell's name; of a JSON file the run that it came from."""
+    return f"{Path(name).stem} of {Path(name).parent.name}" if name.endswith(".json") else name
 
 
-def table_search(records):
-    """Validation perplexity under the shared weights of the best and median architecture of either kind."""
-    rows = []
-    for r in records:
-        for name, prefix in ((f"{r['config']['controller']} controller", ""), ("uniform", "uniform_")):
-            rows.append((r["config"]["data"], r["seed"], name, r["config"]["derive_samples"],
-                         *(r["metrics"][f"{prefix}{what}valid_perplexity"] for what in ("", "median_"))))
-    return table(("data", "seed", "sampled from", "samples", "best", "median"), rows)
+def table_train(metrics):
+    """Networks trained from scratch, best test perplexity first, beside what was published for the cell on PTB."""
+    networks = sorted((n for m in metrics for n in m["networks"]), key=lambda n: n["test_perplexity"])
+    return table(("cell", "seed", "recurrent weights", "epochs", "train", "valid", "test", "published, 850"),
+                 [(short(n["cell"]), n["seed"], n["recurrent_parameters"], n["epochs"], n["train_perplexity"],
+                   n["valid_perplexity"], n["test_perplexity"], PUBLISHED.get(n["cell"], "")) for n in networks])
 
 
-def table_bench(records):
+def table_search(metrics):
+    """Validation perplexity under the shared weights of the best and the median architecture, by their source."""
+    return table(("architectures from", "best", "median"),
+                 [(name, *(m[f"{prefix}{what}valid_perplexity"] for what in ("", "median_"))) for m in metrics
+                  for name, prefix in (("the controller", ""), ("the uniform distribution", "uniform_"))])
+
+
+def table_bench(metrics):
     """How many times faster, or smaller, than the plain loop."""
-    return table(("measured", "seconds an architecture", "plain loop / this"),
-                 [(x["name"], f"{x['seconds']:.4f}", x["ratio"]) for r in records for x in r["metrics"]["ratios"]])
+    return table(("", "ms an architecture", "plain loop / this"),
+                 [(x["name"], f"{1e3 * x['seconds']:.1f}" if x["seconds"] else "", x["ratio"])
+                  for m in metrics for x in m["ratios"] if "plain" not in x["name"]])
 
 
 TABLES = {"train": table_train, "search": table_search, "bench": table_bench}
 
 
-def draw_curves(records, axes, x, y, label):
-    """One line per run of metric y against x, from metrics.jsonl."""
+def summary(record):
+    """What a finished study prints."""
+    metrics = record["metrics"]
+    lines = [TABLES[record["study"]]([metrics])]
+    if "found" in metrics:
+        lines.append("trained from scratch:\n" + table_train([metrics["found"], metrics["lstm"]]))
+        metrics = metrics["found"]
+    if "floor_perplexity" in metrics:
+        lines.append(f"the best possible, under the true grammar: {metrics['floor_perplexity']:.2f}")
+    return "\n\n".join(lines)
+
+
+def save_cell(folder, metrics):
+    """cell.png: the picture of a search's best cell."""
+    draw_cell(cell_from_json(metrics["best_cell"]), "the cell found").figure.savefig(folder / "cell.png", dpi=110)
+    plt.close("all")
+
+
+def draw_curves(records, axes, y, name, scale=1):
+    """Metric y of metrics.jsonl against the step, a line per run."""
     for record in records:
         lines = [json.loads(line) for line in (record["folder"] / "metrics.jsonl").read_text().splitlines()]
-        points = [(line[x], line[y][0] if isinstance(line[y], list) else line[y]) for line in lines if y in line]
+        points = [(line["step"] / scale, *np.atleast_1d(line[y])[:1]) for line in lines if y in line]
         if points:
-            axes.plot(*zip(*points), label=label(record), linewidth=1.5)
-    axes.set(xlabel=x, ylabel=y.replace("_", " "))
+            axes.plot(*zip(*points), label=name(record), linewidth=1.5)
+    axes.set(ylabel=y.replace("_", " "))
     axes.legend(fontsize=8)
 
 
@@ -1729,60 +1754,53 @@ def report(folder="results", readme="README.md"):
     records = [{**read_json(path), "folder": path.parent} for path in sorted(Path(folder).glob("*/result.json"))]
     if not records:
         raise UserError(f"no records in {folder}/")
-    by_study = {study: [r for r in records if r["study"] == study] for study in TABLES}
+    group = lambda study, data: [r for r in records if (r["study"], r["config"]["data"]) == (study, data)]
     text = Path(readme).read_text() if Path(readme).exists() else ""
-    for study, found in by_study.items():
-        made = TABLES[study](found) if found else ""
-        print(f"{made}\n")
-        text = re.sub(rf"(<!-- {study} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
+    for study, data in sorted({(r["study"], r["config"]["data"]) for r in records}):
+        made = TABLES[study]([r["metrics"] for r in group(study, data)])
+        print(f"{study} {data}\n{made}\n")
+        between = rf"(<!-- {study} {data} -->\n).*?(<!-- end -->)"
+        text = re.sub(between, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
     if text:
         Path(readme).write_text(text)
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    draw_curves(by_study["train"], axes[0], "epoch", "valid_perplexity", lambda r: Path(r["config"]["cell"]).name)
-    axes[0].set_ylim(top=260)
-    for ax, y in zip(axes[1:], ("reward", "entropy")):
-        draw_curves(by_study["search"], ax, "step", y, lambda r: f"{r['config']['data']}, seed {r['seed']}")
+    draw_curves(group("train", "ptb"), axes[0], "valid_perplexity", lambda r: short(r["config"]["cell"]), 1000)
+    axes[0].set(ylim=(None, 220), xlabel="thousand steps of SGD", title="training from scratch")
+    for ax, y, title in zip(axes[1:], ("reward", "entropy"), ("reward, 80 / perplexity", "the policy's entropy, nats")):
+        draw_curves(group("search", "ptb"), ax, y, lambda r: f"seed {r['seed']}")
+        ax.set(xlabel="step of the search", title=title)
     figure.savefig(Path(folder) / "curves.png", dpi=110)
-    for r in by_study["search"]:
-        draw_cell(cell_from_json(r["metrics"]["best_cell"]), "the cell found").figure.savefig(r["folder"] / "cell.png", dpi=110)
-    plt.close("all")
-
-
-def summary(record):
-    """What a finished study prints."""
-    metrics, study = record["metrics"], record["study"]
-    text = TABLES[study]([record])
-    if "retrained" in metrics:
-        text += "\n\ntrained from scratch:\n" + table_train([{"metrics": m} for m in metrics["retrained"].values()])
-    if "floor_perplexity" in metrics:
-        text += f"\n\nthe best possible, under the true grammar: {metrics['floor_perplexity']:.2f}"
-    return text
+    for record in (r for r in records if r["study"] == "search"):
+        save_cell(record["folder"], record["metrics"])
 
 
 # 12. Main ------------------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors, with the nearest right flag."""
+    """argparse whose errors are UserErrors."""
 
     def error(self, message):
         raise UserError(message)
 
 
+def boolean(text):
+    """--flag, --flag true or --flag false."""
+    return {"true": True, "false": False}[text.lower()]
+
+
 def parse(arguments):
     """(study, Config) of a command line; every field of Config is a flag."""
-    parser = Parser(prog="menas.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog="menas.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.add_argument("study", help=" | ".join([*STUDIES, "report"]))
     for f in fields(Config):
-        kind = (lambda text: {"true": True, "false": False}[text.lower()]) if f.type == "bool" or f.type is bool else f.type
-        extra = dict(nargs="?", const=True, metavar="BOOL") if f.type is bool else dict(metavar=f.type.__name__.upper())
-        parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS, help=f"{f.metadata['help']} [{f.default}]",
-                            **extra)
+        how = dict(type=boolean, nargs="?", const=True, metavar="true|false") if f.type is bool else \
+            dict(type=f.type, metavar=f.type.__name__.upper())
+        text = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
     given, unknown = parser.parse_known_args(arguments)
-    flags = [f"--{f.name}" for f in fields(Config)]
-    for word in unknown:
-        flag = word.split("=")[0]
-        raise UserError(f"unknown argument '{word}'{nearest(flag.replace('-', '_').replace('__', '--', 1), flags)}")
+    if unknown:
+        flags = [f"--{f.name}" for f in fields(Config)]
+        raise UserError(f"unknown argument '{unknown[0]}'{nearest(unknown[0].split('=')[0], flags)}")
     given = vars(given)
     study = given.pop("study")
     choose("study", study, {**STUDIES, "report": report})
@@ -1794,12 +1812,12 @@ def main(arguments=None):
     try:
         study, config = parse(arguments)
         if study == "report":
-            return report()
-        record = run_study(study, config)
+            report()
+        else:
+            print(f"\n{summary(run_study(study, config))}")
     except UserError as error:
         print(f"menas: {error}", file=sys.stderr)
         return 2
-    print(f"\n{summary(record)}")
     return 0
 
 

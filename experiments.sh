@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Every study of MENAS, a line each; the tables and figures of the README come from what they write under results/.
+#
+#   ./experiments.sh                    all of it; a finished run is skipped, an interrupted one goes on
+#   SMOKE=1 ./experiments.sh            the same lines at toy sizes, minutes on a laptop, under runs/smoke
+#   PRESET=paper ./experiments.sh       the published schedules, on a GPU box
+#   LAUNCH="srun --gres=gpu:1 -c 4" ./experiments.sh     a prefix for every run
+#
+# Hardware and hours: --preset ptb was written for a laptop: 30 to 60 minutes a network on one CPU core, 40 minutes a
+# search. --preset paper is the published schedule and was not run by us.
+set -euo pipefail
+cd "$(dirname "$0")"
+preset=${PRESET:-ptb} out=${OUT:-results} tiny=tiny
+[ -z "${SMOKE:-}" ] || { preset=smoke tiny=smoke out=${OUT:-runs/smoke}; }
+
+run() { # folder, study, settings
+    local folder=$1; shift
+    ${LAUNCH:-} python menas.py "$@" --out "$out/$folder"
+}
+
+# Does it work? The toy corpus: a cell found in a minute, near the floor and beside an LSTM. Expected: within 1.3x of the floor.
+run tiny-search search --preset $tiny --retrain
+
+# What do the baselines reach under one budget? Expected on PTB: an LSTM below 102, the ENAS cell below 105 (test).
+run $preset-lstm train --preset $preset --cell lstm
+run $preset-enas train --preset $preset --cell enas
+run $preset-darts_v2 train --preset $preset --cell darts_v2
+run $preset-enas_lm train --preset $preset --cell enas_lm
+run $preset-chain train --preset $preset --cell chain
+run $preset-random-1 train --preset $preset --cell random:1
+run $preset-random-2 train --preset $preset --cell random:2
+# The LSTM with as many recurrent weights as the ENAS cell at 200 units: 400 units, projected to 200.
+run $preset-lstm-400 train --preset $preset --cell lstm --lstm_hidden 400
+
+# ENAS itself, and random search with weight sharing: the same loop, the controller left untrained.
+run $preset-search search --preset $preset
+run $preset-random-search search --preset $preset --controller untrained
+# The cell found, and the best of as many uniform architectures under the same shared weights.
+run $preset-found train --preset $preset --cell "$out/$preset-search/cell.json"
+run $preset-uniform-best train --preset $preset --cell "$out/$preset-search/uniform_cell.json"
+
+# How fast? Ratios to the plain loop. Expected: above 1 everywhere but beside torch.nn.LSTM, which does a quarter of the work.
+run bench bench --preset $preset --hidden $([ -z "${SMOKE:-}" ] && echo 1000 || echo 32)
+
+[ -n "${SMOKE:-}" ] || python menas.py report

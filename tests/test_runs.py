@@ -1,0 +1,274 @@
+"""A run killed at any instant ends as if undisturbed; one folder, one run. Run: pytest tests/test_runs.py"""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import menas
+
+# Options that bring every kind of state into the checkpoint: masks, random lengths, a baseline's memory, averages, seeds.
+SEARCH = "search --preset smoke --epochs 5 --log_every 5 --random_bptt --hidden_dropout .1 --baseline moving_average".split()
+TRAIN = "train --preset smoke --epochs 8 --log_every 3 --cell random:1,random:2 --replicas 2 --hidden_dropout .1 --average " \
+        "--schedule cosine --plateau 2 --patience 2".split()
+PATIENCE = 120  # seconds after which a test gives up waiting
+
+
+def command(study, text, folder, checkpoint_seconds=0):
+    return [*study, "--threads", "1", "--data", str(text), "--out", str(folder), "--checkpoint_seconds",
+            str(checkpoint_seconds)]
+
+
+def call(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command line in this process."""
+    return menas.main(list(arguments)), *capsys.readouterr()
+
+
+def start(arguments):
+    """The same in a process of its own."""
+    return subprocess.Popen([sys.executable, menas.__file__, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def outcome(folder):
+    """What must not depend on kills: the metrics of the result and the bytes of metrics.jsonl."""
+    return json.loads((folder / "result.json").read_text())["metrics"], (folder / "metrics.jsonl").read_bytes()
+
+
+def wait_until(happens, process):
+    """Until happens() or the process has ended."""
+    deadline = time.time() + PATIENCE
+    while process.poll() is None and not happens():
+        assert time.time() < deadline
+        time.sleep(.005)
+
+
+def checkpoint_of(folder):
+    """Changes with every checkpoint written."""
+    path = folder / "checkpoint.pt"
+    return (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, text):
+    """Folders of a search and a training that nobody disturbed."""
+    folders = {}
+    for study in (SEARCH, TRAIN):
+        folders[study[0]] = tmp_path_factory.mktemp("undisturbed") / study[0]
+        assert menas.main(command(study, text, folders[study[0]])) == 0
+    return folders
+
+
+# killed: the oracle is the run that was not
+
+@pytest.mark.parametrize("study", [SEARCH, TRAIN], ids=["search", "train"])
+def test_three_kills_change_nothing(study, undisturbed, text, tmp_path, capsys):
+    draw, arguments, killed = random.Random(study[0]), command(study, text, tmp_path / "run"), 0
+    for _ in range(3):
+        before = checkpoint_of(tmp_path / "run") if (tmp_path / "run").exists() else None
+        process = start(arguments)
+        wait_until(lambda: checkpoint_of(tmp_path / "run") != before, process)  # it is at work
+        time.sleep(draw.uniform(0, .3))
+        killed += process.poll() is None
+        process.kill()
+        process.communicate()
+    assert killed > 0
+    code, _, err = call(capsys, *arguments)
+    assert code == 0 and err == ""
+    assert outcome(tmp_path / "run") == outcome(undisturbed[study[0]])
+
+
+def test_sigterm_saves_and_leaves(undisturbed, text, tmp_path, capsys):
+    """With no checkpoint due for an hour, the one that is there is the one SIGTERM asked for."""
+    process = start(command(SEARCH, text, tmp_path / "run", 3600))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, process)
+    assert process.poll() is None and checkpoint_of(tmp_path / "run") is None
+    process.terminate()
+    asked = time.time()
+    assert process.communicate(timeout=PATIENCE)[1] == b"" and process.returncode == 128 + signal.SIGTERM
+    assert time.time() - asked < 5
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]
+    assert saved["step"] >= 5 and not (tmp_path / "run" / "result.json").exists()
+    assert call(capsys, *command(SEARCH, text, tmp_path / "run"))[0] == 0
+    assert outcome(tmp_path / "run") == outcome(undisturbed["search"])
+
+
+def copy_of(folder, tmp_path):
+    """A finished run as it was just before it finished: every record and checkpoint, but no result."""
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    return tmp_path / "run"
+
+
+def test_sigterm_while_deriving_leaves_too(undisturbed, text, tmp_path, monkeypatch):
+    """Not after hours of scoring, and not ignored because retraining comes next."""
+    asked = []
+
+    def derive(*arguments, original=menas.derive):
+        if not asked:
+            asked.append(signal.raise_signal(signal.SIGTERM))
+        return original(*arguments)
+    monkeypatch.setattr(menas, "derive", derive)
+    folder = copy_of(undisturbed["search"], tmp_path)
+    with pytest.raises(SystemExit) as left:
+        menas.main(command(SEARCH, text, folder))
+    assert left.value.code == 128 + signal.SIGTERM
+    assert not (folder / "result.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handler is gone with the run
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_search_goes_on_with_its_retraining(moved, text, tmp_path, capsys):
+    """Oracle: the same run, undisturbed. It stopped between the found cell's training and the LSTM's."""
+    arguments = [*SEARCH[:3], "--epochs", "1", "--retrain"]
+    assert call(capsys, *command(arguments, text, tmp_path / "run"))[0] == 0
+    expected = outcome(tmp_path / "run"), outcome(tmp_path / "run" / "lstm")
+    folder = shutil.move(tmp_path / "run", tmp_path / "moved") if moved else tmp_path / "run"
+    for path in (folder / "result.json", folder / "lstm" / "result.json"):
+        path.unlink()
+    finished = (folder / "found" / "result.json").stat().st_mtime_ns
+    assert call(capsys, *command(arguments, text, folder))[0] == 0
+    assert (outcome(folder), outcome(folder / "lstm")) == expected
+    assert (folder / "found" / "result.json").stat().st_mtime_ns == finished
+
+
+# bad checkpoints
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def text_file(path):
+    path.write_text("these are not the weights you are looking for\n")
+
+
+def foreign(path):
+    torch.save({"weights": torch.zeros(3)}, path)
+
+
+def of_another_study(path):
+    torch.save({**torch.load(path, weights_only=True), "study": "train"}, path)
+
+
+def of_another_format(path):
+    torch.save({**torch.load(path, weights_only=True), "format": "menas checkpoint 0"}, path)
+
+
+DAMAGE = [truncated, empty, text_file, foreign, of_another_study, of_another_format]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)
+def test_a_bad_checkpoint_is_refused_and_the_one_before_it_used(damage, undisturbed, text, tmp_path, capsys):
+    folder = copy_of(undisturbed["search"], tmp_path)
+    damage(folder / "checkpoint.pt")
+    code, out, err = call(capsys, *command(SEARCH, text, folder))
+    said = [line for line in out.splitlines() if "checkpoint.pt is refused" in line]
+    assert code == 0 and len(said) == 1 and "checkpoint.previous.pt" in said[0]
+    assert outcome(folder) == outcome(undisturbed["search"])
+
+
+def test_without_a_usable_checkpoint_the_run_is_refused_and_nothing_lost(undisturbed, text, tmp_path, capsys):
+    folder = copy_of(undisturbed["search"], tmp_path)
+    truncated(folder / "checkpoint.pt")
+    foreign(folder / "checkpoint.previous.pt")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "config.json"}
+    code, _, err = call(capsys, *command(SEARCH, text, folder))
+    assert code == 2 and err.count("\n") == 1 and "checkpoint.pt is refused" in err
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "config.json"} == before
+
+
+def test_a_kill_while_a_bad_checkpoint_is_replaced_loses_nothing(undisturbed, text, tmp_path, capsys, monkeypatch):
+    """The good checkpoint before it must not be given up before the new one is whole."""
+    folder = copy_of(undisturbed["search"], tmp_path)
+    truncated(folder / "checkpoint.pt")
+
+    def killed(path, content, original=menas.write_atomically):
+        if path.name.startswith("checkpoint"):
+            raise KeyboardInterrupt
+        return original(path, content)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(menas, "write_atomically", killed)
+        menas.main(command(SEARCH, text, folder))
+    assert call(capsys, *command(SEARCH, text, folder))[0] == 0
+    assert outcome(folder) == outcome(undisturbed["search"])
+
+
+# one folder, one run
+
+def config_in(folder):
+    return menas.configure("search", "smoke", out=str(folder))
+
+
+def test_two_runs_in_one_folder_are_refused(text, tmp_path, capsys):
+    arguments = command(SEARCH[:3], text, tmp_path / "run")
+    with menas.Run("search", config_in(tmp_path / "run")):
+        code, _, err = call(capsys, *arguments)
+    assert code == 2 and err.count("\n") == 1
+    assert "another run" in err and str(tmp_path / "run") in err
+
+
+def test_a_killed_run_frees_its_folder(tmp_path):
+    """Oracle: the operating system's lock, held by a forked process until SIGKILL."""
+    ready, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with menas.Run("search", config_in(tmp_path)):
+                os.write(write, b"!")
+                time.sleep(PATIENCE)
+        finally:
+            os._exit(1)
+    os.read(ready, 1)
+    with pytest.raises(menas.UserError, match="another run"):
+        menas.Run("search", config_in(tmp_path)).__enter__()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with menas.Run("search", config_in(tmp_path)):
+        pass
+
+
+# records
+
+@pytest.mark.parametrize("content", ["text, not bytes", None])
+def test_a_file_that_cannot_be_written_leaves_the_old_one_alone(content, tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(TypeError):
+        menas.write_atomically(tmp_path / "file", content)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(menas.os, "fsync", full)
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(OSError):
+        menas.write_atomically(tmp_path / "file", b"new")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_the_metrics_have_a_line_for_every_stretch_of_steps_and_no_times(undisturbed):
+    """5 rounds of 20 shared and 5 controller steps, a line every 5: those of each phase are in its own lines."""
+    lines = [json.loads(line) for line in (undisturbed["search"] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(5, 126, 5))
+    for line in lines:
+        assert ("reward" in line) == (line["step"] % 25 == 0) != ("loss" in line)
+        assert not {"seconds", "time"} & set(line)
+
+
+def test_the_commit_is_empty_without_git_and_outside_a_repository(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(menas, "__file__", str(tmp_path / "menas.py"))
+        assert menas.commit() == ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert menas.commit() == ""
