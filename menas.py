@@ -134,7 +134,7 @@ PRESETS = {
         "train": dict(epochs=8, schedule="cosine")},
     "ptb": {
         "all": dict(data="ptb", hidden=200, dtype="bfloat16", weight_decay=1.2e-6),
-        "search": dict(epochs=6, batch=64, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine"),
+        "search": dict(epochs=5, batch=64, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine"),
         "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35,
                       schedule="cosine")},
     # paper: the corrected code of ENAS's authors, search and final training
