@@ -249,7 +249,7 @@ def read_words(path):
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start})") from None
-    words = [word for line in text.splitlines() if line.strip() for word in line.split() + ["<eos>"]]
+    words = [word for line in text.split("\n") if line.strip() for word in line.split() + ["<eos>"]]
     if len(words) < 3:
         raise UserError(f"{path} has {len(words)} tokens with its <eos>; a language model needs at least 3")
     return words
@@ -638,28 +638,30 @@ def reference_losses(weights, row, batch, k=0):
 
 
 class Workspace:
-    """Large buffers by shape. A forward pass takes them, its backward gives them back: two passes never share one."""
-    free = {}
+    """Large buffers to use again, since fresh memory is slow: a forward pass takes them, its backward gives them back, so
+    two passes that are alive at once never share one. The last few shapes are kept."""
+    free = []
 
     @classmethod
     def take(cls, like, *shape):
-        kept = cls.free.get((like.device, like.dtype, shape))
-        return kept.pop() if kept else like.new_empty(shape)
+        for i, buffer in enumerate(cls.free):
+            if (buffer.shape, buffer.dtype, buffer.device) == (shape, like.dtype, like.device):
+                return cls.free.pop(i)
+        return like.new_empty(shape)
 
     @classmethod
     def give(cls, *buffers):
-        for buffer in buffers:
-            cls.free.setdefault((buffer.device, buffer.dtype, tuple(buffer.shape)), []).append(buffer)
+        cls.free = (cls.free + list(buffers))[-10:]
 
 
 # Every activation as arithmetic with coefficients per architecture, so that K different ones are one operation. With
-# z = slope * u and y = act(u): a sigmoid one is y = low + (high - low) sigmoid(z), a linear one y = max(z, floor).
+# z = slope * u and y = act(u): a sigmoid one is y = scale * sigmoid(z) + shift, a linear one y = max(z, floor).
 # Its derivative by z needs only y: dy/dz = (square * y + line) * y + constant + step * [y > 0].
-#                           slope low  high linear floor       square line constant step
-COEFFICIENTS = {"tanh":     (2.0, -1.0, 1.0, 0.0, 0.0,         -0.5, 0.0, 0.5, 0.0),
-                "relu":     (1.0, 0.0, 0.0, 1.0, 0.0,          0.0, 0.0, 0.0, 1.0),
-                "identity": (1.0, 0.0, 0.0, 1.0, -math.inf,    0.0, 0.0, 1.0, 0.0),
-                "sigmoid":  (1.0, 0.0, 1.0, 0.0, 0.0,          -1.0, 1.0, 0.0, 0.0)}
+#                           slope scale shift linear floor       square line constant step
+COEFFICIENTS = {"tanh":     (2.0, 2.0, -1.0, 0.0, 0.0,           -0.5, 0.0, 0.5, 0.0),
+                "relu":     (1.0, 0.0, 0.0, 1.0, 0.0,            0.0, 0.0, 0.0, 1.0),
+                "identity": (1.0, 0.0, 0.0, 1.0, -math.inf,      0.0, 0.0, 1.0, 0.0),
+                "sigmoid":  (1.0, 1.0, 0.0, 0.0, 0.0,            -1.0, 1.0, 0.0, 0.0)}
 
 
 def coefficients(act, dtype):
@@ -698,14 +700,14 @@ class Recurrence(torch.autograd.Function):
         z_c, z_u = (half for half in z.view(k, b, 2, hidden).unbind(2))
         index = read * k + torch.arange(k, device=read.device)                           # [N, K] rows of slots, flat
         leaf = leaf.t()[:, None].to(w.dtype).contiguous()                                # [K, 1, N]
-        slope, (low, high, linear, floor) = act[0], (x.unbind() for x in act[1:5])
-        per_node = list(zip(index.unbind(), w.unbind(), low, high, [x.bool() for x in linear], floor))
+        slope, (scale, shift, linear, floor) = act[0], (x.unbind() for x in act[1:5])
+        per_node = list(zip(index.unbind(), w.unbind(), scale, shift, [x.bool() for x in linear], floor))
         for t in range(t_):
             now, x = (t if training else 0), xw[:, t]
             rows = slots.view((n + 1) * k, kept, b, hidden)[:, now]                      # [(N+1) K, B, H]
             values = slots[:, :, now].unbind()                                           # N+1 times [K, B, H]
             values[0].copy_(h0 if t == 0 else h[:, t - 1])
-            for i, (where, w_i, low, high, linear, floor) in enumerate(per_node):
+            for i, (where, w_i, scale, shift, linear, floor) in enumerate(per_node):
                 torch.index_select(rows, 0, where, out=p)
                 torch.bmm(p if mask is None else torch.mul(p, mask, out=pm), w_i, out=z)
                 if i == 0:  # the node that reads the input pair
@@ -713,7 +715,7 @@ class Recurrence(torch.autograd.Function):
                     z_u.addcmul_(x[..., hidden:], slope[0])
                 g = gates[i, :, now]                                                     # [K, B, 2, H]
                 c, u = torch.sigmoid(z.view_as(g), out=g).unbind(2)
-                torch.where(linear, torch.maximum(z_u, floor), torch.lerp(low, high, u), out=u)
+                torch.where(linear, torch.maximum(z_u, floor), torch.mul(u, scale).add_(shift), out=u)
                 torch.lerp(p, u, c, out=values[i + 1])
             mean = torch.bmm(leaf, slots[1:, :, now].view(n, k, b * hidden).transpose(0, 1)).view(k, b, hidden)
             shrink[:, t] = (STATE_BOUND / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)).clamp(max=1)
@@ -778,12 +780,13 @@ class CrossEntropy(torch.autograd.Function):
     """Mean loss [K] of h [K, R, H] for targets [R] under decoders [K, V, H] and biases [K, V], in float32 or better.
 
     The products are in h's dtype, the gradients of decoder and bias in theirs. All logits never exist at once: the
-    softmax goes by chunks that stay in the cache, the products by blocks of chunks. If a gradient is wanted, forward
-    computes it there and then for dL = 1, since the softmax is at hand; backward only scales it. Target -1: no target."""
+    softmax goes by chunks that stay in the cache, the products by blocks, a multiple. If a gradient is wanted, forward
+    computes it there and then for dL = 1, since the softmax is at hand; backward only scales it. Target -1 is none."""
 
     @staticmethod
-    def forward(ctx, training, h, decoder, bias, targets, chunk=128, block=1024):
-        k, rows, _ = h.shape
+    def forward(ctx, training, h, decoder, bias, targets, chunk=0, block=1024):
+        (k, rows, _), chunk = h.shape, chunk or max(128, 2 ** 20 // decoder.shape[1])
+        block = max(block, chunk)
         wide = torch.promote_types(h.dtype, torch.float32)
         counts = (targets >= 0).to(wide)
         share = counts / counts.sum().clamp(min=1)                                       # [R] weight of each row
@@ -883,11 +886,6 @@ def network(weights, cells, batch, dtype=torch.float32, activation_reg=0.0, slow
     if slowness_reg:
         losses = losses + slowness_reg * (h[:, 1:] - h[:, :-1]).square().mean((1, 2, 3))
     return losses, state
-
-
-def segment_losses(weights, cells, batch, dtype=torch.float32):
-    """network() without the state: the signature that the architecture gradients use."""
-    return network(weights, cells, batch, dtype)[0]
 
 
 # 5. The controller ---------------------------------------------------------------------------------------------------
@@ -1024,6 +1022,8 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system's own, so a killed run frees it
         except OSError:
             raise UserError(f"another run is at work in {self.folder}; give this one another --out") from None
+        for stale in self.folder.glob(".*.[0-9]*"):  # half-written by a killed process
+            stale.unlink()
         path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
         theirs = read_json(path) if path.exists() else mine
         for name in mine:

@@ -1,4 +1,4 @@
-"""Cells survive JSON and encoding, are checked, counted and drawn, and are as published. Run: pytest tests/test_cells.py"""
+"""Cells survive JSON and encoding, are checked, counted, drawn, as published. Run: pytest tests/test_cells.py"""
 import io
 import itertools
 import json
@@ -11,9 +11,9 @@ import torch
 
 import menas
 
-# The published cells as their papers write them: 'node:(predecessor, activation)' after node 0, which is tanh on the input.
-ENAS = "1:(0,tanh) 2:(1,relu) 3:(2,relu) 4:(2,tanh) 5:(2,tanh) 6:(5,relu) 7:(1,tanh) 8:(6,relu) 9:(8,relu) 10:(8,relu) " \
-       "11:(8,relu)"
+# The published cells as their papers write them: 'node:(predecessor, activation)' after node 0, tanh on the input.
+ENAS = "1:(0,tanh) 2:(1,relu) 3:(2,relu) 4:(2,tanh) 5:(2,tanh) 6:(5,relu) 7:(1,tanh) 8:(6,relu) 9:(8,relu) " \
+       "10:(8,relu) 11:(8,relu)"
 DARTS_V1 = "1:(0,relu) 2:(1,relu) 3:(2,tanh) 4:(3,relu) 5:(4,relu) 6:(1,identity) 7:(5,relu) 8:(1,relu)"
 DARTS_V2 = "1:(0,sigmoid) 2:(1,relu) 3:(1,relu) 4:(1,identity) 5:(2,tanh) 6:(5,sigmoid) 7:(3,tanh) 8:(5,relu)"
 ENAS_LM = "1:(0,sigmoid) 2:(1,tanh) 3:(2,relu) 4:(2,sigmoid) 5:(4,tanh) 6:(5,tanh) 7:(3,sigmoid) 8:(6,sigmoid)"
@@ -57,7 +57,7 @@ def test_encoding_gives_the_cells_back(padding):
 
 
 def shape_of(nodes):
-    """A tree without its numbering: (activation, sorted subtrees) of the node at the input. nodes: 'from' of each, activation."""
+    """The tree without its numbering: (activation, sorted subtrees) of the node at the input."""
     subtree = lambda i: (nodes[i][1], sorted(subtree(j) for j, (read, _) in enumerate(nodes) if read == i))
     return subtree([read for read, _ in nodes].index("input"))
 
@@ -79,7 +79,7 @@ def test_nodes_in_any_order_are_sorted(seed):
 # Each mistake, and what the one line about it must name.
 NODE = {"from": "input", "activation": "tanh"}
 MISTAKES = {
-    "cycle": ([NODE, {"from": 2, "activation": "relu"}, {"from": 1, "activation": "relu"}], {}, "cycle|1 reads 2 reads 1"),
+    "cycle": ([NODE, {"from": 2, "activation": "relu"}, {"from": 1, "activation": "relu"}], {}, "1 reads 2 reads 1"),
     "self": ([NODE, {"from": 1, "activation": "relu"}], {}, "cycle|1 reads 1"),
     "no input": ([{"from": 0, "activation": "tanh"}], {}, "cycle|0 reads 0"),
     "activation": ([NODE, {"from": 0, "activation": "reul"}], {}, "node 1|'reul'|did you mean relu?"),
@@ -167,6 +167,8 @@ def test_h_is_the_mean_of_the_nodes_nobody_reads():
 
 def test_padding_changes_nothing_and_weighs_nothing():
     rows, padded = menas.encode(CELLS), menas.encode(CELLS, 17)
+    for row, cell in zip(padded, CELLS):
+        row[2 + 2 * len(cell.nodes):] = 1  # whatever stands in unused entries
     for tight, wide in zip(menas.structure(rows), menas.structure(padded)):
         for k, cell in enumerate(CELLS):
             assert wide[:len(cell.nodes), k].equal(tight[:len(cell.nodes), k])
@@ -181,7 +183,8 @@ def test_every_edge_has_a_row_of_its_own_in_the_bank():
     assert edges == list(range(12 * 13 // 2))
 
 
-@pytest.mark.parametrize("name, hidden, expected", [("enas", 10, 2600), ("darts_v1", 10, 2000), ("chain", 200, 1_040_000)])
+@pytest.mark.parametrize("name, hidden, expected",
+                         [("enas", 10, 2600), ("darts_v1", 10, 2000), ("chain", 200, 1_040_000)])
 def test_recurrent_parameters_as_counted_by_hand(name, hidden, expected):
     """[x, h] -> 2H is 4 H^2 weights, each node after it 2 H^2: 400 + 11 x 200 = 2600 for the ENAS cell at H = 10."""
     assert menas.recurrent_parameters(menas.CELLS[name], hidden) == expected

@@ -1,4 +1,4 @@
-"""Every setting is a flag, every mistake one clear line, a run leaves its records. Run: pytest tests/test_command_line.py"""
+"""Settings are flags, mistakes one clear line, runs leave records. Run: pytest tests/test_command_line.py"""
 import json
 import math
 import re
@@ -52,7 +52,8 @@ def test_every_field_is_a_flag(f):
     assert type(getattr(config, f.name)) is f.type
 
 
-def test_help_explains_every_field(capsys):
+def test_help_explains_every_field(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # no word is broken at its hyphen
     with pytest.raises(SystemExit) as done:
         menas.main(["--help"])
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
@@ -100,6 +101,7 @@ MISTAKES = [
     ("search --baseline leave_on_out", "'leave_on_out'|did you mean leave_one_out?"),
     ("search --controller untraind", "'untraind'|did you mean untrained?"),
     ("search --activations tanh,rulu", "'rulu'|did you mean relu?"),
+    ("search --activations tanh,relu,tanh", "tanh"),
     ("search --device gpu", "'gpu'|cpu"),
     ("search --device coda", "'coda'|did you mean cuda?"),
     ("search --hidden 0", "--hidden 0"),
@@ -113,6 +115,7 @@ MISTAKES = [
     ("train --data TEXT --cell enas,tre", "'tre'|did you mean tree?"),
     ("train --data TEXT --cell lstm,enas", "lstm"),
     ("train --data TEXT --cell missing.json", "missing.json"),
+    ("train --data TEXT --cell enas,", "cell ''"),
     ("train --data TEXT --cell TEXT", "TEXT"),
     ("train --data TEXT --cell enas --weights nowhere", "nowhere"),
 ]
@@ -163,6 +166,11 @@ def test_a_mistake_does_not_claim_the_folder(capsys, tmp_path, text):
     command = ["train", *SMOKE, "--data", text, "--epochs", "1", "--out", tmp_path / "run", "--cell"]
     refused(capsys, *command, "chian")
     assert call(capsys, *command, "chain")[0] == 0
+
+
+def test_a_report_without_records_is_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "results" in refused(capsys, "report")
 
 
 def test_a_failed_download_is_one_line(capsys, tmp_path, monkeypatch):
@@ -256,7 +264,7 @@ def test_a_run_without_a_found_cell_is_named(capsys, tmp_path, text):
 def test_a_cell_file_written_by_hand_trains(capsys, tmp_path, text):
     cell = {"nodes": [{"from": 1, "activation": "relu"}, {"from": "input", "activation": "tanh"}]}
     (tmp_path / "mine.json").write_text(json.dumps(cell))
-    command = ["train", *SMOKE, "--data", text, "--epochs", "1", "--cell", tmp_path / "mine.json", "--out", tmp_path / "run"]
-    assert call(capsys, *command)[0] == 0
+    command = ["train", *SMOKE, "--data", text, "--epochs", "1", "--cell", tmp_path / "mine.json"]
+    assert call(capsys, *command, "--out", tmp_path / "run")[0] == 0
     words = len(menas.load_corpus(menas.Config(data=str(text))).words)
     assert record(tmp_path / "run")["metrics"]["parameters"] == 4 * 16 ** 2 + 2 * 16 ** 2 + 16 * words + words

@@ -283,7 +283,7 @@ def test_the_floor_is_the_perplexity_under_the_grammar(split):
 
 
 def test_every_verb_agrees_with_its_noun():
-    """Oracle: inside-out deletion. What is left of a sentence after deleting all 'noun verb' pairs that agree is '.'."""
+    """Oracle: deletion from the inside out. Without its 'noun verb' pairs that agree, nothing of a sentence is left."""
     for sentence in " ".join(corpus()[0]["valid"]).split(" <eos>"):
         sentence, pairs = re.sub(r"adv\w ", "", sentence.strip() + " ").replace("that ", ""), 1
         while pairs:

@@ -14,9 +14,10 @@ import torch
 import menas
 
 # Options that bring every kind of state into the checkpoint: masks, random lengths, a baseline's memory, averages, seeds.
-SEARCH = "search --preset smoke --epochs 5 --log_every 5 --random_bptt --hidden_dropout .1 --baseline moving_average".split()
-TRAIN = "train --preset smoke --epochs 8 --log_every 3 --cell random:1,random:2 --replicas 2 --hidden_dropout .1 --average " \
-        "--schedule cosine --plateau 2 --patience 2".split()
+SEARCH = "search --preset smoke --epochs 5 --log_every 5 --random_bptt --hidden_dropout .1 " \
+         "--baseline moving_average".split()
+TRAIN = "train --preset smoke --epochs 8 --log_every 3 --cell random:1,random:2 --replicas 2 --hidden_dropout .1 " \
+        "--average --schedule cosine --plateau 2 --patience 2".split()
 PATIENCE = 120  # seconds after which a test gives up waiting
 
 
@@ -32,7 +33,8 @@ def call(capsys, *arguments):
 
 def start(arguments):
     """The same in a process of its own."""
-    return subprocess.Popen([sys.executable, menas.__file__, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, menas.__file__, *arguments], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE)
 
 
 def outcome(folder):
