@@ -134,7 +134,8 @@ PRESETS = {
         "train": dict(epochs=8, schedule="cosine")},
     "ptb": {
         "all": dict(data="ptb", hidden=200, dtype="bfloat16", weight_decay=1.2e-6),
-        "search": dict(epochs=5, batch=64, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine"),
+        "search": dict(epochs=4, batch=20, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine",
+                       controller_steps=80),
         "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35,
                       schedule="cosine")},
     # paper: the corrected code of ENAS's authors, search and final training
@@ -1484,9 +1485,10 @@ def search(config, run, corpus):
 def derive(config, weights, rows, corpus, at_once=10):
     """Architectures under the shared weights on the whole validation split, best first: rows [K, D], perplexities."""
     device = device_of(config)
+    distinct, which = rows.to(device).unique(dim=0, return_inverse=True)
     losses = torch.cat([evaluate(weights, part, corpus.valid.to(device), config.eval_batch, dtype=DTYPES[config.dtype])
-                        for part in rows.to(device).split(at_once)])  # some at a time, for memory's sake
-    scored = [perplexity(loss) for loss in losses.tolist()]
+                        for part in distinct.split(at_once)])  # some at a time, for memory's sake
+    scored = [perplexity(loss) for loss in losses[which].tolist()]
     order = sorted(range(len(rows)), key=scored.__getitem__)
     return rows.cpu()[order], [scored[i] for i in order]
 

@@ -13,7 +13,7 @@ import torch
 
 import menas
 
-# Options that bring every kind of state into the checkpoint: masks, random lengths, a baseline's memory, averages, seeds.
+# Options that bring every kind of state into the checkpoint: masks, lengths, a baseline's memory, averages, seeds.
 SEARCH = "search --preset smoke --epochs 5 --log_every 5 --random_bptt --hidden_dropout .1 " \
          "--baseline moving_average".split()
 TRAIN = "train --preset smoke --epochs 8 --log_every 3 --cell random:1,random:2 --replicas 2 --hidden_dropout .1 " \
@@ -22,8 +22,8 @@ PATIENCE = 120  # seconds after which a test gives up waiting
 
 
 def command(study, text, folder, checkpoint_seconds=0):
-    return [*study, "--threads", "1", "--data", str(text), "--out", str(folder), "--checkpoint_seconds",
-            str(checkpoint_seconds)]
+    return [*study, "--device", "cpu", "--threads", "1", "--data", str(text), "--out", str(folder),
+            "--checkpoint_seconds", str(checkpoint_seconds)]
 
 
 def call(capsys, *arguments):
