@@ -29,6 +29,7 @@ import ctypes
 import difflib
 import fcntl
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -161,7 +162,7 @@ def nearest(word, choices):
 
 def choose(kind, name, choices):
     """choices[name], or a UserError that names the nearest."""
-    if name not in choices:
+    if name not in list(choices):
         raise UserError(f"unknown {kind} '{name}'{nearest(name, choices)}; choose from {', '.join(choices)}")
     return choices[name]
 
@@ -206,13 +207,12 @@ def fetch(split, folder, mirrors=PTB_MIRRORS):
         try:
             with urllib.request.urlopen(mirror.format(split), timeout=30) as answer:
                 content = answer.read()
-        except OSError as error:
+            if hashlib.sha256(content).hexdigest() == PTB_SHA256[split]:
+                folder.mkdir(parents=True, exist_ok=True)
+                return write_atomically(folder / f"{split}.txt", content)
+            reasons.append(f"wrong SHA-256 from {mirror.format(split)}")
+        except (OSError, http.client.HTTPException) as error:
             reasons.append(str(error))
-            continue
-        if hashlib.sha256(content).hexdigest() == PTB_SHA256[split]:
-            folder.mkdir(parents=True, exist_ok=True)
-            return write_atomically(folder / f"{split}.txt", content)
-        reasons.append(f"wrong SHA-256 from {mirror.format(split)}")
     raise UserError(f"cannot download PTB's {split}.txt: {'; '.join(reasons)}. "
                     "Put train.txt, valid.txt and test.txt in a folder and pass it as --data")
 
@@ -316,6 +316,7 @@ def toy_next(state):
                     for word, q, i in toy_words(f"v{c}")]
 
 
+@lru_cache
 def toy_corpus(sizes=(60000, 6000, 6000)):
     """{split: words} and {split: perplexity under the grammar}; whole sentences, the same on every machine."""
     random_, texts, floor = random.Random(20180209), {}, {}
@@ -345,7 +346,7 @@ class Stream:
     def __init__(self, tokens, batch, bptt, key=(), vary=False):
         length = math.ceil((len(tokens) - 1) / batch)
         if length < 2:
-            raise UserError(f"batch {batch} is larger than the corpus allows: {len(tokens)} tokens")
+            raise UserError(f"--batch {batch} is larger than the corpus allows: a split has {len(tokens)} tokens")
         padded = math.ceil(length / bptt) * bptt  # full segments have one shape; what is beyond the text is -1
         self.inputs, self.targets = (torch.full((batch * length,), fill) for fill in (0, -1))
         self.inputs[:len(tokens) - 1], self.targets[:len(tokens) - 1] = tokens[:-1], tokens[1:]
@@ -387,7 +388,7 @@ class Stream:
 # 3. Cells and search spaces ------------------------------------------------------------------------------------------
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda u: u, "sigmoid": torch.sigmoid}
-OUTPUTS = ("leaves", "all")  # h_t is the mean of the leaves (nodes nobody reads), or of all nodes
+OUTPUTS = ("leaves", "all")  # h_t is the mean of the leaves (nodes nobody reads), or of all nodes after node 0
 LEAVES, ALL = range(2)
 INPUT = 0  # slot 0 is the input pair (x_t, h_{t-1}); node i's value is slot i + 1
 
@@ -430,8 +431,8 @@ def cell_from_json(cell):
         if not isinstance(node, dict) or "from" not in node or "activation" not in node:
             raise UserError(f"node {i} needs 'from' and 'activation'")
         choose(f"activation of node {i}", node["activation"], ACTIVATIONS)
-        if node["from"] != "input" and node["from"] not in range(len(nodes)):
-            raise UserError(f"node {i} reads node {node['from']}, which is missing: nodes are 0 to {len(nodes) - 1}")
+        if node["from"] != "input" and (type(node["from"]) is not int or node["from"] not in range(len(nodes))):
+            raise UserError(f"node {i} reads node {node['from']!r}, which is missing: nodes are 0 to {len(nodes) - 1}")
     order = []
     for i in range(len(nodes)):
         path = []  # from node i back to one already sorted, or to the input
@@ -475,6 +476,8 @@ def search_space(config):
     """The list of Decisions, a column each. ENAS: every node but the first reads an earlier one, any activation."""
     names = config.activations.split(",")
     activations = tuple(list(ACTIVATIONS).index(choose("activation", name, ACTIVATIONS) and name) for name in names)
+    if len(set(names)) < len(names):
+        raise UserError(f"--activations {config.activations} has one of them twice")
     if config.nodes < 1:
         raise UserError(f"--nodes {config.nodes}: a cell has at least one node")
     decisions = [Decision("nodes", (config.nodes,)), Decision("output", (LEAVES,))]
@@ -501,7 +504,8 @@ def draw_cell(cell, title="", axes=None):
     rows = {d: [i for i, e in enumerate(depth) if e == d] for d in range(top)}
     place = {i: (j - (len(row) - 1) / 2, d) for d, row in rows.items() for j, i in enumerate(row)}
     read = {slot for slot, _ in cell.nodes}
-    leaves = [i + 1 for i in range(len(cell.nodes)) if cell.output == "all" or i + 1 not in read]
+    n = len(cell.nodes)
+    leaves = [i + 1 for i in range(n) if (i > 0 or n == 1 if cell.output == "all" else i + 1 not in read)]
     width = max(map(len, rows.values()))
     axes = axes or plt.subplots(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained")[1]
     box = dict(ha="center", va="center", fontsize=11, zorder=3)
@@ -582,7 +586,7 @@ def structure(cells):
     node = torch.arange(len(read), device=cells.device)[:, None]
     exists = node < count
     is_read = ((read[None] == node[:, None] + 1) & exists[None]).any(1)                  # [node, reader, K] -> [N, K]
-    leaf = exists & ((output == ALL) | ~is_read)
+    leaf = exists & torch.where(output == ALL, (node > 0) | (count == 1), ~is_read)      # paper: DARTS omits node 0
     return read, edge_index(read, node), act, leaf.double() / leaf.sum(0)
 
 
@@ -629,7 +633,7 @@ def reference_losses(weights, row, batch, k=0):
                 c, u = c + x @ wx[0], u + x @ wx[1]
             u = list(ACTIVATIONS.values())[act](u)
             slots.append(slots[read] + torch.sigmoid(c) * (u - slots[read]))
-        leaves = [s for i, s in enumerate(slots) if i and (output == ALL or i not in dict(nodes))]
+        leaves = [s for i, s in enumerate(slots) if i and (i > 1 or count == 1 if output == ALL else i not in dict(nodes))]
         h = sum(leaves) / len(leaves)
         h = h * (STATE_BOUND / h.norm(dim=-1, keepdim=True)).clamp(max=1)
         states.append(h)
@@ -1038,6 +1042,8 @@ class Run:
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if error[0] is UserError and not (self.folder / "metrics.jsonl").exists():
+            (self.folder / "config.json").unlink()  # nothing was done: the corrected command may have the folder
         self.lock.close()
 
     def on_signal(self, number, frame):
@@ -1058,6 +1064,7 @@ class Run:
                 continue
             for line in refused:
                 self.say(f"{line}; going on from {path.name}")
+                os.replace(self.folder / "checkpoint.pt", self.folder / "checkpoint.refused.pt")
             self.good, self.good_bytes, self.seconds = saved["state"], saved["metrics_bytes"], saved["seconds"]
             with open(self.folder / "metrics.jsonl", "ab") as file:
                 file.truncate(self.good_bytes)
@@ -1083,12 +1090,11 @@ class Run:
 
     def save(self):
         """Write the good state; the checkpoint before it stays as checkpoint.previous.pt."""
-        path, buffer = self.folder / "checkpoint.pt", io.BytesIO()
-        torch.save({"format": FORMAT, "study": self.study, "state": self.good, "metrics_bytes": self.good_bytes,
-                    "seconds": self.seconds + time.time() - self.started}, buffer)
+        path = self.folder / "checkpoint.pt"
         if path.exists():
             os.replace(path, path.with_name("checkpoint.previous.pt"))
-        write_atomically(path, buffer.getvalue())
+        write_tensors(path, {"format": FORMAT, "study": self.study, "state": self.good, "metrics_bytes": self.good_bytes,
+                             "seconds": self.seconds + time.time() - self.started})
         self.saved_at = time.time()
 
     def log(self, line, done, total, words):
@@ -1130,6 +1136,13 @@ def write_json(path, value):
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def write_tensors(path, value):
+    """torch.save, atomic."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
 def read_json(path):
     """Its content, or a UserError that names the file."""
     try:
@@ -1151,7 +1164,10 @@ def commit():
     """The commit that this file is at, '+' if it has been changed since; '' outside a repository."""
     here = ("git", "-C", Path(__file__).parent)
     git = lambda *words: subprocess.run(here + words, capture_output=True, text=True).stdout
-    return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(git("diff", "HEAD", "--", Path(__file__).name))
+    try:
+        return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(git("diff", "HEAD", "--", Path(__file__).name))
+    except OSError:  # there is no git
+        return ""
 
 
 def device_of(config):
@@ -1166,8 +1182,8 @@ def device_of(config):
 # 8. Evaluate, derive, train ------------------------------------------------------------------------------------------
 
 def to_device(tensors, device):
-    """A dict of tensors, moved."""
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    """A dict of tensors, moved; without their gradients."""
+    return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
 
 
 def zero_state(weights, batch):
@@ -1421,6 +1437,8 @@ def roll_back(run, s, controller, adam):
 def search(config, run, corpus):
     """ENAS: rounds of SGD on the shared weights, then of REINFORCE on the controller. Returns both."""
     device, words, decisions = device_of(config), len(corpus.words), search_space(config)
+    if config.controller == "trained" and all(len(d.choices) == 1 for d in decisions):
+        raise UserError("the search space has a single architecture: there is nothing to decide")
     controller = Controller(decisions, config).to(device)
     adam = torch.optim.Adam(controller.parameters(), lr=config.controller_lr)
     train = Stream(corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt).to(device)
@@ -1494,13 +1512,15 @@ def derive(config, weights, rows, corpus, at_once=10):
 
 
 def load_cell(config, name):
-    """A cell by name, 'random:SEED' (uniform over the space), a JSON file, or the best one of a search run's folder."""
+    """A cell by name, 'random:SEED' (uniform over the space), its row '4-0-0-1-...', a JSON file, or a search's folder."""
     if name in CELLS:
         return CELLS[name]
+    if re.fullmatch(r"\d+(-\d+)+", name):
+        return decode(torch.tensor([int(x) for x in name.split("-")]))
     if name.startswith("random:"):
         return decode(uniform_rows(search_space(config), 1, "random cell", name)[0])
     path = Path(name)
-    if path.is_dir() or path.suffix == ".json":
+    if name and path.is_dir() or path.suffix == ".json":
         return cell_from_json(read_json(path / "cell.json" if path.is_dir() else path))
     raise UserError(f"unknown cell '{name}'{nearest(name, [*CELLS, 'lstm'])}; choose from {', '.join(CELLS)}, lstm, "
                     "random:SEED, a JSON file, or a search's folder")
@@ -1517,19 +1537,20 @@ def study_search(config, run):
     for name, rows in (("", controller.sample(config.derive_samples, config.seed, "derive").rows),
                        ("uniform_", uniform_rows(controller.decisions, config.derive_samples, config.seed, "uniform"))):
         rows, perplexities = derive(config, weights, rows, corpus)
+        run.obey()
         derived[f"{name}cells"] = [[*row, round(p, 3)] for row, p in zip(rows.tolist(), perplexities)]
         metrics[f"{name}best_cell"] = cell_to_json(decode(rows[0]))
         metrics[f"{name}valid_perplexity"] = perplexities[0]
         metrics[f"{name}median_valid_perplexity"] = perplexities[len(perplexities) // 2]
         write_json(run.folder / f"{name}cell.json", metrics[f"{name}best_cell"])
     (run.folder / "derived.json").write_text(json.dumps(derived))  # each a row of integers, then its perplexity
-    torch.save({name: w.detach().cpu() for name, w in weights.items()}, run.folder / "weights.pt")
+    write_tensors(run.folder / "weights.pt", to_device(weights, "cpu"))
     save_cell(run.folder, metrics)
     if corpus.floor:
         metrics["floor_perplexity"] = corpus.floor["valid"]
     if config.retrain:
-        same = ("data", "cache", "seed", "device", "threads", "nodes", "hidden", "checkpoint_seconds")
-        for name, cell in (("found", str(run.folder / "cell.json")), ("lstm", "lstm")):
+        same = ("data", "cache", "seed", "device", "dtype", "threads", "nodes", "hidden", "checkpoint_seconds")
+        for name, cell in (("found", "-".join(map(str, derived["cells"][0][:-1]))), ("lstm", "lstm")):
             sub = configure("train", config.preset, **{n: getattr(config, n) for n in same}, cell=cell,
                             out=str(run.folder / name))
             metrics[name] = run_study("train", sub)["metrics"]
@@ -1542,6 +1563,8 @@ def study_train(config, run):
     names = [name for name in config.cell.split(",") for _ in range(config.replicas)]
     seeds = [config.seed + i % config.replicas for i in range(len(names))]
     words = len(corpus.words)
+    if config.weights and "lstm" in names:
+        raise UserError("--weights are a search's: --cell lstm has none of them")
     if set(names) == {"lstm"}:
         cells, weights = None, lstm_weights(config, words, seeds)
     elif "lstm" in names:
@@ -1562,7 +1585,7 @@ def study_train(config, run):
     columns = {"cell": names, "seed": seeds, **scores, "recurrent_parameters": recurrent,
                "parameters": [r + words * (config.hidden + 1) for r in recurrent], **records}
     networks = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    torch.save({name: w.detach().cpu() for name, w in best.items()}, run.folder / "weights.pt")
+    write_tensors(run.folder / "weights.pt", to_device(best, "cpu"))
     metrics = {**(networks[0] if len(networks) == 1 else {}), "networks": networks}
     return {**metrics, "floor_perplexity": corpus.floor["test"]} if corpus.floor else metrics
 
@@ -1672,6 +1695,12 @@ def check(config):
     for name in positive.split():
         if not getattr(config, name) >= (1 if isinstance(getattr(config, name), int) else 1e-12):
             raise UserError(f"--{name} {getattr(config, name)} is too small")
+    for name in "threads lstm_hidden shared_steps warm_epochs controller_steps init controller_lr weight_decay " \
+                "activation_reg slowness_reg entropy checkpoint_seconds".split():
+        if not getattr(config, name) >= 0:
+            raise UserError(f"--{name} {getattr(config, name)} must not be negative")
+    if not 0 <= config.baseline_decay < 1:
+        raise UserError(f"--baseline_decay {config.baseline_decay} must be in [0, 1)")
     for name in ("word_dropout", "input_dropout", "hidden_dropout", "output_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name} {getattr(config, name)} must be in [0, 1): it is a DROP rate")
@@ -1693,7 +1722,9 @@ def table(headers, rows):
 
 
 def short(name):
-    """A cell's name; of a JSON file the run that it came from."""
+    """A cell's name; of a JSON file the run that it came from; a row of integers is what a search found."""
+    if re.fullmatch(r"\d+(-\d+)+", name):
+        return "the cell found"
     return f"{Path(name).stem} of {Path(name).parent.name}" if name.endswith(".json") else name
 
 
@@ -1787,7 +1818,7 @@ class Parser(argparse.ArgumentParser):
 
 def boolean(text):
     """--flag, --flag true or --flag false."""
-    return {"true": True, "false": False}[text.lower()]
+    return ("false", "true").index(text.lower()) == 1
 
 
 def parse(arguments):
