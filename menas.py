@@ -1653,7 +1653,7 @@ def bench(config, words, k, dtypes, repeats=5):
                 seconds[name].append((time.perf_counter() - start) / (k if name in dtypes else 1))
         median = {name: sorted(times[1:])[repeats // 2] for name, times in seconds.items()}
         found += [(f"{label}, {name}", median[name], median["plain"] / median[name]) for name in jobs]
-        if train and device.type == "cpu":
+        if train and device.type == "cpu" and sys.platform == "linux":
             peak = {name: peak_memory(jobs[name]) for name in (*dtypes, "plain")}
             found += [(f"memory of a {label}, {name}", 0.0, k * peak["plain"] / peak[name]) for name in dtypes]
     return found

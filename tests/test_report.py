@@ -1,0 +1,56 @@
+"""The README shows what the committed records give. Run: pytest tests/test_report.py"""
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from menas import UserError, cell_from_json, main, report, table
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_is_what_the_records_give(tmp_path):
+    """Oracle: the report, made again from copies."""
+    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.pt", "lock", "tensorboard"))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    report(tmp_path / "results", tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
+    assert (tmp_path / "results/curves.png").stat().st_size > 10_000
+
+
+def test_every_table_of_the_readme_has_records():
+    marks = re.findall(r"<!-- (\w+) (\w+) -->", (ROOT / "README.md").read_text())
+    records = [json.loads(path.read_text()) for path in (ROOT / "results").glob("*/result.json")]
+    assert marks and set(marks) <= {(r["study"], r["config"]["data"]) for r in records}
+
+
+def test_records_say_where_they_come_from():
+    for path in (ROOT / "results").glob("*/result.json"):
+        record = json.loads(path.read_text())
+        assert {"study", "config", "seed", "commit", "versions", "device", "seconds", "metrics"} <= set(record)
+        assert record["commit"] and record["seconds"] > 0
+        assert str(ROOT) not in path.read_text()
+
+
+def test_the_readmes_links_exist():
+    for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / link).exists(), link
+
+
+def test_found_cells_in_the_records_are_cells():
+    for path in (ROOT / "results").glob("*/cell.json"):
+        assert cell_from_json(json.loads(path.read_text())).nodes
+
+
+def test_table_is_markdown_and_aligned():
+    made = table(("a", "long name"), [(1234, 1.5), ("x", "y")]).splitlines()
+    assert made == ["| a     | long name |", "| ----- | --------- |", "| 1,234 | 1.50      |", "| x     | y         |"]
+
+
+def test_no_records_is_one_clear_line(tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError):
+        report(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["report"]) == 2 and capsys.readouterr().err.count("\n") == 1
