@@ -660,8 +660,8 @@ class Workspace:
 
 
 # Every activation as arithmetic with coefficients per architecture, so that K different ones are one operation. With
-# z = slope * u and y = act(u): a sigmoid one is y = scale * sigmoid(z) + shift, a linear one y = max(z, floor).
-# Its derivative by z needs only y: dy/dz = (square * y + line) * y + constant + step * [y > 0].
+# z = slope * u:  y = act(u) = scale * sigmoid(z) + shift + max(linear * z, floor), and the derivative needs only y:
+# dy/dz = (square * y + line) * y + constant + step * [y > 0].
 #                           slope scale shift linear floor       square line constant step
 COEFFICIENTS = {"tanh":     (2.0, 2.0, -1.0, 0.0, 0.0,           -0.5, 0.0, 0.5, 0.0),
                 "relu":     (1.0, 0.0, 0.0, 1.0, 0.0,            0.0, 0.0, 0.0, 1.0),
@@ -698,15 +698,16 @@ class Recurrence(torch.autograd.Function):
     def run(training, xw, h0, w, mask, read, leaf, *act):
         """h, and what backward needs, or None if not training."""
         (n, k, hidden, _), (t_, b) = w.shape, xw.shape[1:3]
-        kept = t_ if training else 1  # steps whose values the backward pass needs
-        slots, gates = Workspace.take(w, n + 1, k, kept, b, hidden), Workspace.take(w, n, k, kept, b, 2, hidden)
+        kept = t_ if training else 1  # the backward pass needs the values of all steps
+        slots = Workspace.take(w, n + 1, k, kept, b, hidden)
+        gates = Workspace.take(w, n if training else 1, k, kept, b, 2, hidden)
         h, shrink = w.new_empty(k, t_, b, hidden), w.new_empty(k, t_, b, 1)
         p, pm, z = (w.new_empty(k, b, width) for width in (hidden, hidden, 2 * hidden))
         z_c, z_u = (half for half in z.view(k, b, 2, hidden).unbind(2))
         index = read * k + torch.arange(k, device=read.device)                           # [N, K] rows of slots, flat
         leaf = leaf.t()[:, None].to(w.dtype).contiguous()                                # [K, 1, N]
         slope, (scale, shift, linear, floor) = act[0], (x.unbind() for x in act[1:5])
-        per_node = list(zip(index.unbind(), w.unbind(), scale, shift, [x.bool() for x in linear], floor))
+        per_node = list(zip(index.unbind(), w.unbind(), scale, shift, linear, floor))
         for t in range(t_):
             now, x = (t if training else 0), xw[:, t]
             rows = slots.view((n + 1) * k, kept, b, hidden)[:, now]                      # [(N+1) K, B, H]
@@ -718,9 +719,9 @@ class Recurrence(torch.autograd.Function):
                 if i == 0:  # the node that reads the input pair
                     z_c.add_(x[..., :hidden])
                     z_u.addcmul_(x[..., hidden:], slope[0])
-                g = gates[i, :, now]                                                     # [K, B, 2, H]
+                g = gates[i if training else 0, :, now]                                  # [K, B, 2, H]
                 c, u = torch.sigmoid(z.view_as(g), out=g).unbind(2)
-                torch.where(linear, torch.maximum(z_u, floor), torch.mul(u, scale).add_(shift), out=u)
+                torch.add(torch.maximum(z_u.mul_(linear), floor).addcmul_(u, scale), shift, out=u)
                 torch.lerp(p, u, c, out=values[i + 1])
             mean = torch.bmm(leaf, slots[1:, :, now].view(n, k, b * hidden).transpose(0, 1)).view(k, b, hidden)
             shrink[:, t] = (STATE_BOUND / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)).clamp(max=1)
@@ -796,12 +797,14 @@ class CrossEntropy(torch.autograd.Function):
         counts = (targets >= 0).to(wide)
         share = counts / counts.sum().clamp(min=1)                                       # [R] weight of each row
         losses, low, shift = torch.zeros(k, dtype=wide, device=h.device), decoder.to(h.dtype), bias.to(h.dtype)
+        buffers = h.new_empty(2, min(chunk, rows), decoder.shape[1])                     # of a chunk's logits, log softmax
         if training:
             d = h.new_empty(min(block, rows), decoder.shape[1])                          # dL/dlogits of a block
             dh, dw, db = torch.empty_like(h), decoder.new_zeros(decoder.shape), bias.new_zeros(bias.shape)
         for i, r in ((i, r) for i in range(k) for r in range(0, rows, chunk)):
             x, y, part = h[i, r:r + chunk], targets[r:r + chunk].clamp(min=0)[:, None], share[r:r + chunk, None]
-            logp = torch.log_softmax(torch.addmm(shift[i], x, low[i].t()), 1)
+            logits, logp = buffers[:, :len(x)]
+            torch.log_softmax(torch.addmm(shift[i], x, low[i].t(), out=logits), 1, out=logp)
             losses[i] -= (logp.gather(1, y) * part).sum()
             if training:  # dL/dlogits = (softmax - onehot) / count
                 p = logp.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=h.dtype)).mul_(part)
