@@ -510,12 +510,17 @@ def draw_cell(cell, title="", axes=None):
     axes = axes or plt.subplots(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained")[1]
     box = dict(ha="center", va="center", fontsize=11, zorder=3)
     shape = dict(boxstyle="round,pad=0.35", edgecolor="#333333")
-    arrow = dict(arrowstyle="-|>", shrinkA=13, shrinkB=13, color="#333333")
+
+    def arrow(start, end, **style):  # from the top of one box to the bottom of another
+        (x, y), (x_end, y_end) = start, end
+        axes.annotate("", (x_end, y_end - 0.22), (x, y + 0.22), zorder=1,
+                      arrowprops=dict(arrowstyle="-|>", shrinkA=0, shrinkB=0, **{"color": "#333333", **style}))
+
     for i, (slot, act) in enumerate(cell.nodes):
-        axes.annotate("", place[i + 1], place[slot], arrowprops=arrow)
+        arrow(place[slot], place[i + 1])
         axes.text(*place[i + 1], f"{i}: {act}", bbox=dict(shape, facecolor=NODE_COLOURS[act]), **box)
     for i in leaves:
-        axes.annotate("", (0, top), place[i], arrowprops=dict(arrow, color="#aaaaaa", linestyle=":"))
+        arrow(place[i], (0, top), color="#aaaaaa", linestyle=":")
     axes.text(*place[0], "$x_t,\\ h_{t-1}$", bbox=dict(shape, facecolor="white"), **box)
     axes.text(0, top, "$h_t$ = mean", bbox=dict(shape, facecolor="white"), **box)
     axes.set(xlim=(-width / 2, width / 2), ylim=(-0.5, top + 0.5), title=title)
