@@ -4,8 +4,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from menas import REWARDS, BASELINES, Batch, Config, Controller, Segment, Stream, coefficient_table, draw_masks, network, \
-    policy_loss, score, search_space, sgd_step, shared_weights, train_step, worst_for_failures
+from menas import REWARDS, BASELINES, Batch, Config, Controller, Segment, Stream, coefficient_table, draw_masks, \
+    lstm_weights, policy_loss, score, search_space, shared_weights, train_step, worst_for_failures, zero_state
 
 META = torch.device("meta")
 CONFIG = Config(hidden=8, nodes=4, batch=3, bptt=5, word_dropout=.1, input_dropout=.1, hidden_dropout=.1, output_dropout=.1,
@@ -51,6 +51,14 @@ def test_a_training_step_and_a_reward(dtype, state):
             value, _ = baseline(rewards, torch.zeros(2, device=META), 0.95)
             policy_loss(sample, rewards, value, 0.1).backward(retain_graph=True)
     assert losses.shape == scored.shape == (2,)
+
+
+def test_a_training_step_of_the_lstm():
+    weights, tokens = to_meta(lstm_weights(CONFIG, 20, [1])), torch.zeros(5, 3, dtype=torch.long, device=META)
+    state = zero_state(weights, 3)
+    with NoHost():
+        losses, _ = train_step(weights, None, Batch(tokens, tokens, state, {}), torch.full((1,), 1.0, device=META), CONFIG)
+    assert losses.shape == (1,)
 
 
 @pytest.mark.parametrize("mistake", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x + torch.ones(2),

@@ -75,6 +75,20 @@ def test_gradcheck_of_the_cross_entropy():
     assert torch.autograd.gradcheck(run, (make(2, 7, 4), make(2, 5, 4), make(2, 5)))
 
 
+@pytest.mark.parametrize("words,rows", [(1500, 1200), (5000, 1200), (200, 6000), (10, 3)])
+def test_chunks_and_blocks_of_the_cross_entropy(words, rows):
+    """Oracle: torch's cross entropy; sizes at which chunks, blocks and the end of the rows do not coincide."""
+    draw = torch.Generator().manual_seed(1)
+    h, decoder, bias = (torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
+                        for shape in ((1, rows, 4), (1, words, 4), (1, words)))
+    targets = torch.randint(words, (rows,), generator=draw)
+    loss = torch.nn.functional.cross_entropy(h[0] @ decoder[0].t() + bias[0], targets)
+    mine = CrossEntropy.apply(True, h, decoder, bias, targets)
+    for a, b in zip(torch.autograd.grad(mine.sum(), (h, decoder, bias)), torch.autograd.grad(loss, (h, decoder, bias))):
+        assert (a - b).abs().max() < 1e-12
+    assert abs(mine.item() - loss.item()) < 1e-12
+
+
 def test_two_forwards_before_either_backward():
     """Oracle: each alone. Buffers are reused, but never by two graphs that are alive at once."""
     settings = [setting(2, False, 4, seed) for seed in (0, 1)]
