@@ -712,25 +712,31 @@ class Recurrence(torch.autograd.Function):
         gates = Workspace.take(w, n if training else 1, k, kept, b, 2, hidden)
         h, shrink = w.new_empty(k, t_, b, hidden), w.new_empty(k, t_, b, 1)
         p, pm, z = (w.new_empty(k, b, width) for width in (hidden, hidden, 2 * hidden))
+        alone = k == 1 and read.device.type == "cpu"  # then the host knows the cell: it gathers nothing
         z_c, z_u = z.view(k, b, 2, hidden).unbind(2)
         index = read * k + torch.arange(k, device=read.device)                           # [N, K] rows of slots, flat
         leaf = leaf.t()[:, None].to(w.dtype).contiguous()                                # [K, 1, N]
-        slope, (scale, shift, linear, floor) = act[0], (x.unbind() for x in act[1:5])
-        per_node = list(zip(index.unbind(), w.unbind(), scale, shift, linear, floor))
+        slope, spread = act[0], lambda x: x.flatten().tolist() if alone else x.unbind()
+        per_node = list(zip(w, *map(spread, (index, *act[1:5]))))
         for t in range(t_):
             now, x = (t if training else 0), xw[:, t]
             rows = slots.view((n + 1) * k, kept, b, hidden)[:, now]                      # [(N+1) K, B, H]
             values = slots[:, :, now].unbind()                                           # N+1 times [K, B, H]
             values[0].copy_(h0 if t == 0 else h[:, t - 1])
-            for i, (where, w_i, scale, shift, linear, floor) in enumerate(per_node):
-                torch.index_select(rows, 0, where, out=p)
+            for i, (w_i, where, scale, shift, linear, floor) in enumerate(per_node):
+                p = values[where] if alone else torch.index_select(rows, 0, where, out=p)
                 torch.bmm(p if mask is None else torch.mul(p, mask, out=pm), w_i, out=z)
                 if i == 0:  # the node that reads the input pair
                     z_c.add_(x[..., :hidden])
                     z_u.addcmul_(x[..., hidden:], slope[0])
                 g = gates[i if training else 0, :, now]                                  # [K, B, 2, H]
                 c, u = torch.sigmoid(z.view_as(g), out=g).unbind(2)
-                torch.add(torch.maximum(z_u.mul_(linear), floor).addcmul_(u, scale), shift, out=u)
+                if not alone:
+                    torch.add(torch.maximum(z_u.mul_(linear), floor).addcmul_(u, scale), shift, out=u)
+                elif linear:
+                    torch.clamp(z_u, min=floor, out=u)
+                elif scale != 1:
+                    u.mul_(scale).add_(shift)
                 torch.lerp(p, u, c, out=values[i + 1])
             mean = torch.bmm(leaf, slots[1:, :, now].view(n, k, b * hidden).transpose(0, 1)).view(k, b, hidden)
             shrink[:, t] = (STATE_BOUND / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)).clamp(max=1)
@@ -747,7 +753,9 @@ class Recurrence(torch.autograd.Function):
         (index, leaf, slots, gates, h, shrink), ctx.buffers = ctx.buffers or Recurrence.run(True, *ctx.inputs)[1], None
         (n, k, hidden, _), (t_, b) = w.shape, h.shape[1:3]
         slope, (square, line, constant, step) = act[0], act[5:]
-        flat = slots.view((n + 1) * k, t_, b, hidden)
+        flat, alone = slots.view((n + 1) * k, t_, b, hidden), k == 1 and w.device.type == "cpu"
+        wheres = index.flatten().tolist() if alone else index.unbind()
+        values = lambda where: slots[where] if alone else flat.index_select(0, where)    # [K, T, B, H]
         keep = Workspace.take(w, n, k, t_, b, hidden)
         # Local derivatives of s = p + c (u - p), all steps at once: gates become ds/dc~ and ds/dz, keep ds/dp = 1 - c.
         for i in range(n):
@@ -755,13 +763,13 @@ class Recurrence(torch.autograd.Function):
             torch.sub(1, c, out=keep[i])
             slope_u = u.mul(square[i][:, None]).add_(line[i][:, None]).mul_(u).add_(constant[i][:, None])
             slope_u.addcmul_(step[i][:, None], (u > 0).to(u.dtype)).mul_(c)
-            u.sub_(flat.index_select(0, index[i])).mul_(c).mul_(keep[i])
+            u.sub_(values(wheres[i])).mul_(c).mul_(keep[i])
             c.copy_(u)
             u.copy_(slope_u)
         # Back through time: ds [N+1, K, B, H] collects the gradient of every slot of one step.
         ds, dz, dp = w.new_empty(n + 1, k, b, hidden), w.new_empty(k, b, 2 * hidden), w.new_empty(k, b, hidden)
         dh, leaf = None, leaf.permute(2, 0, 1)[..., None]                                # leaf [N, K, 1, 1]
-        per_node = list(zip(ds[1:].unbind(), index.unbind(), w.transpose(2, 3).unbind(), gates.unbind(), keep.unbind()))
+        per_node = list(zip(ds[1:].unbind(), wheres, w.transpose(2, 3).unbind(), gates.unbind(), keep.unbind()))
         ds_flat, dz_pair = ds.view((n + 1) * k, b, hidden), dz.view(k, b, 2, hidden)
         for t in reversed(range(t_)):
             dh = grad[:, t] if dh is None else grad[:, t] + dh
@@ -776,13 +784,13 @@ class Recurrence(torch.autograd.Function):
                 torch.bmm(dz, w_t, out=dp)
                 if mask is not None:
                     dp.mul_(mask)
-                ds_flat.index_add_(0, where, dp.addcmul_(d, stay[:, t]))
+                dp.addcmul_(d, stay[:, t])
+                ds[where].add_(dp) if alone else ds_flat.index_add_(0, where, dp)
             dh = ds[0]
         dh = dh.clone()
         dw = torch.empty_like(w)
         for i in range(n):
-            read = flat.index_select(0, index[i])
-            read = read if mask is None else read.mul_(mask[:, None])
+            read = values(wheres[i]) if mask is None else values(wheres[i]) * mask[:, None]
             torch.bmm(read.view(k, t_ * b, hidden).transpose(1, 2), gates[i].view(k, t_ * b, 2 * hidden), out=dw[i])
         dxw = gates[0].clone()
         dxw[..., 1, :] *= slope[0][:, None]
@@ -801,8 +809,8 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, training, h, decoder, bias, targets, chunk=0, block=1024):
-        (k, rows, _), chunk = h.shape, chunk or max(128, 2 ** 20 // decoder.shape[1])
-        block = chunk * max(1, block // chunk)                                           # whole chunks
+        (k, rows, _), chunk = h.shape, chunk or max(128, h.shape[2] // 2, 2 ** 20 // decoder.shape[1])
+        block = chunk * max(1, block // chunk)                                            # whole chunks
         wide = torch.promote_types(h.dtype, torch.float32)
         counts = (targets >= 0).to(wide)
         share = counts / counts.sum().clamp(min=1)                                       # [R] weight of each row
