@@ -140,8 +140,8 @@ PRESETS = {
                        controller_steps=80),
         "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35,
                       schedule="cosine")},
-    # paper: the corrected code of ENAS's authors, search and final training. Its two masks on the input are one here, of
-    # rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the gradient is twice the weight.
+    # paper: the corrected code of ENAS's authors, search and final training. Its two masks on the input are one here,
+    # of rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the gradient is twice the weight.
     "paper": {
         "all": dict(data="ptb", dtype="bfloat16", init=.04, batch=64, random_bptt=True, clip=.25, controller_hidden=64,
                     controller_lr=5e-5, entropy=1e-5, tanh_constant=2.25),
@@ -803,9 +803,9 @@ class CrossEntropy(torch.autograd.Function):
     """Mean loss [K] of h [K, R, H] for targets [R] under decoders [K, V, H] and biases [K, V].
 
     Log-probabilities are in h's dtype, their sum in float32 or better, the gradients of decoder and bias in theirs. All
-    logits never exist at once: the softmax goes by chunks that stay in the cache, the products by blocks of chunks. If a
-    gradient is wanted, forward computes it there and then for dL = 1, since the softmax is at hand; backward only scales
-    it. Target -1 is none."""
+    logits never exist at once: the softmax goes by chunks that stay in the cache, the products by blocks of chunks. If
+    a gradient is wanted, forward computes it there and then for dL = 1, since the softmax is at hand; backward only
+    scales it. Target -1 is none."""
 
     @staticmethod
     def forward(ctx, training, h, decoder, bias, targets, chunk=0, block=1024):
@@ -1625,8 +1625,8 @@ def load_shared(config, words, cells):
     return weights
 
 
-# name -> hidden, batch, vocabulary, architectures at once, dtypes timed beside the plain loop in float32. Small ones first:
-# a process that has freed large blocks gets its memory faster, and so would the plain loop.
+# name -> hidden, batch, vocabulary, architectures at once, dtypes timed beside the plain loop in float32. Small ones
+# first: a process that has freed large blocks gets its memory faster, and the plain loop gains most from that.
 BENCHES = {"hidden 32, 32 at once": (32, 16, 200, 32, ("float32",)),
            "hidden 200": (200, 64, 10000, 1, ("float32", "bfloat16")),
            "hidden 1000": (1000, 64, 10000, 1, ("float32", "bfloat16"))}
@@ -1810,7 +1810,8 @@ def draw_curves(records, axes, y, name, scale=1):
         if points:
             axes.plot(*zip(*points), label=name(record), linewidth=1.5)
     axes.set(ylabel=y.replace("_", " "))
-    axes.legend(fontsize=8)
+    if axes.lines:
+        axes.legend(fontsize=8)
 
 
 def report(folder="results", readme="README.md"):

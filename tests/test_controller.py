@@ -23,7 +23,8 @@ def all_rows(decisions):
 
 
 def flat_gradient(value, controller):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(controller.parameters()), retain_graph=True)])
+    grads = torch.autograd.grad(value, list(controller.parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in grads])
 
 
 def test_probabilities_sum_to_one():
@@ -69,7 +70,7 @@ def exact_objective(controller, reward, weight):
 
 @pytest.mark.parametrize("name", list(BASELINES))
 def test_mean_policy_gradient_is_exact(name):
-    """Oracle: the derivative of E[reward] + weight * entropy by enumeration; all pairs (m, m') weighted by probability."""
+    """Oracle: the derivative of E[reward] + weight * entropy by enumeration, over all pairs (m, m')."""
     controller, weight = small_controller(), 0.3
     rows = all_rows(controller.decisions)
     reward = torch.linspace(-1, 2, len(rows), dtype=torch.float64) ** 2
@@ -128,8 +129,8 @@ def test_uniform_rows_are_uniform():
 def noise_of_the_gradient(config, weights, controller, corpus, steps=100):
     """{baseline: total variance of the policy gradient} for one fixed policy and supernet.
 
-    Both baselines see the same samples and the same validation segments. Both are unbiased, so the gradient's signal per
-    reward evaluation is the same and its signal-to-noise ratio goes as one over this variance."""
+    Both baselines see the same samples and validation segments. Both are unbiased, so the gradient's signal per reward
+    evaluation is the same and its signal-to-noise ratio goes as one over this variance."""
     valid, carried = Stream(corpus.valid, config.batch, config.bptt), torch.zeros(1, config.batch, config.hidden)
     found, memory = {name: [] for name in BASELINES}, {name: torch.zeros(2) for name in BASELINES}
     for step in range(steps):
@@ -143,8 +144,8 @@ def noise_of_the_gradient(config, weights, controller, corpus, steps=100):
 
 
 def test_leave_one_out_has_the_stronger_signal(tmp_path):
-    """It wins once the policy has learnt, when the minibatch's difficulty is most of the reward's noise. Before that, where
-    random cells differ more than minibatches do, it costs at most the K / (K - 1) of a mean over K - 1 samples."""
+    """It wins once the policy has learnt, when the minibatch's difficulty is most of the reward's noise. Before that,
+    where random cells differ more than minibatches do, it costs at most K / (K - 1): a mean over K - 1 samples."""
     config = configure("search", "smoke", shared_steps=100, controller_steps=60, lr=10.0, batch=8, warm_epochs=1,
                        controller_lr=.02, out=str(tmp_path))
     corpus = load_corpus(config)

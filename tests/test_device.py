@@ -1,4 +1,4 @@
-"""A step never waits for the host, which a GPU's speed and a CUDA graph's capture need. Run: pytest tests/test_device.py"""
+"""A step never waits for the host: a GPU's speed and graph capture need that. Run: pytest tests/test_device.py"""
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,8 +8,8 @@ from menas import REWARDS, BASELINES, Batch, Config, Controller, Segment, Stream
     lstm_weights, policy_loss, score, search_space, shared_weights, train_step, worst_for_failures, zero_state
 
 META = torch.device("meta")
-CONFIG = Config(hidden=8, nodes=4, batch=3, bptt=5, word_dropout=.1, input_dropout=.1, hidden_dropout=.1, output_dropout=.1,
-                activation_reg=1e-3, slowness_reg=1e-3)
+CONFIG = Config(hidden=8, nodes=4, batch=3, bptt=5, activation_reg=1e-3, slowness_reg=1e-3, word_dropout=.1,
+                input_dropout=.1, hidden_dropout=.1, output_dropout=.1)
 HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
 
 
@@ -56,8 +56,9 @@ def test_a_training_step_and_a_reward(dtype, state):
 def test_a_training_step_of_the_lstm():
     weights, tokens = to_meta(lstm_weights(CONFIG, 20, [1])), torch.zeros(5, 3, dtype=torch.long, device=META)
     state = zero_state(weights, 3)
+    batch, lr = Batch(tokens, tokens, state, {}), torch.full((1,), 1.0, device=META)
     with NoHost():
-        losses, _ = train_step(weights, None, Batch(tokens, tokens, state, {}), torch.full((1,), 1.0, device=META), CONFIG)
+        losses, _ = train_step(weights, None, batch, lr, CONFIG)
     assert losses.shape == (1,)
 
 

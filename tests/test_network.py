@@ -4,19 +4,20 @@ import random
 import pytest
 import torch
 
-from menas import (ACTIVATIONS, OUTPUTS, Batch, Cell, Config, CrossEntropy, Recurrence, Workspace, coefficients, draw_masks,
-                   encode, inherit, lstm_weights, network, reference_losses, shared_weights, standalone_weights, structure,
-                   unroll)
+from menas import (ACTIVATIONS, OUTPUTS, Batch, Cell, Config, CrossEntropy, Recurrence, Workspace, coefficients,
+                   draw_masks, encode, inherit, lstm_weights, network, reference_losses, shared_weights,
+                   standalone_weights, structure)
 
 WORDS, HIDDEN, STREAMS, NODES = 11, 6, 3, 5
-DROPOUT = Config(hidden=HIDDEN, nodes=NODES, init=.6, word_dropout=.2, input_dropout=.3, hidden_dropout=.3, output_dropout=.3)
+DROPOUT = Config(hidden=HIDDEN, nodes=NODES, init=.6, word_dropout=.2, input_dropout=.3, hidden_dropout=.3,
+                 output_dropout=.3)
 
 
 def random_cells(k, seed, nodes=NODES):
     """Cells of mixed sizes, activations and outputs."""
     draw = random.Random(seed)
-    return [Cell(tuple((draw.randint(1, i) if i else 0, draw.choice(list(ACTIVATIONS))) for i in range(draw.randint(1, nodes))),
-                 draw.choice(OUTPUTS)) for _ in range(k)]
+    node = lambda i: (draw.randint(1, i) if i else 0, draw.choice(list(ACTIVATIONS)))
+    return [Cell(tuple(node(i) for i in range(draw.randint(1, nodes))), draw.choice(OUTPUTS)) for _ in range(k)]
 
 
 def setting(k, shared, steps, seed=0, dropout=True, size=1.0):
@@ -127,7 +128,8 @@ def test_scoring_without_a_graph_gives_the_same_losses():
 def test_inherited_weights_compute_what_the_shared_ones_do():
     weights, rows, batch = setting(7, True, 4)
     own = inherit({name: w.detach() for name, w in weights.items()}, rows)
-    assert torch.equal(network(own, rows, batch, torch.float64)[0], network(weights, rows, batch, torch.float64)[0].detach())
+    expected = network(weights, rows, batch, torch.float64)[0].detach()
+    assert torch.equal(network(own, rows, batch, torch.float64)[0], expected)
 
 
 def test_a_broken_network_leaves_the_others_alone():
@@ -152,7 +154,8 @@ def test_low_precision_is_near(dtype, tolerance):
     low = {name: w.detach().float().requires_grad_() for name, w in weights.items()}
     losses = network(low, rows, batch._replace(state=batch.state.detach().float()), dtype)[0]
     assert (losses - exact).abs().max() < tolerance
-    a, b = (torch.autograd.grad(l.sum(), w["edges"])[0].double().flatten() for l, w in ((losses, low), (exact, weights)))
+    gradient = lambda losses, weights: torch.autograd.grad(losses.sum(), weights["edges"])[0].double().flatten()
+    a, b = gradient(losses, low), gradient(exact, weights)
     assert torch.cosine_similarity(a, b, 0) > 1 - tolerance
 
 
@@ -167,5 +170,6 @@ def test_lstm_is_torch_lstm():
         lstm.load_state_dict({name: w[i] for name, w in weights.items() if name.endswith("l0")})
         out, (h, c) = lstm(weights["embedding"][i][tokens])
         logits = out @ weights["project"][i] @ weights["embedding"][i].t()
-        assert torch.allclose(losses[i], torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()), atol=1e-6)
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        assert torch.allclose(losses[i], expected, atol=1e-6)
         assert torch.allclose(state[i], torch.cat([h[0], c[0]], -1), atol=1e-6)

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_readme_is_what_the_records_give(tmp_path):
     """Oracle: the report, made again from copies."""
-    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.pt", "lock", "tensorboard"))
+    ignore = shutil.ignore_patterns("*.pt", "lock", "tensorboard")
+    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=ignore)
     shutil.copy(ROOT / "README.md", tmp_path)
     report(tmp_path / "results", tmp_path / "README.md")
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
@@ -54,3 +55,12 @@ def test_no_records_is_one_clear_line(tmp_path, monkeypatch, capsys):
         report(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main(["report"]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_readmes_snippet_runs(tmp_path, monkeypatch):
+    """A found cell in one's own code, after a small search under the folder's name in the README."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["search", "--preset", "smoke", "--hidden", "32", "--retrain", "--out", "runs/search-tiny-1"]) == 0
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1], names)
+    assert names["losses"].shape == (1,) and names["state"].shape == (1, 8, 32)

@@ -1,4 +1,4 @@
-"""The search loop does what its settings say, and survives a loss that is not finite. Run: pytest tests/test_search.py"""
+"""The search does what its settings say, and survives a loss that is not finite. Run: pytest tests/test_search.py"""
 import json
 import math
 
@@ -6,15 +6,16 @@ import pytest
 import torch
 
 import menas
-from menas import (STATES, Batch, Controller, Run, Stream, configure, load_corpus, main, network, reference_losses, search,
-                   search_space, shared_weights, start_batch, uniform_rows)
+from menas import (STATES, Batch, Controller, Run, Stream, configure, load_corpus, main, network, reference_losses,
+                   search, search_space, shared_weights, start_batch, uniform_rows)
 
 CORPUS = load_corpus(configure("search", "smoke"))
 
 
 def smoke(folder, **settings):
-    return configure("search", "smoke", **{**dict(hidden=8, batch=8, nodes=3, shared_steps=6, controller_steps=4, epochs=2,
-                                                  log_every=2, controller_samples=3, out=str(folder)), **settings})
+    small = dict(hidden=8, batch=8, nodes=3, shared_steps=6, controller_steps=4, epochs=2, log_every=2,
+                 controller_samples=3, out=str(folder))
+    return configure("search", "smoke", **{**small, **settings})
 
 
 def run_search(config):
@@ -83,10 +84,11 @@ def test_the_states_at_a_segments_start():
     stream = Stream(CORPUS.train, config.batch, config.bptt)
     first, second = stream.next(), stream.next()
     carried = torch.randn(1, config.batch, config.hidden)
+    state = {}
     for name in STATES:
-        at_start = start_batch(menas.replace(config, state=name), weights, cells, first, carried, {})
-        assert not at_start.state.any()  # nothing comes before the text
-    state = {name: start_batch(menas.replace(config, state=name), weights, cells, second, carried, {}).state for name in STATES}
+        policy = menas.replace(config, state=name)
+        assert not start_batch(policy, weights, cells, first, carried, {}).state.any()  # nothing comes before the text
+        state[name] = start_batch(policy, weights, cells, second, carried, {}).state
     assert torch.equal(state["carry"], carried) and not state["zero"].any()
     before = Batch(first.inputs, first.targets, torch.zeros_like(carried), {})
     for k in range(3):
@@ -107,7 +109,7 @@ def test_a_reward_does_not_depend_on_dropout(tmp_path):
                                       ["--reward", "loss"], ["--dtype", "bfloat16"], ["--random_bptt"],
                                       ["--shared_samples", "3"], ["--activations", "tanh"]])
 def test_every_choice_runs(tmp_path, settings):
-    base = ["search", "--preset", "smoke", "--hidden", "8", "--nodes", "3", "--shared_steps", "3", "--controller_steps", "2",
-            "--derive_samples", "2", "--out", str(tmp_path)]
+    base = ["search", "--preset", "smoke", "--hidden", "8", "--nodes", "3", "--shared_steps", "3", "--controller_steps",
+            "2", "--derive_samples", "2", "--out", str(tmp_path)]
     assert main(base + settings) == 0
     assert json.loads((tmp_path / "result.json").read_text())["metrics"]["valid_perplexity"] < 1000

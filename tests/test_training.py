@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import menas
-from menas import CELLS, Batch, Cell, Config, Corpus, Run, encode, evaluate, network, perplexity, sgd_step, shared_weights, \
-    standalone_weights, train_networks
+from menas import (CELLS, Batch, Cell, Config, Corpus, Run, encode, evaluate, network, perplexity, sgd_step,
+                   shared_weights, standalone_weights, train_networks)
 
 WORDS = 13
 SMALL = [Cell(((0, "tanh"), (1, "relu"), (1, "sigmoid"), (2, "identity"))), Cell(((0, "sigmoid"),)),
@@ -27,9 +27,9 @@ def float64(weights):
 
 def train(folder, rows, seeds, change=None, **settings):
     """train_networks in float64; change(weights) may spoil them first."""
-    config = Config(**{**dict(hidden=6, batch=5, bptt=7, init=.3, epochs=4, lr=2.0, clip=.5, dtype="float64", eval_batch=4,
-                              word_dropout=.1, input_dropout=.2, hidden_dropout=.2, output_dropout=.2, patience=2,
-                              out=str(folder)), **settings})
+    config = Config(**{**dict(hidden=6, batch=5, bptt=7, init=.3, epochs=4, lr=2.0, clip=.5, dtype="float64",
+                              eval_batch=4, word_dropout=.1, input_dropout=.2, hidden_dropout=.2, output_dropout=.2,
+                              patience=2, out=str(folder)), **settings})
     weights = float64(standalone_weights(config, WORDS, rows, seeds))
     if change:
         change(weights)
