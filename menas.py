@@ -1808,7 +1808,7 @@ def draw_curves(records, axes, y, name, scale=1):
         first = lambda value: value[0] if isinstance(value, list) else value  # of several networks
         points = [(line["step"] / scale, first(line[y])) for line in lines if y in line]
         if points:
-            axes.plot(*zip(*points), label=name(record), linewidth=1.5)
+            axes.plot(*zip(*points), label=name(record), marker=".", linewidth=1)
     axes.set(ylabel=y.replace("_", " "))
     if axes.lines:
         axes.legend(fontsize=8)
