@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from menas import UserError, cell_from_json, main, report, table
+from menas import UserError, cell_from_json, main, report, summary, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,3 +64,8 @@ def test_the_readmes_snippet_runs(tmp_path, monkeypatch):
     names = {}
     exec(re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1], names)
     assert names["losses"].shape == (1,) and names["state"].shape == (1, 8, 32)
+
+
+def test_the_quick_start_shows_its_record():
+    """Oracle: what a finished `python menas.py search` prints, made again from the committed record of one."""
+    assert summary(json.loads((ROOT / "results/tiny-search/result.json").read_text())) in (ROOT / "README.md").read_text()
