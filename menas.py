@@ -105,6 +105,10 @@ class Config:
     controller_samples: int = option(10, "architectures in one controller step, on one validation minibatch")
     controller_hidden: int = option(100, "units of the controller's LSTM")
     controller_lr: float = option(3.5e-3, "of Adam on the controller")
+    lookahead: str = option("none", "weights that rewards are taken at: none (omega), momentum, recent or fresh (omega')")
+    response: str = option("none", "what the shared weights' answer adds to the reward: none (ENAS), unrolled, neumann")
+    fold: int = option(2, "architectures that omega' is made from, and as many others for the response's v")
+    settle: int = option(0, "rounds at a search's end in which only the shared weights learn, so that they fit the policy")
     entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward")
     temperature: float = option(5.0, "divides the controller's logits")
     tanh_constant: float = option(2.5, "bounds them: constant * tanh(logits / temperature)")
@@ -913,6 +917,28 @@ def network(weights, cells, batch, dtype=torch.float32, activation_reg=0.0, slow
     return losses, state
 
 
+@torch.no_grad()
+def sgd_step(weights, grads, lr, clip, decay):
+    """omega <- omega - lr (g min(1, clip / |g|) + decay omega), in place; for standalone networks each on its own.
+
+    lr: [K], or [1] for shared weights. A gradient that is not finite changes nothing. Returns |g| of the same shape."""
+    groups = len(lr)
+    flat = {name: g.reshape(groups, -1) for name, g in grads.items()}
+    norm = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat.values()]).norm(dim=0)
+    finite = torch.isfinite(norm)
+    scale = torch.where(finite, lr * (clip / norm).clamp(max=1), 0.0)[:, None]
+    rate = torch.where(finite, lr * decay, 0.0)[:, None]
+    for name, g in flat.items():
+        weights[name].view(groups, -1).mul_(1 - rate).addcmul_(torch.nan_to_num_(g, 0.0, 0.0, 0.0), scale, value=-1)
+    return norm
+
+
+def gradients(losses, weights):
+    """d sum(losses) / d weights, a dict; weights that play no part have zeros."""
+    grads = torch.autograd.grad(losses.sum(), list(weights.values()), allow_unused=True)
+    return {name: torch.zeros_like(w) if g is None else g for (name, w), g in zip(weights.items(), grads)}
+
+
 # 5. The controller ---------------------------------------------------------------------------------------------------
 
 class Sample(NamedTuple):
@@ -976,10 +1002,160 @@ def uniform_rows(decisions, k, *key):
 
 
 # 6. Architecture gradients -------------------------------------------------------------------------------------------
-# theta: the controller. dF/dtheta = E_m [ cost(m) dlog pi(m)/dtheta ], omega held fixed: the direct term, ENAS's own.
+# The controller climbs F(theta) = E_m R(omega*(theta); m), where omega* are the weights that training on architectures
+# of pi_theta ends in. With R the reward, m and m' architectures of pi_theta:
+#
+#     dF/dtheta =   E_m [ R(omega; m) dlog pi(m)/dtheta ]                          direct: all that ENAS has
+#                 - E_m'[ <grad L_T(omega; m'), u> dlog pi(m')/dtheta ]            response: what it leaves out
+#
+# Theta moves omega* only through which architectures it is trained on, so the response is a REINFORCE gradient too: an
+# architecture is rewarded by what a step of training on it does to everyone's R. u is what v = grad_omega E_m R becomes
+# on its way back through training. For ONE step of SGD, omega' = omega - lr J(E_m' grad L_T(omega; m')) with J the
+# clipping, R and v are taken at omega' and u = lr J'^T v: LOOKAHEAD says where R is evaluated, RESPONSE what v becomes.
+# The functions below know nothing of RNNs; toy_enas.py holds the same functions to closed forms.
 
 # losses [K], nats per token -> rewards [K]. paper: ENAS's is 80 / perplexity.
 REWARDS = {"perplexity": lambda losses: 80 * torch.exp(-losses), "loss": torch.neg}
+
+
+class Step(NamedTuple):
+    """The next shared step as the controller foresees it: omega' = omega - lr (g min(1, clip / |g|) + decay omega)."""
+    losses: object     # (weights, cells [K, D], batch) -> L_T [K], differentiable once
+    batch: object      # the training minibatch with its dropout masks, the same in every pass
+    cells: object      # [A, D] the fold of architectures that g is estimated from
+    lr: float
+    clip: float = math.inf
+    decay: float = 0.0
+    past: object = ()  # gradients of the shared steps so far, see remember
+
+
+def dot(a, b):
+    """<a, b> of two dicts of tensors."""
+    return sum((a[name] * b[name]).sum() for name in a)
+
+
+def plus(a, b, scale=1.0):
+    """a + scale b of two dicts of tensors, without gradients."""
+    return {name: torch.add(a[name].detach(), b[name] * scale) for name in a}
+
+
+def mean_gradient(values, weights):
+    """d mean_k values(weights)_k / dweights, a dict; values: weights -> [K]."""
+    leaf = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    with torch.enable_grad():
+        values = values(leaf)
+        return gradients(values / len(values), leaf)
+
+
+def nudge(u):
+    """The length eps = .01 / |u| of a finite difference along u; if u is 0 any will do."""
+    return 0.01 / dot(u, u).sqrt().clamp(min=1e-30)
+
+
+@torch.no_grad()
+def directional(step, weights, cells, u):
+    """<grad L_T(omega; m), u> = [ L_T(omega + eps u; m) - L_T(omega - eps u; m) ] / (2 eps) of K architectures [K].
+
+    Two forward passes on the same minibatch with the same masks; the losses must be in float32 or better."""
+    eps = nudge(u)
+    ahead, back = (step.losses(plus(weights, u, sign * eps), cells, step.batch) for sign in (1, -1))
+    return (ahead - back) / (2 * eps)
+
+
+def remember(past, g, decay=0.9):
+    """What the lookaheads need of the shared steps' gradients g: the last, and the decayed sum and its weight."""
+    if not past:
+        past = {"sum": {name: torch.zeros_like(x) for name, x in g.items()}, "weight": 0.0}
+    return {"recent": g, "sum": {name: g[name] + decay * past["sum"][name] for name in g},
+            "weight": 1 + decay * past["weight"]}
+
+
+def no_lookahead(weights, step):
+    """omega' = omega: ENAS."""
+
+
+def momentum(weights, step):
+    """g = sum_j decay^j g_{t-j} / sum_j decay^j, the mean of the last shared steps' gradients: least noise, most lag."""
+    return {name: x / step.past["weight"] for name, x in step.past["sum"].items()}
+
+
+def recent(weights, step):
+    """g = g_t, of the last shared step: an extrapolation from the past; noisy, and one step old."""
+    return step.past["recent"]
+
+
+def fresh(weights, step):
+    """g = d/domega mean_m L_T(omega; m) over the fold's architectures: extrapolation; the only unbiased g."""
+    return mean_gradient(lambda w: step.losses(w, step.cells, step.batch), weights)
+
+
+# (weights, step) -> g, the gradient that omega' is a step along, or None for omega' = omega. Not differentiated.
+LOOKAHEAD = {"none": no_lookahead, "momentum": momentum, "recent": recent, "fresh": fresh}
+
+
+def look_ahead(weights, g, step):
+    """omega' by the very step that training takes; the weights themselves stay."""
+    if g is None:
+        return weights
+    ahead = {name: w.detach().clone() for name, w in weights.items()}
+    sgd_step(ahead, {name: x.clone() for name, x in g.items()}, next(iter(g.values())).new_full((1,), step.lr), step.clip,
+             step.decay)
+    return ahead
+
+
+def no_response(v, weights, g, step):
+    """u = 0: omega is held fixed, as in ENAS."""
+    return {name: torch.zeros_like(x) for name, x in v.items()}
+
+
+def unrolled(v, weights, g, step):
+    """u = lr J^T v; J = d(g min(1, c / |g|))/dg is 1, or where the step is clipped (c / |g|) (1 - g^ g^T), g^ = g / |g|.
+
+    With the lookahead 'fresh' the exact gradient of the one-step objective (Liu et al. 2018, sampled)."""
+    norm = dot(g, g).sqrt()
+    scale = step.lr * (step.clip / norm).clamp(max=1)
+    along = torch.where(norm > step.clip, dot(v, g) / norm ** 2, 0.0)
+    return {name: scale * (v[name] - along * g[name]) for name in v}
+
+
+def neumann(v, weights, g, step, terms=4):
+    """u = sum_{j < terms} lr J [ (1 - lr decay) - H lr J ]^j v, H the Hessian of the fold's L_T: many steps unrolled.
+
+    Unclipped and undecayed this is sum_j lr (1 - lr H)^j v, which tends to H^-1 v, the response of the converged inner
+    problem, if lr times H's largest eigenvalue is below 2. A series whose terms grow is cut there. H x is a difference
+    of gradients, [ g(omega + eps x) - g(omega - eps x) ] / (2 eps), as in directional."""
+    term = total = unrolled(v, weights, g, step)
+    for _ in range(terms - 1):
+        eps = nudge(term)
+        ahead, back = (fresh(plus(weights, term, sign * eps), step) for sign in (1, -1))
+        v = {name: (1 - step.lr * step.decay) * v[name] - (ahead[name] - back[name]) / (2 * eps) for name in v}
+        size, term = dot(term, term), unrolled(v, weights, g, step)
+        shrinks = dot(term, term) <= size
+        v, term = ({name: torch.where(shrinks, x, 0.0) for name, x in y.items()} for y in (v, term))
+        total = plus(total, term)
+    return total
+
+
+# (v, weights, g, step) -> u, dicts of tensors like the weights.
+RESPONSE = {"none": no_response, "unrolled": unrolled, "neumann": neumann}
+
+
+def extra_rewards(look, respond, weights, cells, fold, rewards, step):
+    """The rewards [K] at omega' and the responses - <grad L_T(omega; m), u> [K], whose sum REINFORCE climbs.
+
+    rewards: (weights, cells) -> [K]. cells, fold and step.cells must be three disjoint samples of the policy: omega' is
+    made from step.cells, v from fold; scoring those again would bias both terms. Given omega' and u the mean is exact.
+    Over the folds of an unclipped step the response is too where rewards are quadratic in omega, the direct term only
+    where they curve alike: half the curvature times the variance of omega' is added to each."""
+    g = LOOKAHEAD[look](weights, step)
+    ahead = look_ahead(weights, g, step)
+    with torch.no_grad():
+        direct = rewards(ahead, cells)
+    if respond == "none":  # spares the passes for v
+        return direct, torch.zeros_like(direct)
+    v = mean_gradient(lambda w: rewards(w, fold), ahead)
+    u = RESPONSE[respond](v, weights, fresh(weights, step) if g is None else g, step)
+    return direct, -directional(step, weights, cells, u)
 
 
 def leave_one_out(rewards, memory, decay):
@@ -1243,36 +1419,14 @@ def perplexity(loss):
     return math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
 
 
-@torch.no_grad()
-def sgd_step(weights, grads, lr, clip, decay):
-    """omega <- omega - lr (g min(1, clip / |g|) + decay omega), in place; for standalone networks each on its own.
-
-    lr: [K], or [1] for shared weights. A gradient that is not finite changes nothing. Returns |g| of the same shape."""
-    groups = len(lr)
-    flat = {name: g.reshape(groups, -1) for name, g in grads.items()}
-    norm = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat.values()]).norm(dim=0)
-    finite = torch.isfinite(norm)
-    scale = torch.where(finite, lr * (clip / norm).clamp(max=1), 0.0)[:, None]
-    rate = torch.where(finite, lr * decay, 0.0)[:, None]
-    for name, g in flat.items():
-        weights[name].view(groups, -1).mul_(1 - rate).addcmul_(torch.nan_to_num_(g, 0.0, 0.0, 0.0), scale, value=-1)
-    return norm
-
-
-def gradients(losses, weights):
-    """d sum(losses) / d weights, a dict; weights that play no part have zeros."""
-    grads = torch.autograd.grad(losses.sum(), list(weights.values()), allow_unused=True)
-    return {name: torch.zeros_like(w) if g is None else g for (name, w), g in zip(weights.items(), grads)}
-
-
 def train_step(weights, cells, batch, lr, config):
-    """A step of SGD on the mean loss of K architectures (shared weights) or on each one's own: losses, next state."""
+    """A step of SGD on the mean loss of K architectures (shared weights) or on each one's own: losses, state, gradient."""
     for w in weights.values():
         w.requires_grad_()
     losses, state = network(weights, cells, batch, DTYPES[config.dtype], config.activation_reg, config.slowness_reg)
     grads = gradients(losses / len(losses) if is_shared(weights) else losses, weights)
     sgd_step(weights, grads, lr, config.clip, config.weight_decay)
-    return losses.detach(), state
+    return losses.detach(), state, grads
 
 
 # (epochs done, epochs in all) -> factor of lr. paper: decay is ENAS-pytorch's, .96 an epoch once 15 are done.
@@ -1314,7 +1468,7 @@ def train_networks(config, run, corpus, weights, cells, seeds):
         batch = Batch(segment.inputs, segment.targets, state, to_device(masks, device))
         length = len(segment.inputs) / config.bptt  # not 1 only under --random_bptt
         lr = s["lr"][alive] * length * schedule(at, config.epochs)
-        losses, state = train_step(s["weights"], None if cells is None else cells[alive], batch, lr, config)
+        losses, state, _ = train_step(s["weights"], None if cells is None else cells[alive], batch, lr, config)
         finite = torch.isfinite(losses)
         s["failed"][alive] |= ~finite
         s["state"] = torch.where(finite[:, None, None], state, 0.0)
@@ -1402,12 +1556,11 @@ def start_batch(config, weights, cells, segment, carried, masks):
     return Batch(segment.inputs, segment.targets, state, masks)
 
 
-@torch.no_grad()
 def score(config, weights, cells, segment, carried):
     """Losses [K] of architectures on one validation segment in eval mode, and the state to carry on [1, B, H]."""
     batch = start_batch(config, weights, cells, segment, carried, {})
     losses, state = network(weights, cells, batch, DTYPES[config.dtype])
-    return losses, mean_state(losses, state)
+    return losses, mean_state(losses.detach(), state)
 
 
 def mean_state(losses, state):
@@ -1416,103 +1569,159 @@ def mean_state(losses, state):
     return torch.where(finite, state, 0.0).sum(0, keepdim=True) / finite.sum().clamp(min=1)
 
 
-def controller_step(config, controller, adam, sample, losses, memory):
-    """One REINFORCE step of Adam from K scored architectures; returns the rewards [K] and the baseline's memory."""
-    rewards = worst_for_failures(REWARDS[config.reward](losses))
-    value = rewards + config.entropy * sample.entropy.detach()  # the baseline predicts all that is rewarded
-    baseline, memory = BASELINES[config.baseline](value, memory, config.baseline_decay)
-    adam.zero_grad(set_to_none=False)
-    policy_loss(sample, rewards, baseline, config.entropy).backward()
-    adam.step()
-    return rewards, memory
+class Search:
+    """ENAS's two players between their steps: the shared weights (SGD), the controller (Adam), their places in the text.
 
+    s is what a checkpoint holds beside them: 'past' gradients, 'sums' and 'counts' since the last line of metrics."""
 
-def search_line(s, epoch):
-    """The line of metrics since the last one, and new sums: loss and perplexity in training, reward, entropy."""
-    (loss, reward, entropy), (shared, rewarded) = s["sums"].tolist(), s["counts"]
-    s["sums"], s["counts"] = torch.zeros_like(s["sums"]), [0, 0]
-    line = dict(step=s["step"], epoch=epoch)
-    if shared:
-        line.update(loss=loss / shared, perplexity=perplexity(loss / shared))
-    if rewarded:
-        line.update(reward=reward / rewarded, entropy=entropy / rewarded)
-    return line
+    def __init__(self, config, corpus):
+        self.config, self.device, self.words = config, device_of(config), len(corpus.words)
+        decisions = search_space(config)
+        if config.controller == "trained" and all(len(d.choices) == 1 for d in decisions):
+            raise UserError("the search space has a single architecture: there is nothing to decide")
+        self.controller = Controller(decisions, config).to(self.device)
+        self.adam = torch.optim.Adam(self.controller.parameters(), lr=config.controller_lr,
+                                     capturable=self.device.type == "cuda")
+        text = {"train": (corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt),
+                "valid": (corpus.valid, config.batch, config.bptt),
+                "ahead": (corpus.train, config.batch, config.bptt)}  # training text that the controller looks ahead on
+        self.streams = {name: Stream(*how).to(self.device) for name, how in text.items()}
+        zeros = torch.zeros(1, config.batch, config.hidden, device=self.device)
+        self.s = {"step": 0, "weights": to_device(shared_weights(config, self.words), self.device), "past": {},
+                  "state": {name: zeros for name in text}, "memory": torch.zeros(2, device=self.device),
+                  "sums": torch.zeros(4, device=self.device), "counts": [0, 0]}  # loss; reward, entropy, response
 
+    def checkpoint(self):
+        return {**self.s, "where": {name: stream.where() for name, stream in self.streams.items()},
+                "controller": self.controller.state_dict(), "adam": self.adam.state_dict()}
 
-def roll_back(run, s, controller, adam):
-    """Weights, controller and optimizer as they last were good; the steps and the text go on, so it will not repeat."""
-    run.say(f"a loss is not finite at step {s['step']}: back to the weights of step {run.good['step']}")
-    good = copy.deepcopy(run.good)
-    s.update({name: good[name] for name in ("weights", "memory")})
-    s.update({name: torch.zeros_like(s[name]) for name in ("train_state", "valid_state")})
-    controller.load_state_dict(good["controller"])
-    adam.load_state_dict(good["adam"])
+    def load(self, saved):
+        self.s = {name: saved[name] for name in self.s}
+        for name, stream in self.streams.items():
+            stream.seek(saved["where"][name])
+        self.controller.load_state_dict(saved["controller"])
+        self.adam.load_state_dict(saved["adam"])
+
+    def roll_back(self, good):
+        """Weights and controller as they last were; the steps and the text go on, so that it will not repeat."""
+        good = copy.deepcopy(good)
+        zeros = {name: torch.zeros_like(h) for name, h in self.s["state"].items()}
+        here = {name: stream.where() for name, stream in self.streams.items()}
+        self.load({**good, "step": self.s["step"], "state": zeros, "where": here})
+
+    def key(self, *purpose):
+        return (self.config.seed, self.s["step"], *purpose)
+
+    def masks(self, step):
+        return to_device(draw_masks(self.config, self.words, self.config.batch, [self.config.seed], step), self.device)
+
+    def lr(self, progress, segment):
+        """Of the shared weights, after this many rounds; a segment of another length has its share (--random_bptt)."""
+        factor = SCHEDULES[self.config.schedule](progress, self.config.epochs + self.config.settle)
+        return self.config.lr * factor * len(segment.inputs) / self.config.bptt
+
+    def shared_step(self, progress):
+        """SGD on omega: a fresh architecture (or a few) on the next training segment."""
+        config, s = self.config, self.s
+        with torch.no_grad():
+            cells = self.controller.sample(config.shared_samples, *self.key("shared")).rows
+        segment = self.streams["train"].next()
+        batch = start_batch(config, s["weights"], cells, segment, s["state"]["train"], self.masks(s["step"]))
+        lr = torch.full((1,), self.lr(progress, segment), device=self.device)
+        losses, state, g = train_step(s["weights"], cells, batch, lr, config)
+        s["state"]["train"] = mean_state(losses, state)
+        if config.lookahead in ("momentum", "recent"):
+            s["past"] = remember(s["past"], g)
+        s["sums"][0] += losses.mean()
+        s["counts"][0] += 1
+
+    def foresee(self, progress, cells):
+        """The Step that a shared step on the next training segment of its own would be, for a fold of architectures."""
+        config, segment, carried = self.config, self.streams["ahead"].next(), self.s["state"]["ahead"]
+        omega, masks = self.s["weights"], self.masks(("ahead", self.s["step"]))
+        strict = torch.promote_types(DTYPES[config.dtype], torch.float32)  # bfloat16 would round a difference away
+
+        def losses(weights, cells, segment):
+            batch = start_batch(config, omega, cells, segment, carried, masks)
+            losses, state = network(weights, cells, batch, strict, config.activation_reg, config.slowness_reg)
+            self.s["state"]["ahead"] = mean_state(losses.detach(), state)
+            return losses
+
+        return Step(losses, segment, cells, self.lr(progress, segment), config.clip, config.weight_decay, self.s["past"])
+
+    def rewards_on(self, segment):
+        """(weights, cells) -> rewards [K] on a validation segment; the state that they leave is carried on."""
+        carried = self.s["state"]["valid"]
+
+        def rewards(weights, cells):
+            losses, self.s["state"]["valid"] = score(self.config, weights, cells, segment, carried)
+            return REWARDS[self.config.reward](losses)
+
+        return rewards
+
+    def controller_step(self, progress):
+        """REINFORCE on theta: K fresh architectures on ONE validation segment, in eval mode; one step of Adam."""
+        config, s = self.config, self.s
+        sample = self.controller.sample(config.controller_samples, *self.key("controller"))
+        rewards, step, fold = self.rewards_on(self.streams["valid"].next()), None, None
+        if (config.lookahead, config.response) != ("none", "none"):
+            with torch.no_grad():
+                ahead, fold = self.controller.sample(2 * config.fold, *self.key("folds")).rows.split(config.fold)
+            step = self.foresee(progress, ahead)
+        direct, response = extra_rewards(config.lookahead, config.response, s["weights"], sample.rows, fold, rewards, step)
+        rewards = worst_for_failures(direct + response)
+        value = rewards + config.entropy * sample.entropy.detach()  # the baseline predicts all that is rewarded
+        baseline, s["memory"] = BASELINES[config.baseline](value, s["memory"], config.baseline_decay)
+        self.adam.zero_grad(set_to_none=False)
+        policy_loss(sample, rewards, baseline, config.entropy).backward()
+        self.adam.step()
+        spread = response.std(correction=0) / direct.std(correction=0).clamp(min=1e-12)
+        s["sums"][1:] += torch.stack([worst_for_failures(direct).mean(), sample.entropy.detach().mean(), spread])
+        s["counts"][1] += 1
+
+    def line(self, epoch):
+        """Metrics since the last line: loss and perplexity in training, reward, entropy, response's spread / direct's."""
+        (loss, *rewarded), (shared, steps) = self.s["sums"].tolist(), self.s["counts"]
+        self.s["sums"], self.s["counts"] = torch.zeros_like(self.s["sums"]), [0, 0]
+        line = dict(step=self.s["step"], epoch=epoch)
+        if shared:
+            line.update(loss=loss / shared, perplexity=perplexity(loss / shared))
+        if steps:
+            names = ("reward", "entropy", "response")[:2 + (self.config.response != "none")]
+            line.update((name, total / steps) for name, total in zip(names, rewarded))
+        return line
 
 
 def search(config, run, corpus):
     """ENAS: rounds of SGD on the shared weights, then of REINFORCE on the controller. Returns both."""
-    device, words, decisions = device_of(config), len(corpus.words), search_space(config)
-    if config.controller == "trained" and all(len(d.choices) == 1 for d in decisions):
-        raise UserError("the search space has a single architecture: there is nothing to decide")
-    controller = Controller(decisions, config).to(device)
-    adam = torch.optim.Adam(controller.parameters(), lr=config.controller_lr, capturable=device.type == "cuda")
-    train = Stream(corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt).to(device)
-    valid = Stream(corpus.valid, config.batch, config.bptt).to(device)
-    shared_steps = config.shared_steps or math.ceil(train.length / config.bptt)
+    game = Search(config, corpus)
+    shared_steps = config.shared_steps or math.ceil(game.streams["train"].length / config.bptt)
     round_ = shared_steps + (config.controller_steps if config.controller == "trained" else 0)
-    s = run.restore()
-    if s is None:
-        zeros = torch.zeros(1, config.batch, config.hidden, device=device)
-        s = {"step": 0, "weights": to_device(shared_weights(config, words), device), "train": train.where(),
-             "valid": valid.where(), "train_state": zeros, "valid_state": zeros.clone(), "controller": {}, "adam": {},
-             "memory": torch.zeros(2, device=device),
-             "sums": torch.zeros(3, device=device), "counts": [0, 0]}  # of loss, reward, entropy since the last line
+    total = (config.epochs + config.settle) * round_
+    saved = run.restore()
+    if saved is not None:
+        game.load(saved)
     else:
-        controller.load_state_dict(s["controller"])
-        adam.load_state_dict(s["adam"])
-
-    def snapshot():
-        run.keep({**s, "train": train.where(), "valid": valid.where(), "controller": controller.state_dict(),
-                  "adam": adam.state_dict()})
-
-    train.seek(s["train"])
-    valid.seek(s["valid"])
-    if run.good is None:
-        snapshot()
-    while s["step"] < config.epochs * round_:
-        epoch, at = divmod(s["step"], round_)
-        key = (config.seed, s["step"])
+        run.keep(game.checkpoint())
+    while game.s["step"] < total:
+        epoch, at = divmod(game.s["step"], round_)
+        progress = epoch + min(at / shared_steps, 1)
         if at < shared_steps:
-            # shared step: SGD on omega, a fresh architecture (or a few) on the next training segment
-            with torch.no_grad():
-                cells = controller.sample(config.shared_samples, *key, "shared").rows
-            segment = train.next()
-            masks = to_device(draw_masks(config, words, config.batch, [config.seed], s["step"]), device)
-            batch = start_batch(config, s["weights"], cells, segment, s["train_state"], masks)
-            length = len(segment.inputs) / config.bptt  # not 1 only under --random_bptt
-            lr = config.lr * length * SCHEDULES[config.schedule](epoch + at / shared_steps, config.epochs)
-            losses, state = train_step(s["weights"], cells, batch, torch.full((1,), lr, device=device), config)
-            s["train_state"] = mean_state(losses, state)
-            s["sums"][0] += losses.mean()
-            s["counts"][0] += 1
-        elif epoch >= config.warm_epochs:  # before, these steps are empty
-            # controller step: REINFORCE on theta, K fresh architectures on ONE validation segment, in eval mode
-            sample = controller.sample(config.controller_samples, *key, "controller")
-            losses, s["valid_state"] = score(config, s["weights"], sample.rows, valid.next(), s["valid_state"])
-            rewards, s["memory"] = controller_step(config, controller, adam, sample, losses, s["memory"])
-            s["sums"][1:] += torch.stack([rewards.mean(), sample.entropy.detach().mean()])
-            s["counts"][1] += 1
-        s["step"] += 1
+            game.shared_step(progress)
+        elif config.warm_epochs <= epoch < config.epochs:  # before and after, these steps are empty
+            game.controller_step(progress)
+        step = game.s["step"] = game.s["step"] + 1
         # a line of metrics, after which the state is known to be good
-        if any(s["counts"]) and (s["step"] % config.log_every == 0 or s["step"] % round_ in (0, shared_steps)):
-            line = search_line(s, epoch)
+        if any(game.s["counts"]) and (step % config.log_every == 0 or step % round_ in (0, shared_steps)):
+            line = game.line(epoch)
             if not math.isfinite(sum(line.values())):
-                roll_back(run, s, controller, adam)
-                line = dict(step=s["step"], epoch=epoch, rolled_back_to=run.good["step"])
-            run.log(line, s["step"], config.epochs * round_, s["step"] * config.batch * config.bptt)
-            snapshot()
+                run.say(f"a loss is not finite at step {step}: back to the weights of step {run.good['step']}")
+                game.roll_back(run.good)
+                line = dict(step=step, epoch=epoch, rolled_back_to=run.good["step"])
+            run.log(line, step, total, step * config.batch * config.bptt)
+            run.keep(game.checkpoint())
         run.obey()
-    return s["weights"], controller
+    return game.s["weights"], game.controller
 
 
 def derive(config, weights, rows, corpus, at_once=10):
@@ -1711,14 +1920,15 @@ def run_study(study, config):
 def check(config):
     """Wrong settings, each with its name, before any work is done."""
     for name, choices in (("preset", PRESETS), ("dtype", DTYPES), ("schedule", SCHEDULES), ("state", STATES),
-                          ("reward", REWARDS), ("baseline", BASELINES), ("controller", ("trained", "untrained"))):
+                          ("reward", REWARDS), ("baseline", BASELINES), ("lookahead", LOOKAHEAD),
+                          ("response", RESPONSE), ("controller", ("trained", "untrained"))):
         choose(name, getattr(config, name), dict.fromkeys(choices))
     positive = "nodes hidden batch bptt epochs shared_samples controller_samples eval_batch derive_samples replicas " \
-               "patience log_every controller_hidden lr clip temperature tanh_constant plateau"
+               "patience log_every controller_hidden fold lr clip temperature tanh_constant plateau"
     for name in positive.split():
         if not getattr(config, name) >= (1 if isinstance(getattr(config, name), int) else 1e-12):
             raise UserError(f"--{name} {getattr(config, name)} is too small")
-    for name in "threads lstm_hidden shared_steps warm_epochs controller_steps init controller_lr weight_decay " \
+    for name in "threads lstm_hidden shared_steps warm_epochs settle controller_steps init controller_lr weight_decay " \
                 "activation_reg slowness_reg entropy checkpoint_seconds".split():
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name} {getattr(config, name)} must not be negative")
