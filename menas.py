@@ -57,9 +57,16 @@ import torch.nn.functional as F
 
 # 1. Config and presets -----------------------------------------------------------------------------------------------
 
-def option(default, help):
-    """A Config field with the sentence that --help prints."""
-    return field(default=default, metadata={"help": help})
+# What a number must be, as a refusal says it -> whether a value is that; nan is none of them.
+RANGES = {">= 0": lambda x: x >= 0,
+          ">= 1": lambda x: x >= 1,
+          "> 0": lambda x: x >= 1e-12,  # what is smaller overflows as a divisor
+          "in [0, 1)": lambda x: 0 <= x < 1}
+
+
+def option(default, help, must_be=None):
+    """A Config field with the sentence that --help prints, and the RANGES entry of its values."""
+    return field(default=default, metadata={"help": help, "must_be": must_be})
 
 
 @dataclass(frozen=True)
@@ -71,58 +78,58 @@ class Config:
     out: str = option("", "the run's folder (default: runs/STUDY-PRESET-SEED)")
     seed: int = option(1, "every random draw is a function of this number")
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
-    dtype: str = option("float32", "of the computation: float32 or bfloat16; weights and the LSTM stay float32")
-    threads: int = option(0, "CPU threads (0: torch decides)")
+    dtype: str = option("float32", "of the computation: float32, bfloat16, float64; weights and the LSTM stay float32")
+    threads: int = option(0, "CPU threads (0: torch decides)", ">= 0")
     # the search space
-    nodes: int = option(12, "nodes of a cell")
+    nodes: int = option(12, "nodes of a cell", ">= 1")
     activations: str = option("tanh,relu,identity,sigmoid", "activations to choose from")
     # the shared network
-    hidden: int = option(200, "units of the embedding and of each node")
-    lstm_hidden: int = option(0, "units of the LSTM baseline, projected to --hidden (0: as --hidden)")
-    batch: int = option(64, "parallel streams of text")
-    bptt: int = option(35, "tokens of a segment, the truncation length of backpropagation")
+    hidden: int = option(200, "units of the embedding and of each node", ">= 1")
+    lstm_hidden: int = option(0, "units of the LSTM baseline, projected to --hidden (0: as --hidden)", ">= 0")
+    batch: int = option(64, "parallel streams of text", ">= 1")
+    bptt: int = option(35, "tokens of a segment, the truncation length of backpropagation", ">= 1")
     random_bptt: bool = option(False, "segment lengths as in the corrected ENAS: normal, sd 5, 5 % halved, lr to match")
-    init: float = option(0.0, "weights start uniform in +- this (0: sqrt(3 / hidden), which keeps the variance)")
-    word_dropout: float = option(0.0, "rate at which whole words of the vocabulary are dropped, per segment")
-    input_dropout: float = option(0.0, "rate on the embedded input, one mask per segment")
-    hidden_dropout: float = option(0.0, "rate on every node's input, one mask per segment; not in the LSTM")
-    output_dropout: float = option(0.0, "rate on h before the softmax, one mask per segment")
-    activation_reg: float = option(0.0, "weight of the mean square of the dropped output")
-    slowness_reg: float = option(0.0, "weight of the mean square change of h from one step to the next")
-    lr: float = option(20.0, "of SGD on the network's weights")
+    init: float = option(0.0, "weights start uniform in +- this (0: sqrt(3 / hidden), to keep the variance)", ">= 0")
+    word_dropout: float = option(0.0, "drop rate of whole words of the vocabulary, per segment", "in [0, 1)")
+    input_dropout: float = option(0.0, "drop rate on the embedded input, one mask per segment", "in [0, 1)")
+    hidden_dropout: float = option(0.0, "drop rate on every node's input, per segment; not in the LSTM", "in [0, 1)")
+    output_dropout: float = option(0.0, "drop rate on h before the softmax, one mask per segment", "in [0, 1)")
+    activation_reg: float = option(0.0, "weight of the mean square of the dropped output", ">= 0")
+    slowness_reg: float = option(0.0, "weight of the mean square change of h from one step to the next", ">= 0")
+    lr: float = option(20.0, "of SGD on the network's weights", "> 0")
     schedule: str = option("constant", "of lr: constant, cosine, or decay (.96 an epoch after 15)")
-    plateau: float = option(1.0, "divide lr by this when the validation loss does not improve (train only)")
-    clip: float = option(0.25, "largest norm of the gradient")
-    weight_decay: float = option(1e-6, "added to the clipped gradient, times the weight")
+    plateau: float = option(1.0, "divide lr by this when the validation loss does not improve (train only)", "> 0")
+    clip: float = option(0.25, "largest norm of the gradient", "> 0")
+    weight_decay: float = option(1e-6, "added to the clipped gradient, times the weight", ">= 0")
     # search
     state: str = option("carry", "hidden state at a segment's start, in a search: carry, zero, or warm")
-    epochs: int = option(10, "search: rounds of shared steps, then controller steps; train: passes over the text")
-    shared_steps: int = option(0, "shared steps of a round (0: one pass over the training split)")
-    shared_samples: int = option(1, "architectures in one shared step")
-    warm_epochs: int = option(0, "rounds before the controller learns")
+    epochs: int = option(10, "search: rounds of shared, then controller steps; train: passes over the text", ">= 1")
+    shared_steps: int = option(0, "shared steps of a round (0: one pass over the training split)", ">= 0")
+    shared_samples: int = option(1, "architectures in one shared step", ">= 1")
+    warm_epochs: int = option(0, "rounds before the controller learns", ">= 0")
     controller: str = option("trained", "trained, or untrained: random search with weight sharing")
-    controller_steps: int = option(50, "controller steps of a round")
-    controller_samples: int = option(10, "architectures in one controller step, on one validation minibatch")
-    controller_hidden: int = option(100, "units of the controller's LSTM")
-    controller_lr: float = option(3.5e-3, "of Adam on the controller")
-    entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward")
-    temperature: float = option(5.0, "divides the controller's logits")
-    tanh_constant: float = option(2.5, "bounds them: constant * tanh(logits / temperature)")
+    controller_steps: int = option(50, "controller steps of a round", ">= 0")
+    controller_samples: int = option(10, "architectures in one controller step, on one validation minibatch", ">= 1")
+    controller_hidden: int = option(100, "units of the controller's LSTM", ">= 1")
+    controller_lr: float = option(3.5e-3, "of Adam on the controller", ">= 0")
+    entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward", ">= 0")
+    temperature: float = option(5.0, "divides the controller's logits", "> 0")
+    tanh_constant: float = option(2.5, "bounds them: constant * tanh(logits / temperature)", "> 0")
     reward: str = option("perplexity", "perplexity (80 / perplexity) or loss (minus the loss)")
     baseline: str = option("leave_one_out", "leave_one_out or moving_average")
-    baseline_decay: float = option(0.95, "of the moving average")
-    derive_samples: int = option(100, "architectures scored on the whole validation split at the end")
+    baseline_decay: float = option(0.95, "of the moving average", "in [0, 1)")
+    derive_samples: int = option(100, "architectures scored on the whole validation split at the end", ">= 1")
     retrain: bool = option(False, "search: train the found cell and an LSTM from scratch when it ends")
     # train
     cell: str = option("enas", "names, JSON files or search runs, comma-separated, trained in one batch; or lstm")
     weights: str = option("", "a search run whose shared weights to start from (default: from scratch)")
-    replicas: int = option(1, "networks of each cell, seeded --seed, --seed + 1, ...")
-    patience: int = option(5, "epochs without improvement before training stops")
+    replicas: int = option(1, "networks of each cell, seeded --seed, --seed + 1, ...", ">= 1")
+    patience: int = option(5, "epochs without improvement before training stops", ">= 1")
     average: bool = option(False, "evaluate the mean of the weights since validation first stopped improving")
-    eval_batch: int = option(64, "parallel streams of an evaluation")
+    eval_batch: int = option(64, "parallel streams of an evaluation", ">= 1")
     # logging
-    log_every: int = option(20, "steps from one line of metrics to the next; a run resumes at such a line")
-    checkpoint_seconds: float = option(30.0, "least time between two checkpoints")
+    log_every: int = option(20, "steps from one line of metrics to the next; a run resumes at such a line", ">= 1")
+    checkpoint_seconds: float = option(30.0, "least time between two checkpoints", ">= 0")
 
 
 # preset -> study -> settings; "all" holds for every study and comes first.
@@ -164,15 +171,15 @@ def nearest(word, choices):
 
 
 def choose(kind, name, choices):
-    """choices[name], or a UserError that names the nearest."""
+    """The name, if it is one of the choices; or a UserError that names the nearest."""
     if name not in list(choices):
         raise UserError(f"unknown {kind} '{name}'{nearest(name, choices)}; choose from {', '.join(choices)}")
-    return choices[name]
+    return name
 
 
 def configure(study, preset, **overrides):
     """The Config of one study under a preset, then the user's own settings."""
-    parts = choose("preset", preset, PRESETS)
+    parts = PRESETS[choose("preset", preset, PRESETS)]
     return Config(**{"preset": preset, **parts["all"], **parts.get(study, {}), **overrides})
 
 
@@ -429,7 +436,7 @@ def cell_from_json(cell):
     if not isinstance(cell, dict) or not isinstance(cell.get("nodes"), list) or not cell["nodes"]:
         raise UserError('a cell is {"output": "leaves", "nodes": [{"from": "input", "activation": "tanh"}, ...]}')
     output, nodes = cell.get("output", "leaves"), cell["nodes"]
-    choose("output", output, dict.fromkeys(OUTPUTS))
+    choose("output", output, OUTPUTS)
     for i, node in enumerate(nodes):
         if not isinstance(node, dict) or "from" not in node or "activation" not in node:
             raise UserError(f"node {i} needs 'from' and 'activation'")
@@ -1712,23 +1719,13 @@ def check(config):
     """Wrong settings, each with its name, before any work is done."""
     for name, choices in (("preset", PRESETS), ("dtype", DTYPES), ("schedule", SCHEDULES), ("state", STATES),
                           ("reward", REWARDS), ("baseline", BASELINES), ("controller", ("trained", "untrained"))):
-        choose(name, getattr(config, name), dict.fromkeys(choices))
-    positive = "nodes hidden batch bptt epochs shared_samples controller_samples eval_batch derive_samples replicas " \
-               "patience log_every controller_hidden lr clip temperature tanh_constant plateau"
-    for name in positive.split():
-        if not getattr(config, name) >= (1 if isinstance(getattr(config, name), int) else 1e-12):
-            raise UserError(f"--{name} {getattr(config, name)} is too small")
-    for name in "threads lstm_hidden shared_steps warm_epochs controller_steps init controller_lr weight_decay " \
-                "activation_reg slowness_reg entropy checkpoint_seconds".split():
-        if not getattr(config, name) >= 0:
-            raise UserError(f"--{name} {getattr(config, name)} must not be negative")
+        choose(name, getattr(config, name), choices)
+    for f in fields(config):
+        value, must_be = getattr(config, f.name), f.metadata["must_be"]
+        if must_be and not RANGES[must_be](value):
+            raise UserError(f"--{f.name} {value} must be {must_be}: {f.metadata['help']}")
     if config.baseline == "leave_one_out" and config.controller_samples == 1:
         raise UserError("--controller_samples 1: leave_one_out needs at least 2; or --baseline moving_average")
-    if not 0 <= config.baseline_decay < 1:
-        raise UserError(f"--baseline_decay {config.baseline_decay} must be in [0, 1)")
-    for name in ("word_dropout", "input_dropout", "hidden_dropout", "output_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)} must be in [0, 1): it is a DROP rate")
     device_of(config)
 
 
@@ -1865,7 +1862,7 @@ def parse(arguments):
         raise UserError(f"unknown argument '{unknown[0]}'{nearest(unknown[0].split('=')[0], flags)}")
     given = vars(given)
     study = given.pop("study")
-    choose("study", study, {**STUDIES, "report": report})
+    choose("study", study, [*STUDIES, "report"])
     return study, configure(study, given.pop("preset", "tiny"), **given)
 
 
