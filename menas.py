@@ -48,12 +48,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 # 1. Config and presets -----------------------------------------------------------------------------------------------
 
@@ -210,6 +208,19 @@ class Corpus:
     floor: dict  # split -> perplexity under the true grammar; empty for real text
 
 
+def write_atomically(path, content):
+    """The file appears whole or not at all, also when the process is killed in between."""
+    temporary = path.with_name(f".menas-{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def fetch(split, folder, mirrors=PTB_MIRRORS):
     """Download one PTB file: the first mirror with the right hash wins; written atomically, nothing left on failure."""
     reasons = []
@@ -225,19 +236,6 @@ def fetch(split, folder, mirrors=PTB_MIRRORS):
             reasons.append(str(error))
     raise UserError(f"cannot download PTB's {split}.txt: {'; '.join(reasons)}. "
                     "Put train.txt, valid.txt and test.txt in a folder and pass it as --data")
-
-
-def write_atomically(path, content):
-    """The file appears whole or not at all, also when the process is killed in between."""
-    temporary = path.with_name(f".menas-{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def ptb_folder(cache):
@@ -264,29 +262,6 @@ def read_words(path):
     if len(words) < 3:
         raise UserError(f"{path} has {len(words)} tokens with its <eos>; a language model needs at least 3")
     return words
-
-
-def load_corpus(config):
-    """The Corpus that --data names."""
-    if config.data == "toy":
-        texts, floor = toy_corpus()
-    else:
-        folder = ptb_folder(config.cache) if config.data == "ptb" else Path(config.data)
-        if not folder.is_dir():
-            raise UserError(f"no data folder '{config.data}'{nearest(config.data, ('ptb', 'toy'))}")
-        texts, floor = {split: read_words(folder / f"{split}.txt") for split in SPLITS}, {}
-    words = sorted(set(texts["train"]))
-    index = {word: i for i, word in enumerate(words)}
-    ids = {split: torch.tensor([lookup(index, word, split) for word in texts[split]]) for split in SPLITS}
-    return Corpus(**ids, words=words, floor=floor)
-
-
-def lookup(index, word, split):
-    """A word's id; unseen words are <unk> where the training split has it."""
-    known = index.get(word, index.get("<unk>"))
-    if known is None:
-        raise UserError(f"{split}.txt has the word '{word}', which train.txt lacks, and train.txt has no <unk>")
-    return known
 
 
 # The toy corpus: nouns and their verbs agree in class, and often in letter, across clauses nested in between: 'n3b that
@@ -342,6 +317,25 @@ def toy_corpus(sizes=(60000, 6000, 6000)):
     return texts, floor
 
 
+def load_corpus(config):
+    """The Corpus that --data names."""
+    if config.data == "toy":
+        texts, floor = toy_corpus()
+    else:
+        folder = ptb_folder(config.cache) if config.data == "ptb" else Path(config.data)
+        if not folder.is_dir():
+            raise UserError(f"no data folder '{config.data}'{nearest(config.data, ('ptb', 'toy'))}")
+        texts, floor = {split: read_words(folder / f"{split}.txt") for split in SPLITS}, {}
+    words = sorted(set(texts["train"]))
+    index, ids = {word: i for i, word in enumerate(words)}, {}
+    for split, text in texts.items():
+        new = set(text) - set(words)
+        if new and "<unk>" not in index:
+            raise UserError(f"{split}.txt has the word '{min(new)}', which train.txt lacks, and train.txt has no <unk>")
+        ids[split] = torch.tensor([index.get(word, index.get("<unk>")) for word in text])
+    return Corpus(**ids, words=words, floor=floor)
+
+
 class Segment(NamedTuple):
     """One step's text. targets are the inputs one token later, -1 where there is nothing to predict."""
     inputs: torch.Tensor   # [T, B]
@@ -358,10 +352,12 @@ class Stream:
         if length < 2:
             raise UserError(f"--batch {batch} is larger than the corpus allows: a split has {len(tokens)} tokens")
         padded = math.ceil(length / bptt) * bptt  # full segments have one shape; what is beyond the text is -1
-        self.inputs, self.targets = (torch.full((batch * length,), fill) for fill in (0, -1))
-        self.inputs[:len(tokens) - 1], self.targets[:len(tokens) - 1] = tokens[:-1], tokens[1:]
-        self.inputs, self.targets = (F.pad(x.view(batch, length), (0, padded - length), value=fill).t().contiguous()
-                                     for x, fill in ((self.inputs, 0), (self.targets, -1)))  # [padded, B]
+
+        def columns(words, fill):  # [padded, B]
+            rows = F.pad(words, (0, batch * length - len(words)), value=fill).view(batch, length)
+            return F.pad(rows, (0, padded - length), value=fill).t().contiguous()
+
+        self.inputs, self.targets = columns(tokens[:-1], 0), columns(tokens[1:], -1)
         self.length, self.bptt, self.key, self.vary = length, bptt, key, vary
         self.epoch, self.at, self.last = 0, 0, 0  # at: the next segment's start; last: the length of the one before
 
@@ -515,29 +511,31 @@ NODE_COLOURS = {"tanh": "#7fb3d5", "relu": "#f5b041", "identity": "#d5d8dc", "si
 
 def draw_cell(cell, title="", axes=None):
     """The cell as a picture, input at the bottom, h_t at the top; returns matplotlib's axes."""
-    depth = [0]
+    depth = [0]  # of each slot: the nodes between it and the input
     for slot, _ in cell.nodes:
         depth.append(depth[slot] + 1)
     top = max(depth) + 1
-    rows = {d: [i for i, e in enumerate(depth) if e == d] for d in range(top)}
-    place = {i: (j - (len(row) - 1) / 2, d) for d, row in rows.items() for j, i in enumerate(row)}
-    width = max(map(len, rows.values()))
-    axes = axes or plt.subplots(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained")[1]
-    box = dict(ha="center", va="center", fontsize=11, zorder=3)
-    shape = dict(boxstyle="round,pad=0.35", edgecolor="#333333")
+    rows = [[slot for slot, d in enumerate(depth) if d == row] for row in range(top)]
+    width = max(map(len, rows))
+    place = {slot: (j - (len(row) - 1) / 2, depth[slot]) for row in rows for j, slot in enumerate(row)}
+    axes = axes or Figure(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained").subplots()
+
+    def box(xy, text, colour="white"):
+        axes.text(*xy, text, ha="center", va="center", fontsize=11, zorder=3,
+                  bbox=dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour))
 
     def arrow(start, end, **style):  # from the top of one box to the bottom of another
         (x, y), (x_end, y_end) = start, end
         axes.annotate("", (x_end, y_end - 0.22), (x, y + 0.22), zorder=1,
                       arrowprops=dict(arrowstyle="-|>", shrinkA=0, shrinkB=0, **{"color": "#333333", **style}))
 
+    box(place[0], "$x_t,\\ h_{t-1}$")
     for i, (slot, act) in enumerate(cell.nodes):
         arrow(place[slot], place[i + 1])
-        axes.text(*place[i + 1], f"{i}: {act}", bbox=dict(shape, facecolor=NODE_COLOURS[act]), **box)
+        box(place[i + 1], f"{i}: {act}", NODE_COLOURS[act])
     for i in leaves(cell):
         arrow(place[i + 1], (0, top), color="#aaaaaa", linestyle=":")
-    axes.text(*place[0], "$x_t,\\ h_{t-1}$", bbox=dict(shape, facecolor="white"), **box)
-    axes.text(0, top, "$h_t$ = mean", bbox=dict(shape, facecolor="white"), **box)
+    box((0, top), "$h_t$ = mean")
     axes.set(xlim=(-width / 2, width / 2), ylim=(-0.5, top + 0.5), title=title)
     axes.axis("off")
     return axes
@@ -1574,7 +1572,7 @@ def study_search(config, run):
         write_json(run.folder / f"{name}cell.json", metrics[f"{name}best_cell"])
     (run.folder / "derived.json").write_text(json.dumps(derived))  # each a row of integers, then its perplexity
     write_tensors(run.folder / "weights.pt", to_device(weights, "cpu"))
-    save_cell(run.folder, metrics)
+    draw_cell(cell_from_json(metrics["best_cell"]), "the cell found").figure.savefig(run.folder / "cell.png", dpi=110)
     if corpus.floor:
         metrics["floor_perplexity"] = corpus.floor["valid"]
     if config.retrain:
@@ -1792,12 +1790,6 @@ def summary(record):
     return "\n\n".join(lines)
 
 
-def save_cell(folder, metrics):
-    """cell.png: the picture of a search's best cell."""
-    draw_cell(cell_from_json(metrics["best_cell"]), "the cell found").figure.savefig(folder / "cell.png", dpi=110)
-    plt.close("all")
-
-
 def draw_curves(records, axes, y, name, scale=1):
     """Metric y of metrics.jsonl against the step, a line per run."""
     for record in records:
@@ -1825,7 +1817,8 @@ def report(folder="results", readme="README.md"):
         text = re.sub(between, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
     if text:
         Path(readme).write_text(text)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
     draw_curves(group("train", "ptb"), axes[0], "valid_perplexity", lambda r: r["folder"].name, 1000)
     axes[0].set(ylim=(None, 220), xlabel="thousand steps of SGD", title="training from scratch")
     for ax, y, title in zip(axes[1:], ("reward", "entropy"), ("reward, 80 / perplexity", "the policy's entropy, nats")):
@@ -1833,7 +1826,8 @@ def report(folder="results", readme="README.md"):
         ax.set(xlabel="step of the search", title=title)
     figure.savefig(Path(folder) / "curves.png", dpi=110)
     for record in (r for r in records if r["study"] == "search"):
-        save_cell(record["folder"], record["metrics"])
+        cell = cell_from_json(record["metrics"]["best_cell"])
+        draw_cell(cell, "the cell found").figure.savefig(record["folder"] / "cell.png", dpi=110)
 
 
 # 12. Main ------------------------------------------------------------------------------------------------------------
