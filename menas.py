@@ -44,7 +44,7 @@ import sys
 import time
 import urllib.request
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,10 +56,8 @@ from matplotlib.figure import Figure
 # 1. Config and presets -----------------------------------------------------------------------------------------------
 
 # What a number must be, as a refusal says it -> whether a value is that; nan is none of them.
-RANGES = {">= 0": lambda x: x >= 0,
-          ">= 1": lambda x: x >= 1,
-          "> 0": lambda x: x >= 1e-12,  # what is smaller overflows as a divisor
-          "in [0, 1)": lambda x: 0 <= x < 1}
+RANGES = {">= 0": lambda x: x >= 0, ">= 1": lambda x: x >= 1, "in [0, 1)": lambda x: 0 <= x < 1,
+          "> 0": lambda x: x >= 1e-12}  # what is smaller overflows as a divisor
 
 
 def option(default, help, must_be=None):
@@ -175,7 +173,7 @@ def choose(kind, name, choices):
     return name
 
 
-def configure(study, preset, **overrides):
+def configure(study, preset="tiny", **overrides):
     """The Config of one study under a preset, then the user's own settings."""
     parts = PRESETS[choose("preset", preset, PRESETS)]
     return Config(**{"preset": preset, **parts["all"], **parts.get(study, {}), **overrides})
@@ -1028,138 +1026,20 @@ WHEREABOUTS = {"out", "cache", "device", "threads", "checkpoint_seconds"}  # set
 FORMAT = "menas checkpoint 1"
 
 
-class Run:
-    """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json; owned by one process.
-
-    Killed at any instant, the same command goes on from the last checkpoint, which also knows how long metrics.jsonl
-    was; as every random draw depends only on its key, the result is that of an undisturbed run."""
-
-    def __init__(self, study, config):
-        self.study, self.config, self.commit = study, config, commit()  # the file may change while the run goes on
-        self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}")
-        self.good, self.good_bytes, self.stop, self.board, self.first = None, 0, 0, None, None
-        self.seconds, self.started = 0.0, time.time()  # spent before this process; its start
-        self.saved_at = self.spoke_at = self.started
-
-    def __enter__(self):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "w")
-        except OSError as error:
-            raise UserError(f"cannot make the run's folder {self.folder}: {error.strerror}") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system's own, so a killed run frees it
-        except OSError:
-            raise UserError(f"another run is at work in {self.folder}; give this one another --out") from None
-        for stale in self.folder.glob(".menas-*"):  # half-written by a killed process
-            stale.unlink()
-        path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
-        theirs = read_json(path) if path.exists() else mine
-        for name in mine:
-            if name not in WHEREABOUTS and theirs.get(name) != mine[name]:
-                raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, not {mine[name]!r}; "
-                                "give this one another --out")
-        if not path.exists():
-            write_json(path, mine)
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if error[0] is UserError and not (self.folder / "metrics.jsonl").exists():
-            (self.folder / "config.json").unlink()  # nothing was done: the corrected command may have the folder
-        self.lock.close()
-
-    def on_signal(self, number, frame):
-        if self.stop:  # asked twice: leave at once
-            raise SystemExit(128 + number)
-        self.stop = number
-
-    def restore(self):
-        """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to what it was then."""
-        refused = []
-        for path in filter(Path.exists, (self.folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt"))):
-            try:
-                saved = torch.load(path, map_location=device_of(self.config), weights_only=True)
-                if not isinstance(saved, dict) or (saved.get("format"), saved.get("study")) != (FORMAT, self.study):
-                    raise ValueError(f"it is not a checkpoint of menas {self.study}")
-            except Exception as error:  # torch.load raises many kinds, all of which mean: not this file
-                refused.append(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0][:100]}")
-                continue
-            for line in refused:
-                self.say(f"{line}; going on from {path.name}")
-                os.replace(self.folder / "checkpoint.pt", self.folder / "checkpoint.refused.pt")
-            self.good, self.good_bytes, self.seconds = saved["state"], saved["metrics_bytes"], saved["seconds"]
-            with open(self.folder / "metrics.jsonl", "ab") as file:
-                file.truncate(self.good_bytes)
-            return copy.deepcopy(self.good)
-        if refused:
-            raise UserError(f"{refused[0]}; there is none before it: delete it to start again")
-        (self.folder / "metrics.jsonl").write_bytes(b"")
-        return None
-
-    def keep(self, state):
-        """Remember a state known to be good; write it if the last checkpoint is old."""
-        self.good, self.good_bytes = copy.deepcopy(state), (self.folder / "metrics.jsonl").stat().st_size
-        if time.time() - self.saved_at >= self.config.checkpoint_seconds:
-            self.save()
-
-    def obey(self):
-        """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
-        if self.stop:
-            if self.good is not None:
-                self.save()
-            self.say(f"stopped by {signal.Signals(self.stop).name}; the same command goes on from here")
-            raise SystemExit(128 + self.stop)
-
-    def save(self):
-        """Write the good state; the checkpoint before it stays as checkpoint.previous.pt."""
-        path = self.folder / "checkpoint.pt"
-        if path.exists():
-            os.replace(path, path.with_name("checkpoint.previous.pt"))
-        seconds = self.seconds + time.time() - self.started
-        write_tensors(path, {"format": FORMAT, "study": self.study, "state": self.good, "seconds": seconds,
-                             "metrics_bytes": self.good_bytes})
-        self.saved_at = time.time()
-
-    def log(self, line, done, total, words):
-        """A line of metrics.jsonl, and now and then one for the person who waits: done of total, words read so far.
-
-        There is no time in metrics.jsonl: it is the same for every run of a configuration."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        if self.board is None:
-            self.board = tensorboard(self.folder)
-        for name, value in line.items():
-            if self.board and isinstance(value, float):
-                self.board.add_scalar(name, value, line["step"])
-        now = time.time()
-        since, done_then, words_then = self.first = self.first or (now, done, words)  # of this process, if resumed
-        if now - self.spoke_at >= 5 or done >= total:
-            self.spoke_at, spent = now, max(now - since, 1e-9)
-            left = int(spent / max(done - done_then, 1e-9) * (total - done))
-            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
-            self.say(f"{100 * done / total:3.0f} %  {shown}  {(words - words_then) / spent:,.0f} words/s  "
-                     f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
-
-    def say(self, text):
-        print(f"[{self.study}] {text}", flush=True)
-
-    def finish(self, metrics):
-        """Write result.json and return it."""
-        gpu, seconds = device_of(self.config).type == "cuda", self.seconds + time.time() - self.started
-        record = {"study": self.study, "config": asdict(self.config), "seed": self.config.seed, "commit": self.commit,
-                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-                  "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
-                  "seconds": round(seconds, 1), "metrics": metrics}
-        write_json(self.folder / "result.json", record)
-        return record
-
-
 def write_json(path, value):
     """Indented, atomic."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path):
+    """The JSON object in it, or a UserError that names the file."""
+    try:
+        value = json.loads(Path(path).read_text())
+        if not isinstance(value, dict):
+            raise ValueError(f"it is not a JSON object but a {type(value).__name__}")
+        return value
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def write_tensors(path, value):
@@ -1169,21 +1049,22 @@ def write_tensors(path, value):
     write_atomically(path, buffer.getvalue())
 
 
-def read_json(path):
-    """Its content, or a UserError that names the file."""
+def read_tensors(path, device="cpu"):
+    """What write_tensors wrote, or a UserError that names the file."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, all of which mean: not this file
+        raise UserError(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0][:100]}") from None
 
 
+@lru_cache
 def tensorboard(folder):
-    """A TensorBoard writer, or False where it is not installed."""
+    """add_scalar(name, value, step) of a TensorBoard writer, or of nobody where that is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return False
-    return SummaryWriter(str(folder / "tensorboard"))
+        return lambda name, value, step: None
+    return SummaryWriter(str(folder / "tensorboard")).add_scalar
 
 
 def commit():
@@ -1195,6 +1076,135 @@ def commit():
         return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(changed)
     except OSError:  # there is no git
         return ""
+
+
+class Run:
+    """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json; owned by one process.
+
+    Killed at any instant, the same command goes on from the last checkpoint, which also knows how long metrics.jsonl
+    was; as every random draw depends only on its key, the result is that of an undisturbed run."""
+
+    def __init__(self, study, config):
+        self.study, self.config, self.commit = study, config, commit()  # the file may change while the run goes on
+        self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}")
+        self.metrics = self.folder / "metrics.jsonl"
+        self.good, self.good_bytes = None, 0  # the last good state, and how long metrics.jsonl was then
+        self.started = self.saved_at = self.spoke_at = time.time()
+        self.first_line = None  # (time, done, words) at this process's first line of metrics
+        self.stop = 0  # the signal that asked to stop
+
+    def __enter__(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system's own, so a killed run frees it
+        except BlockingIOError:
+            raise UserError(f"another run is at work in {self.folder}; give this one another --out") from None
+        except OSError as error:
+            raise UserError(f"cannot make the run's folder {self.folder}: {error.strerror}") from None
+        for stale in self.folder.glob(".menas-*"):  # half-written by a killed process
+            stale.unlink()
+        path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
+        if not path.exists():
+            write_json(path, mine)
+        theirs = read_json(path)
+        for name in mine:
+            if name not in WHEREABOUTS and theirs.get(name) != mine[name]:
+                raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, not {mine[name]!r}; "
+                                "give this one another --out")
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if error[0] is UserError and not self.metrics.exists():
+            (self.folder / "config.json").unlink()  # nothing was done: the corrected command may have the folder
+        self.lock.close()
+
+    def on_signal(self, number, frame):
+        if self.stop:  # asked twice: leave at once
+            raise SystemExit(128 + number)
+        self.stop = number
+
+    def restore(self):
+        """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to what it was then."""
+        newest, refusals = self.folder / "checkpoint.pt", []
+        for path in filter(Path.exists, (newest, self.folder / "checkpoint.previous.pt")):
+            try:
+                saved = read_tensors(path, device_of(self.config))
+                if not isinstance(saved, dict) or (saved.get("format"), saved.get("study")) != (FORMAT, self.study):
+                    raise UserError(f"{path} is refused: it is not a checkpoint of menas {self.study}")
+            except UserError as error:
+                refusals.append(error)
+                continue
+            if refusals:  # of the newest
+                self.say(f"{refusals[0]}; going on from {path.name}")
+                os.replace(newest, newest.with_name("checkpoint.refused.pt"))
+            self.good, self.good_bytes = saved["state"], saved["metrics_bytes"]
+            self.started -= saved["seconds"]
+            with open(self.metrics, "ab") as file:
+                file.truncate(self.good_bytes)
+            return copy.deepcopy(self.good)
+        if refusals:
+            raise UserError(f"{refusals[0]}; there is none before it: delete it to start again")
+        self.metrics.write_bytes(b"")
+        return None
+
+    def keep(self, state):
+        """Remember a state known to be good; write it if the last checkpoint is old."""
+        self.good, self.good_bytes = copy.deepcopy(state), self.metrics.stat().st_size
+        if time.time() - self.saved_at >= self.config.checkpoint_seconds:
+            self.save()
+
+    def save(self):
+        """Write the good state; the checkpoint before it stays as checkpoint.previous.pt."""
+        path = self.folder / "checkpoint.pt"
+        if path.exists():
+            os.replace(path, path.with_name("checkpoint.previous.pt"))
+        write_tensors(path, {"format": FORMAT, "study": self.study, "state": self.good,
+                             "seconds": time.time() - self.started, "metrics_bytes": self.good_bytes})
+        self.saved_at = time.time()
+
+    def obey(self):
+        """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
+        if self.stop:
+            if self.good is not None:
+                self.save()
+            self.say(f"stopped by {signal.Signals(self.stop).name}; the same command goes on from here")
+            raise SystemExit(128 + self.stop)
+
+    def say(self, text):
+        print(f"[{self.study}] {text}", flush=True)
+
+    def log(self, line, done, total, words):
+        """A line of metrics.jsonl, and now and then one for the person who waits: done of total, words read so far.
+
+        There is no time in metrics.jsonl: it is the same for every run of a configuration."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if isinstance(value, float):
+                tensorboard(self.folder)(name, value, line["step"])
+        now = time.time()
+        self.first_line = self.first_line or (now, done, words)
+        if now - self.spoke_at >= 5 or done >= total:
+            self.spoke_at = now
+            spent, gone, read = (b - a for a, b in zip(self.first_line, (now, done, words)))
+            left = int(spent / max(gone, 1e-9) * (total - done))
+            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
+            self.say(f"{100 * done / total:3.0f} %  {shown}  {read / max(spent, 1e-9):,.0f} words/s  "
+                     f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+
+    def finish(self, metrics):
+        """Write result.json and return it."""
+        gpu = device_of(self.config).type == "cuda"
+        record = {"study": self.study, "config": asdict(self.config), "seed": self.config.seed, "commit": self.commit,
+                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+                  "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+                  "seconds": round(time.time() - self.started, 1), "metrics": metrics}
+        write_json(self.folder / "result.json", record)
+        return record
 
 
 def device_of(config):
@@ -1555,6 +1565,78 @@ def load_cell(config, name):
 
 # 10. Studies ---------------------------------------------------------------------------------------------------------
 
+def check(config):
+    """Wrong settings, each with its name, before any work is done."""
+    for name, choices in (("preset", PRESETS), ("dtype", DTYPES), ("schedule", SCHEDULES), ("state", STATES),
+                          ("reward", REWARDS), ("baseline", BASELINES), ("controller", ("trained", "untrained"))):
+        choose(name, getattr(config, name), choices)
+    for f in fields(config):
+        value, must_be = getattr(config, f.name), f.metadata["must_be"]
+        if must_be and not RANGES[must_be](value):
+            raise UserError(f"--{f.name} {value} must be {must_be}: {f.metadata['help']}")
+    if config.baseline == "leave_one_out" and config.controller_samples == 1:
+        raise UserError("--controller_samples 1: leave_one_out needs at least 2; or --baseline moving_average")
+    device_of(config)
+
+
+def run_study(study, work, config):
+    """Run, resume, or find finished one study, whose metrics work(config, run) gives; its record."""
+    check(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with Run(study, config) as run:
+        if (run.folder / "result.json").exists():
+            run.say(f"already finished: {run.folder}")
+            return read_json(run.folder / "result.json")
+        return run.finish(work(config, run))
+
+
+def load_shared(config, words, cells):
+    """The shared weights of a finished search, which must fit this corpus, size and cells."""
+    path = Path(config.weights) / "weights.pt"
+    if not path.exists():
+        raise UserError(f"--weights {config.weights} has no weights.pt: it is not a finished search")
+    weights = read_tensors(path)
+    shared = isinstance(weights, dict) and {"embedding", "edges"} <= weights.keys()
+    if not shared or weights["embedding"].shape != (words, config.hidden):  # standalone weights have another shape
+        raise UserError(f"{path} does not hold the shared weights for {words} words and --hidden {config.hidden}")
+    if structure(cells)[1].max() >= len(weights["edges"]):
+        raise UserError(f"{path} is for smaller cells than those of --cell {config.cell}")
+    return weights
+
+
+def study_train(config, run):
+    """Train cells from scratch or from a search's shared weights, as one batch; perplexities of the best weights."""
+    corpus, device = load_corpus(config), device_of(config)
+    words = len(corpus.words)
+    names = [name for name in config.cell.split(",") for _ in range(config.replicas)]
+    seeds = [config.seed + i % config.replicas for i in range(len(names))]
+    if "lstm" not in names:
+        cells = encode([load_cell(config, name) for name in names])
+        weights = inherit(load_shared(config, words, cells), cells) if config.weights else \
+            standalone_weights(config, words, cells, seeds)
+        recurrent = [recurrent_parameters(decode(row), config.hidden) for row in cells]
+        cells = cells.to(device)
+    elif config.weights:
+        raise UserError("--weights are a search's: --cell lstm has none of them")
+    elif set(names) != {"lstm"}:
+        raise UserError("--cell lstm is another network: train it in a run of its own")
+    else:
+        cells, weights = None, lstm_weights(config, words, seeds)
+        recurrent = [sum(w[0].numel() for name, w in weights.items() if name not in ("embedding", "bias"))] * len(names)
+    best, records = train_networks(config, run, corpus, weights, cells, seeds)
+    run.say("evaluating the best weights on the whole of each split, in float32")
+    write_tensors(run.folder / "weights.pt", to_device(best, "cpu"))
+    losses = {split: evaluate(best, cells, getattr(corpus, split).to(device), config.eval_batch) for split in SPLITS}
+    columns = {"cell": names, "seed": seeds,
+               **{f"{split}_perplexity": list(map(perplexity, loss.tolist())) for split, loss in losses.items()},
+               "recurrent_parameters": recurrent,
+               "parameters": [r + words * (config.hidden + 1) for r in recurrent], **records}
+    networks = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    floor = {"floor_perplexity": corpus.floor["test"]} if corpus.floor else {}
+    return {**(networks[0] if len(networks) == 1 else {}), "networks": networks, **floor}
+
+
 def study_search(config, run):
     """Search, then derive: the best of the controller's samples beside the best of as many uniform ones."""
     corpus = load_corpus(config)
@@ -1580,54 +1662,8 @@ def study_search(config, run):
         for name, cell in (("found", "-".join(map(str, derived["cells"][0][:-1]))), ("lstm", "lstm")):
             sub = configure("train", config.preset, **{n: getattr(config, n) for n in same}, cell=cell,
                             out=str(run.folder / name))
-            metrics[name] = run_study("train", sub)["metrics"]
+            metrics[name] = run_study("train", study_train, sub)["metrics"]
     return metrics
-
-
-def study_train(config, run):
-    """Train cells from scratch or from a search's shared weights, as one batch; perplexities of the best weights."""
-    corpus, device = load_corpus(config), device_of(config)
-    names = [name for name in config.cell.split(",") for _ in range(config.replicas)]
-    seeds = [config.seed + i % config.replicas for i in range(len(names))]
-    words = len(corpus.words)
-    if config.weights and "lstm" in names:
-        raise UserError("--weights are a search's: --cell lstm has none of them")
-    if set(names) == {"lstm"}:
-        cells, weights = None, lstm_weights(config, words, seeds)
-    elif "lstm" in names:
-        raise UserError("--cell lstm is another network: train it in a run of its own")
-    else:
-        cells = encode([load_cell(config, name) for name in names])
-        weights = inherit(load_shared(config, words, cells), cells) if config.weights else \
-            standalone_weights(config, words, cells, seeds)
-    best, records = train_networks(config, run, corpus, weights, cells, seeds)
-    run.say("evaluating the best weights on the whole of each split, in float32")
-    rows = None if cells is None else cells.to(device)
-    scores = {f"{split}_perplexity": [perplexity(loss) for loss in evaluate(
-        best, rows, getattr(corpus, split).to(device), config.eval_batch).tolist()] for split in SPLITS}
-    if cells is None:
-        recurrent = [sum(w[0].numel() for name, w in best.items() if name not in ("embedding", "bias"))] * len(names)
-    else:
-        recurrent = [recurrent_parameters(decode(row), config.hidden) for row in cells]
-    columns = {"cell": names, "seed": seeds, **scores, "recurrent_parameters": recurrent,
-               "parameters": [r + words * (config.hidden + 1) for r in recurrent], **records}
-    networks = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    write_tensors(run.folder / "weights.pt", to_device(best, "cpu"))
-    metrics = {**(networks[0] if len(networks) == 1 else {}), "networks": networks}
-    return {**metrics, "floor_perplexity": corpus.floor["test"]} if corpus.floor else metrics
-
-
-def load_shared(config, words, cells):
-    """The shared weights of a finished search, which must fit this corpus, size and cells."""
-    path = Path(config.weights) / "weights.pt"
-    if not path.exists():
-        raise UserError(f"--weights {config.weights} has no weights.pt: it is not a finished search")
-    weights = torch.load(path, weights_only=True)
-    if not is_shared(weights) or weights["embedding"].shape != (words, config.hidden):
-        raise UserError(f"{path} does not hold the shared weights for {words} words and --hidden {config.hidden}")
-    if structure(cells)[1].max() >= len(weights["edges"]):
-        raise UserError(f"{path} is for smaller cells than those of --cell {config.cell}")
-    return weights
 
 
 # name -> hidden, batch, vocabulary, architectures at once, dtypes timed beside the plain loop in float32. Small ones
@@ -1635,56 +1671,6 @@ def load_shared(config, words, cells):
 BENCHES = {"hidden 32, 32 at once": (32, 16, 200, 32, ("float32",)),
            "hidden 200": (200, 64, 10000, 1, ("float32", "bfloat16")),
            "hidden 1000": (1000, 64, 10000, 1, ("float32", "bfloat16"))}
-
-
-def study_bench(config, run):
-    """Speed: the batched recurrence beside the plain loop (one architecture, float32) and torch.nn.LSTM, in one run."""
-    ratios = []
-    for case, (hidden, batch, words, k, dtypes) in BENCHES.items():
-        if hidden <= config.hidden:  # --hidden bounds the largest case
-            for name, seconds, ratio in bench(replace(config, hidden=hidden, batch=batch, nodes=12), words, k, dtypes):
-                ratios.append({"name": f"{name}, {case}", "seconds": seconds, "ratio": ratio})
-                run.say(f"{name}, {case}: {ratio:.2f}")
-    return {"ratios": ratios}
-
-
-def bench(config, words, k, dtypes, repeats=5):
-    """[(name, seconds per architecture, plain loop's seconds / these)]: all of them in turn, medians."""
-    device = device_of(config)
-    rows, tokens = encode([CELLS["enas"]] * k).to(device), torch.randint(words, (config.bptt, config.batch)).to(device)
-    weights, lstm = (to_device(w, device) for w in (shared_weights(config, words), lstm_weights(config, words, [1])))
-    for w in (*weights.values(), *lstm.values()):
-        w.requires_grad_()
-    masks = to_device(draw_masks(replace(config, hidden_dropout=.25), words, config.batch, [1], 0), device)
-
-    def job(losses_of, weights, masks, train):
-        with torch.set_grad_enabled(train):
-            losses = losses_of(weights, Batch(tokens, tokens, zero_state(weights, config.batch), masks))
-            if train:
-                gradients(losses, weights)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    found = []
-    for train, label in ((True, "training step"), (False, "scoring")):
-        masks = masks if train else {}
-        jobs = {"plain": partial(job, lambda w, b: reference_losses(w, rows[0], b)[0], weights, masks, train),
-                "torch.nn.LSTM": partial(job, lambda w, b: network(w, None, b)[0], lstm, {}, train)}
-        for dtype in dtypes:
-            fast = lambda w, b, dtype=DTYPES[dtype]: network(w, rows, b, dtype)[0]
-            jobs[dtype] = partial(job, fast, weights, masks, train)
-        seconds = {name: [] for name in jobs}
-        for _ in range(repeats + 1):  # the first is a warm-up
-            for name, work in jobs.items():
-                start = time.perf_counter()
-                work()
-                seconds[name].append((time.perf_counter() - start) / (k if name in dtypes else 1))
-        median = {name: sorted(times[1:])[repeats // 2] for name, times in seconds.items()}
-        found += [(f"{label}, {name}", median[name], median["plain"] / median[name]) for name in jobs]
-        if train and device.type == "cpu" and sys.platform == "linux":
-            peak = {name: peak_memory(jobs[name]) for name in (*dtypes, "plain")}
-            found += [(f"memory of a {label}, {name}", 0.0, k * peak["plain"] / peak[name]) for name in dtypes]
-    return found
 
 
 def peak_memory(work):
@@ -1698,33 +1684,57 @@ def peak_memory(work):
     return status("VmHWM") - before
 
 
+def bench(config, words, k, dtypes, repeats=5):
+    """[(name, seconds per architecture, plain loop's seconds / these)]: all of them in turn, medians."""
+    device = device_of(config)
+    rows, tokens = encode([CELLS["enas"]] * k).to(device), torch.randint(words, (config.bptt, config.batch)).to(device)
+    weights, lstm = (to_device(w, device) for w in (shared_weights(config, words), lstm_weights(config, words, [1])))
+    for w in (*weights.values(), *lstm.values()):
+        w.requires_grad_()
+    masks = to_device(draw_masks(replace(config, hidden_dropout=.25), words, config.batch, [1], 0), device)
+    # name -> weights, losses of a Batch; the LSTM has no hidden dropout, so it takes no notice of that mask
+    models = {"plain": (weights, lambda batch: reference_losses(weights, rows[0], batch)[0]),
+              "torch.nn.LSTM": (lstm, lambda batch: network(lstm, None, batch)[0])}
+    for name in dtypes:
+        models[name] = weights, lambda batch, dtype=DTYPES[name]: network(weights, rows, batch, dtype)[0]
+
+    def work(name, train):
+        weights, losses_of = models[name]
+        with torch.set_grad_enabled(train):
+            losses = losses_of(Batch(tokens, tokens, zero_state(weights, config.batch), masks if train else {}))
+            if train:
+                gradients(losses, weights)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    found = []
+    for train, label in ((True, "training step"), (False, "scoring")):
+        seconds = {name: [] for name in models}
+        for _ in range(repeats + 1):  # the first is a warm-up
+            for name in models:
+                start = time.perf_counter()
+                work(name, train)
+                seconds[name].append((time.perf_counter() - start) / (k if name in dtypes else 1))
+        median = {name: sorted(times[1:])[repeats // 2] for name, times in seconds.items()}
+        found += [(f"{label}, {name}", median[name], median["plain"] / median[name]) for name in models]
+        if train and device.type == "cpu" and sys.platform == "linux":
+            peak = {name: peak_memory(lambda: work(name, train)) for name in (*dtypes, "plain")}
+            found += [(f"memory of a {label}, {name}", 0.0, k * peak["plain"] / peak[name]) for name in dtypes]
+    return found
+
+
+def study_bench(config, run):
+    """Speed: the batched recurrence beside the plain loop (one architecture, float32) and torch.nn.LSTM, in one run."""
+    ratios = []
+    for case, (hidden, batch, words, k, dtypes) in BENCHES.items():
+        if hidden <= config.hidden:  # --hidden bounds the largest case
+            for name, seconds, ratio in bench(replace(config, hidden=hidden, batch=batch, nodes=12), words, k, dtypes):
+                ratios.append({"name": f"{name}, {case}", "seconds": seconds, "ratio": ratio})
+                run.say(f"{name}, {case}: {ratio:.2f}")
+    return {"ratios": ratios}
+
+
 STUDIES = {"search": study_search, "train": study_train, "bench": study_bench}
-
-
-def run_study(study, config):
-    """Run, resume, or find finished one study; its record."""
-    check(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with Run(study, config) as run:
-        if (run.folder / "result.json").exists():
-            run.say(f"already finished: {run.folder}")
-            return read_json(run.folder / "result.json")
-        return run.finish(STUDIES[study](config, run))
-
-
-def check(config):
-    """Wrong settings, each with its name, before any work is done."""
-    for name, choices in (("preset", PRESETS), ("dtype", DTYPES), ("schedule", SCHEDULES), ("state", STATES),
-                          ("reward", REWARDS), ("baseline", BASELINES), ("controller", ("trained", "untrained"))):
-        choose(name, getattr(config, name), choices)
-    for f in fields(config):
-        value, must_be = getattr(config, f.name), f.metadata["must_be"]
-        if must_be and not RANGES[must_be](value):
-            raise UserError(f"--{f.name} {value} must be {must_be}: {f.metadata['help']}")
-    if config.baseline == "leave_one_out" and config.controller_samples == 1:
-        raise UserError("--controller_samples 1: leave_one_out needs at least 2; or --baseline moving_average")
-    device_of(config)
 
 
 # 11. Tables, figures and the report ----------------------------------------------------------------------------------
@@ -1790,17 +1800,16 @@ def summary(record):
     return "\n\n".join(lines)
 
 
-def draw_curves(records, axes, y, name, scale=1):
+def draw_curves(records, axes, y, scale=1):
     """Metric y of metrics.jsonl against the step, a line per run."""
     for record in records:
-        lines = [json.loads(line) for line in (record["folder"] / "metrics.jsonl").read_text().splitlines()]
+        lines = map(json.loads, (record["folder"] / "metrics.jsonl").read_text().splitlines())
         first = lambda value: value[0] if isinstance(value, list) else value  # of several networks
         points = [(line["step"] / scale, first(line[y])) for line in lines if y in line]
         if points:
-            axes.plot(*zip(*points), label=name(record), marker=".", linewidth=1)
+            axes.plot(*zip(*points), label=record["folder"].name, marker=".", linewidth=1)
+            axes.legend(fontsize=8)
     axes.set(ylabel=y.replace("_", " "))
-    if axes.lines:
-        axes.legend(fontsize=8)
 
 
 def report(folder="results", readme="README.md"):
@@ -1818,12 +1827,13 @@ def report(folder="results", readme="README.md"):
     if text:
         Path(readme).write_text(text)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    axes = figure.subplots(1, 3)
-    draw_curves(group("train", "ptb"), axes[0], "valid_perplexity", lambda r: r["folder"].name, 1000)
-    axes[0].set(ylim=(None, 220), xlabel="thousand steps of SGD", title="training from scratch")
-    for ax, y, title in zip(axes[1:], ("reward", "entropy"), ("reward, 80 / perplexity", "the policy's entropy, nats")):
-        draw_curves(group("search", "ptb"), ax, y, lambda r: r["folder"].name)
-        ax.set(xlabel="step of the search", title=title)
+    train, reward, entropy = figure.subplots(1, 3)
+    draw_curves(group("train", "ptb"), train, "valid_perplexity", 1000)
+    train.set(ylim=(None, 220), xlabel="thousand steps of SGD", title="training from scratch")
+    draw_curves(group("search", "ptb"), reward, "reward")
+    reward.set(xlabel="step of the search", title="reward, 80 / perplexity")
+    draw_curves(group("search", "ptb"), entropy, "entropy")
+    entropy.set(xlabel="step of the search", title="the policy's entropy, nats")
     figure.savefig(Path(folder) / "curves.png", dpi=110)
     for record in (r for r in records if r["study"] == "search"):
         cell = cell_from_json(record["metrics"]["best_cell"])
@@ -1852,12 +1862,10 @@ def parse(arguments):
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
-        flags = [f"--{f.name}" for f in fields(Config)]
-        raise UserError(f"unknown argument '{unknown[0]}'{nearest(unknown[0].split('=')[0], flags)}")
-    given = vars(given)
-    study = given.pop("study")
-    choose("study", study, [*STUDIES, "report"])
-    return study, configure(study, given.pop("preset", "tiny"), **given)
+        near = nearest(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)])
+        raise UserError(f"unknown argument '{unknown[0]}'{near}")
+    study = choose("study", given.study, [*STUDIES, "report"])
+    return study, configure(**vars(given))
 
 
 def main(arguments=None):
@@ -1867,7 +1875,7 @@ def main(arguments=None):
         if study == "report":
             report(config.out or "results")
         else:
-            print(f"\n{summary(run_study(study, config))}")
+            print(f"\n{summary(run_study(study, STUDIES[study], config))}")
     except UserError as error:
         print(f"menas: {error}", file=sys.stderr)
         return 2
