@@ -44,22 +44,25 @@ import sys
 import time
 import urllib.request
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 # 1. Config and presets -----------------------------------------------------------------------------------------------
 
-def option(default, help):
-    """A Config field with the sentence that --help prints."""
-    return field(default=default, metadata={"help": help})
+# What a number must be, as a refusal says it -> whether a value is that; nan is none of them.
+RANGES = {">= 0": lambda x: x >= 0, ">= 1": lambda x: x >= 1, "in [0, 1)": lambda x: 0 <= x < 1,
+          "> 0": lambda x: x >= 1e-12}  # what is smaller overflows as a divisor
+
+
+def option(default, help, must_be=None):
+    """A Config field with the sentence that --help prints, and the RANGES entry of its values."""
+    return field(default=default, metadata={"help": help, "must_be": must_be})
 
 
 @dataclass(frozen=True)
@@ -71,62 +74,62 @@ class Config:
     out: str = option("", "the run's folder (default: runs/STUDY-PRESET-SEED)")
     seed: int = option(1, "every random draw is a function of this number")
     device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
-    dtype: str = option("float32", "of the computation: float32 or bfloat16; weights and the LSTM stay float32")
-    threads: int = option(0, "CPU threads (0: torch decides)")
+    dtype: str = option("float32", "of the computation: float32, bfloat16, float64; weights and the LSTM stay float32")
+    threads: int = option(0, "CPU threads (0: torch decides)", ">= 0")
     # the search space
-    nodes: int = option(12, "nodes of a cell")
+    nodes: int = option(12, "nodes of a cell", ">= 1")
     activations: str = option("tanh,relu,identity,sigmoid", "activations to choose from")
     # the shared network
-    hidden: int = option(200, "units of the embedding and of each node")
-    lstm_hidden: int = option(0, "units of the LSTM baseline, projected to --hidden (0: as --hidden)")
-    batch: int = option(64, "parallel streams of text")
-    bptt: int = option(35, "tokens of a segment, the truncation length of backpropagation")
+    hidden: int = option(200, "units of the embedding and of each node", ">= 1")
+    lstm_hidden: int = option(0, "units of the LSTM baseline, projected to --hidden (0: as --hidden)", ">= 0")
+    batch: int = option(64, "parallel streams of text", ">= 1")
+    bptt: int = option(35, "tokens of a segment, the truncation length of backpropagation", ">= 1")
     random_bptt: bool = option(False, "segment lengths as in the corrected ENAS: normal, sd 5, 5 % halved, lr to match")
-    init: float = option(0.0, "weights start uniform in +- this (0: sqrt(3 / hidden), which keeps the variance)")
-    word_dropout: float = option(0.0, "rate at which whole words of the vocabulary are dropped, per segment")
-    input_dropout: float = option(0.0, "rate on the embedded input, one mask per segment")
-    hidden_dropout: float = option(0.0, "rate on every node's input, one mask per segment; not in the LSTM")
-    output_dropout: float = option(0.0, "rate on h before the softmax, one mask per segment")
-    activation_reg: float = option(0.0, "weight of the mean square of the dropped output")
-    slowness_reg: float = option(0.0, "weight of the mean square change of h from one step to the next")
-    lr: float = option(20.0, "of SGD on the network's weights")
+    init: float = option(0.0, "weights start uniform in +- this (0: sqrt(3 / hidden), to keep the variance)", ">= 0")
+    word_dropout: float = option(0.0, "drop rate of whole words of the vocabulary, per segment", "in [0, 1)")
+    input_dropout: float = option(0.0, "drop rate on the embedded input, one mask per segment", "in [0, 1)")
+    hidden_dropout: float = option(0.0, "drop rate on every node's input, per segment; not in the LSTM", "in [0, 1)")
+    output_dropout: float = option(0.0, "drop rate on h before the softmax, one mask per segment", "in [0, 1)")
+    activation_reg: float = option(0.0, "weight of the mean square of the dropped output", ">= 0")
+    slowness_reg: float = option(0.0, "weight of the mean square change of h from one step to the next", ">= 0")
+    lr: float = option(20.0, "of SGD on the network's weights", "> 0")
     schedule: str = option("constant", "of lr: constant, cosine, or decay (.96 an epoch after 15)")
-    plateau: float = option(1.0, "divide lr by this when the validation loss does not improve (train only)")
-    clip: float = option(0.25, "largest norm of the gradient")
-    weight_decay: float = option(1e-6, "added to the clipped gradient, times the weight")
+    plateau: float = option(1.0, "divide lr by this when the validation loss does not improve (train only)", "> 0")
+    clip: float = option(0.25, "largest norm of the gradient", "> 0")
+    weight_decay: float = option(1e-6, "added to the clipped gradient, times the weight", ">= 0")
     # search
     state: str = option("carry", "hidden state at a segment's start, in a search: carry, zero, or warm")
-    epochs: int = option(10, "search: rounds of shared steps, then controller steps; train: passes over the text")
-    shared_steps: int = option(0, "shared steps of a round (0: one pass over the training split)")
-    shared_samples: int = option(1, "architectures in one shared step")
-    warm_epochs: int = option(0, "rounds before the controller learns")
+    epochs: int = option(10, "search: rounds of shared, then controller steps; train: passes over the text", ">= 1")
+    shared_steps: int = option(0, "shared steps of a round (0: one pass over the training split)", ">= 0")
+    shared_samples: int = option(1, "architectures in one shared step", ">= 1")
+    warm_epochs: int = option(0, "rounds before the controller learns", ">= 0")
     controller: str = option("trained", "trained, or untrained: random search with weight sharing")
-    controller_steps: int = option(50, "controller steps of a round")
-    controller_samples: int = option(10, "architectures in one controller step, on one validation minibatch")
-    controller_hidden: int = option(100, "units of the controller's LSTM")
-    controller_lr: float = option(3.5e-3, "of Adam on the controller")
+    controller_steps: int = option(50, "controller steps of a round", ">= 0")
+    controller_samples: int = option(10, "architectures in one controller step, on one validation minibatch", ">= 1")
+    controller_hidden: int = option(100, "units of the controller's LSTM", ">= 1")
+    controller_lr: float = option(3.5e-3, "of Adam on the controller", ">= 0")
     lookahead: str = option("none", "weights that rewards are taken at: none (omega), momentum, recent or fresh (omega')")
     response: str = option("none", "what the shared weights' answer adds to the reward: none (ENAS), unrolled, neumann")
-    fold: int = option(2, "architectures that omega' is made from, and as many others for the response's v")
-    settle: int = option(0, "rounds at a search's end in which only the shared weights learn, so that they fit the policy")
-    entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward")
-    temperature: float = option(5.0, "divides the controller's logits")
-    tanh_constant: float = option(2.5, "bounds them: constant * tanh(logits / temperature)")
+    fold: int = option(2, "architectures that omega' is made from, and as many others for the response's v", ">= 1")
+    settle: int = option(0, "rounds at the end in which only the shared weights learn, to fit the policy", ">= 0")
+    entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward", ">= 0")
+    temperature: float = option(5.0, "divides the controller's logits", "> 0")
+    tanh_constant: float = option(2.5, "bounds them: constant * tanh(logits / temperature)", "> 0")
     reward: str = option("perplexity", "perplexity (80 / perplexity) or loss (minus the loss)")
     baseline: str = option("leave_one_out", "leave_one_out or moving_average")
-    baseline_decay: float = option(0.95, "of the moving average")
-    derive_samples: int = option(100, "architectures scored on the whole validation split at the end")
+    baseline_decay: float = option(0.95, "of the moving average", "in [0, 1)")
+    derive_samples: int = option(100, "architectures scored on the whole validation split at the end", ">= 1")
     retrain: bool = option(False, "search: train the found cell and an LSTM from scratch when it ends")
     # train
     cell: str = option("enas", "names, JSON files or search runs, comma-separated, trained in one batch; or lstm")
     weights: str = option("", "a search run whose shared weights to start from (default: from scratch)")
-    replicas: int = option(1, "networks of each cell, seeded --seed, --seed + 1, ...")
-    patience: int = option(5, "epochs without improvement before training stops")
+    replicas: int = option(1, "networks of each cell, seeded --seed, --seed + 1, ...", ">= 1")
+    patience: int = option(5, "epochs without improvement before training stops", ">= 1")
     average: bool = option(False, "evaluate the mean of the weights since validation first stopped improving")
-    eval_batch: int = option(64, "parallel streams of an evaluation")
+    eval_batch: int = option(64, "parallel streams of an evaluation", ">= 1")
     # logging
-    log_every: int = option(20, "steps from one line of metrics to the next; a run resumes at such a line")
-    checkpoint_seconds: float = option(30.0, "least time between two checkpoints")
+    log_every: int = option(20, "steps from one line of metrics to the next; a run resumes at such a line", ">= 1")
+    checkpoint_seconds: float = option(30.0, "least time between two checkpoints", ">= 0")
 
 
 # preset -> study -> settings; "all" holds for every study and comes first.
@@ -168,15 +171,15 @@ def nearest(word, choices):
 
 
 def choose(kind, name, choices):
-    """choices[name], or a UserError that names the nearest."""
+    """The name, if it is one of the choices; or a UserError that names the nearest."""
     if name not in list(choices):
         raise UserError(f"unknown {kind} '{name}'{nearest(name, choices)}; choose from {', '.join(choices)}")
-    return choices[name]
+    return name
 
 
-def configure(study, preset, **overrides):
+def configure(study, preset="tiny", **overrides):
     """The Config of one study under a preset, then the user's own settings."""
-    parts = choose("preset", preset, PRESETS)
+    parts = PRESETS[choose("preset", preset, PRESETS)]
     return Config(**{"preset": preset, **parts["all"], **parts.get(study, {}), **overrides})
 
 
@@ -207,6 +210,19 @@ class Corpus:
     floor: dict  # split -> perplexity under the true grammar; empty for real text
 
 
+def write_atomically(path, content):
+    """The file appears whole or not at all, also when the process is killed in between."""
+    temporary = path.with_name(f".menas-{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def fetch(split, folder, mirrors=PTB_MIRRORS):
     """Download one PTB file: the first mirror with the right hash wins; written atomically, nothing left on failure."""
     reasons = []
@@ -222,19 +238,6 @@ def fetch(split, folder, mirrors=PTB_MIRRORS):
             reasons.append(str(error))
     raise UserError(f"cannot download PTB's {split}.txt: {'; '.join(reasons)}. "
                     "Put train.txt, valid.txt and test.txt in a folder and pass it as --data")
-
-
-def write_atomically(path, content):
-    """The file appears whole or not at all, also when the process is killed in between."""
-    temporary = path.with_name(f".menas-{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def ptb_folder(cache):
@@ -261,29 +264,6 @@ def read_words(path):
     if len(words) < 3:
         raise UserError(f"{path} has {len(words)} tokens with its <eos>; a language model needs at least 3")
     return words
-
-
-def load_corpus(config):
-    """The Corpus that --data names."""
-    if config.data == "toy":
-        texts, floor = toy_corpus()
-    else:
-        folder = ptb_folder(config.cache) if config.data == "ptb" else Path(config.data)
-        if not folder.is_dir():
-            raise UserError(f"no data folder '{config.data}'{nearest(config.data, ('ptb', 'toy'))}")
-        texts, floor = {split: read_words(folder / f"{split}.txt") for split in SPLITS}, {}
-    words = sorted(set(texts["train"]))
-    index = {word: i for i, word in enumerate(words)}
-    ids = {split: torch.tensor([lookup(index, word, split) for word in texts[split]]) for split in SPLITS}
-    return Corpus(**ids, words=words, floor=floor)
-
-
-def lookup(index, word, split):
-    """A word's id; unseen words are <unk> where the training split has it."""
-    known = index.get(word, index.get("<unk>"))
-    if known is None:
-        raise UserError(f"{split}.txt has the word '{word}', which train.txt lacks, and train.txt has no <unk>")
-    return known
 
 
 # The toy corpus: nouns and their verbs agree in class, and often in letter, across clauses nested in between: 'n3b that
@@ -339,6 +319,25 @@ def toy_corpus(sizes=(60000, 6000, 6000)):
     return texts, floor
 
 
+def load_corpus(config):
+    """The Corpus that --data names."""
+    if config.data == "toy":
+        texts, floor = toy_corpus()
+    else:
+        folder = ptb_folder(config.cache) if config.data == "ptb" else Path(config.data)
+        if not folder.is_dir():
+            raise UserError(f"no data folder '{config.data}'{nearest(config.data, ('ptb', 'toy'))}")
+        texts, floor = {split: read_words(folder / f"{split}.txt") for split in SPLITS}, {}
+    words = sorted(set(texts["train"]))
+    index, ids = {word: i for i, word in enumerate(words)}, {}
+    for split, text in texts.items():
+        new = set(text) - set(words)
+        if new and "<unk>" not in index:
+            raise UserError(f"{split}.txt has the word '{min(new)}', which train.txt lacks, and train.txt has no <unk>")
+        ids[split] = torch.tensor([index.get(word, index.get("<unk>")) for word in text])
+    return Corpus(**ids, words=words, floor=floor)
+
+
 class Segment(NamedTuple):
     """One step's text. targets are the inputs one token later, -1 where there is nothing to predict."""
     inputs: torch.Tensor   # [T, B]
@@ -355,10 +354,12 @@ class Stream:
         if length < 2:
             raise UserError(f"--batch {batch} is larger than the corpus allows: a split has {len(tokens)} tokens")
         padded = math.ceil(length / bptt) * bptt  # full segments have one shape; what is beyond the text is -1
-        self.inputs, self.targets = (torch.full((batch * length,), fill) for fill in (0, -1))
-        self.inputs[:len(tokens) - 1], self.targets[:len(tokens) - 1] = tokens[:-1], tokens[1:]
-        self.inputs, self.targets = (F.pad(x.view(batch, length), (0, padded - length), value=fill).t().contiguous()
-                                     for x, fill in ((self.inputs, 0), (self.targets, -1)))  # [padded, B]
+
+        def columns(words, fill):  # [padded, B]
+            rows = F.pad(words, (0, batch * length - len(words)), value=fill).view(batch, length)
+            return F.pad(rows, (0, padded - length), value=fill).t().contiguous()
+
+        self.inputs, self.targets = columns(tokens[:-1], 0), columns(tokens[1:], -1)
         self.length, self.bptt, self.key, self.vary = length, bptt, key, vary
         self.epoch, self.at, self.last = 0, 0, 0  # at: the next segment's start; last: the length of the one before
 
@@ -433,7 +434,7 @@ def cell_from_json(cell):
     if not isinstance(cell, dict) or not isinstance(cell.get("nodes"), list) or not cell["nodes"]:
         raise UserError('a cell is {"output": "leaves", "nodes": [{"from": "input", "activation": "tanh"}, ...]}')
     output, nodes = cell.get("output", "leaves"), cell["nodes"]
-    choose("output", output, dict.fromkeys(OUTPUTS))
+    choose("output", output, OUTPUTS)
     for i, node in enumerate(nodes):
         if not isinstance(node, dict) or "from" not in node or "activation" not in node:
             raise UserError(f"node {i} needs 'from' and 'activation'")
@@ -512,29 +513,31 @@ NODE_COLOURS = {"tanh": "#7fb3d5", "relu": "#f5b041", "identity": "#d5d8dc", "si
 
 def draw_cell(cell, title="", axes=None):
     """The cell as a picture, input at the bottom, h_t at the top; returns matplotlib's axes."""
-    depth = [0]
+    depth = [0]  # of each slot: the nodes between it and the input
     for slot, _ in cell.nodes:
         depth.append(depth[slot] + 1)
     top = max(depth) + 1
-    rows = {d: [i for i, e in enumerate(depth) if e == d] for d in range(top)}
-    place = {i: (j - (len(row) - 1) / 2, d) for d, row in rows.items() for j, i in enumerate(row)}
-    width = max(map(len, rows.values()))
-    axes = axes or plt.subplots(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained")[1]
-    box = dict(ha="center", va="center", fontsize=11, zorder=3)
-    shape = dict(boxstyle="round,pad=0.35", edgecolor="#333333")
+    rows = [[slot for slot, d in enumerate(depth) if d == row] for row in range(top)]
+    width = max(map(len, rows))
+    place = {slot: (j - (len(row) - 1) / 2, depth[slot]) for row in rows for j, slot in enumerate(row)}
+    axes = axes or Figure(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained").subplots()
+
+    def box(xy, text, colour="white"):
+        axes.text(*xy, text, ha="center", va="center", fontsize=11, zorder=3,
+                  bbox=dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour))
 
     def arrow(start, end, **style):  # from the top of one box to the bottom of another
         (x, y), (x_end, y_end) = start, end
         axes.annotate("", (x_end, y_end - 0.22), (x, y + 0.22), zorder=1,
                       arrowprops=dict(arrowstyle="-|>", shrinkA=0, shrinkB=0, **{"color": "#333333", **style}))
 
+    box(place[0], "$x_t,\\ h_{t-1}$")
     for i, (slot, act) in enumerate(cell.nodes):
         arrow(place[slot], place[i + 1])
-        axes.text(*place[i + 1], f"{i}: {act}", bbox=dict(shape, facecolor=NODE_COLOURS[act]), **box)
+        box(place[i + 1], f"{i}: {act}", NODE_COLOURS[act])
     for i in leaves(cell):
         arrow(place[i + 1], (0, top), color="#aaaaaa", linestyle=":")
-    axes.text(*place[0], "$x_t,\\ h_{t-1}$", bbox=dict(shape, facecolor="white"), **box)
-    axes.text(0, top, "$h_t$ = mean", bbox=dict(shape, facecolor="white"), **box)
+    box((0, top), "$h_t$ = mean")
     axes.set(xlim=(-width / 2, width / 2), ylim=(-0.5, top + 0.5), title=title)
     axes.axis("off")
     return axes
@@ -1199,138 +1202,20 @@ WHEREABOUTS = {"out", "cache", "device", "threads", "checkpoint_seconds"}  # set
 FORMAT = "menas checkpoint 1"
 
 
-class Run:
-    """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json; owned by one process.
-
-    Killed at any instant, the same command goes on from the last checkpoint, which also knows how long metrics.jsonl
-    was; as every random draw depends only on its key, the result is that of an undisturbed run."""
-
-    def __init__(self, study, config):
-        self.study, self.config, self.commit = study, config, commit()  # the file may change while the run goes on
-        self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}")
-        self.good, self.good_bytes, self.stop, self.board, self.first = None, 0, 0, None, None
-        self.seconds, self.started = 0.0, time.time()  # spent before this process; its start
-        self.saved_at = self.spoke_at = self.started
-
-    def __enter__(self):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "w")
-        except OSError as error:
-            raise UserError(f"cannot make the run's folder {self.folder}: {error.strerror}") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system's own, so a killed run frees it
-        except OSError:
-            raise UserError(f"another run is at work in {self.folder}; give this one another --out") from None
-        for stale in self.folder.glob(".menas-*"):  # half-written by a killed process
-            stale.unlink()
-        path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
-        theirs = read_json(path) if path.exists() else mine
-        for name in mine:
-            if name not in WHEREABOUTS and theirs.get(name) != mine[name]:
-                raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, not {mine[name]!r}; "
-                                "give this one another --out")
-        if not path.exists():
-            write_json(path, mine)
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if error[0] is UserError and not (self.folder / "metrics.jsonl").exists():
-            (self.folder / "config.json").unlink()  # nothing was done: the corrected command may have the folder
-        self.lock.close()
-
-    def on_signal(self, number, frame):
-        if self.stop:  # asked twice: leave at once
-            raise SystemExit(128 + number)
-        self.stop = number
-
-    def restore(self):
-        """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to what it was then."""
-        refused = []
-        for path in filter(Path.exists, (self.folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt"))):
-            try:
-                saved = torch.load(path, map_location=device_of(self.config), weights_only=True)
-                if not isinstance(saved, dict) or (saved.get("format"), saved.get("study")) != (FORMAT, self.study):
-                    raise ValueError(f"it is not a checkpoint of menas {self.study}")
-            except Exception as error:  # torch.load raises many kinds, all of which mean: not this file
-                refused.append(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0][:100]}")
-                continue
-            for line in refused:
-                self.say(f"{line}; going on from {path.name}")
-                os.replace(self.folder / "checkpoint.pt", self.folder / "checkpoint.refused.pt")
-            self.good, self.good_bytes, self.seconds = saved["state"], saved["metrics_bytes"], saved["seconds"]
-            with open(self.folder / "metrics.jsonl", "ab") as file:
-                file.truncate(self.good_bytes)
-            return copy.deepcopy(self.good)
-        if refused:
-            raise UserError(f"{refused[0]}; there is none before it: delete it to start again")
-        (self.folder / "metrics.jsonl").write_bytes(b"")
-        return None
-
-    def keep(self, state):
-        """Remember a state known to be good; write it if the last checkpoint is old."""
-        self.good, self.good_bytes = copy.deepcopy(state), (self.folder / "metrics.jsonl").stat().st_size
-        if time.time() - self.saved_at >= self.config.checkpoint_seconds:
-            self.save()
-
-    def obey(self):
-        """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
-        if self.stop:
-            if self.good is not None:
-                self.save()
-            self.say(f"stopped by {signal.Signals(self.stop).name}; the same command goes on from here")
-            raise SystemExit(128 + self.stop)
-
-    def save(self):
-        """Write the good state; the checkpoint before it stays as checkpoint.previous.pt."""
-        path = self.folder / "checkpoint.pt"
-        if path.exists():
-            os.replace(path, path.with_name("checkpoint.previous.pt"))
-        seconds = self.seconds + time.time() - self.started
-        write_tensors(path, {"format": FORMAT, "study": self.study, "state": self.good, "seconds": seconds,
-                             "metrics_bytes": self.good_bytes})
-        self.saved_at = time.time()
-
-    def log(self, line, done, total, words):
-        """A line of metrics.jsonl, and now and then one for the person who waits: done of total, words read so far.
-
-        There is no time in metrics.jsonl: it is the same for every run of a configuration."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        if self.board is None:
-            self.board = tensorboard(self.folder)
-        for name, value in line.items():
-            if self.board and isinstance(value, float):
-                self.board.add_scalar(name, value, line["step"])
-        now = time.time()
-        since, done_then, words_then = self.first = self.first or (now, done, words)  # of this process, if resumed
-        if now - self.spoke_at >= 5 or done >= total:
-            self.spoke_at, spent = now, max(now - since, 1e-9)
-            left = int(spent / max(done - done_then, 1e-9) * (total - done))
-            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
-            self.say(f"{100 * done / total:3.0f} %  {shown}  {(words - words_then) / spent:,.0f} words/s  "
-                     f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
-
-    def say(self, text):
-        print(f"[{self.study}] {text}", flush=True)
-
-    def finish(self, metrics):
-        """Write result.json and return it."""
-        gpu, seconds = device_of(self.config).type == "cuda", self.seconds + time.time() - self.started
-        record = {"study": self.study, "config": asdict(self.config), "seed": self.config.seed, "commit": self.commit,
-                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-                  "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
-                  "seconds": round(seconds, 1), "metrics": metrics}
-        write_json(self.folder / "result.json", record)
-        return record
-
-
 def write_json(path, value):
     """Indented, atomic."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path):
+    """The JSON object in it, or a UserError that names the file."""
+    try:
+        value = json.loads(Path(path).read_text())
+        if not isinstance(value, dict):
+            raise ValueError(f"it is not a JSON object but a {type(value).__name__}")
+        return value
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def write_tensors(path, value):
@@ -1340,21 +1225,22 @@ def write_tensors(path, value):
     write_atomically(path, buffer.getvalue())
 
 
-def read_json(path):
-    """Its content, or a UserError that names the file."""
+def read_tensors(path, device="cpu"):
+    """What write_tensors wrote, or a UserError that names the file."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, all of which mean: not this file
+        raise UserError(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0][:100]}") from None
 
 
+@lru_cache
 def tensorboard(folder):
-    """A TensorBoard writer, or False where it is not installed."""
+    """add_scalar(name, value, step) of a TensorBoard writer, or of nobody where that is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return False
-    return SummaryWriter(str(folder / "tensorboard"))
+        return lambda name, value, step: None
+    return SummaryWriter(str(folder / "tensorboard")).add_scalar
 
 
 def commit():
@@ -1366,6 +1252,135 @@ def commit():
         return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(changed)
     except OSError:  # there is no git
         return ""
+
+
+class Run:
+    """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json; owned by one process.
+
+    Killed at any instant, the same command goes on from the last checkpoint, which also knows how long metrics.jsonl
+    was; as every random draw depends only on its key, the result is that of an undisturbed run."""
+
+    def __init__(self, study, config):
+        self.study, self.config, self.commit = study, config, commit()  # the file may change while the run goes on
+        self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}")
+        self.metrics = self.folder / "metrics.jsonl"
+        self.good, self.good_bytes = None, 0  # the last good state, and how long metrics.jsonl was then
+        self.started = self.saved_at = self.spoke_at = time.time()
+        self.first_line = None  # (time, done, words) at this process's first line of metrics
+        self.stop = 0  # the signal that asked to stop
+
+    def __enter__(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system's own, so a killed run frees it
+        except BlockingIOError:
+            raise UserError(f"another run is at work in {self.folder}; give this one another --out") from None
+        except OSError as error:
+            raise UserError(f"cannot make the run's folder {self.folder}: {error.strerror}") from None
+        for stale in self.folder.glob(".menas-*"):  # half-written by a killed process
+            stale.unlink()
+        path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
+        if not path.exists():
+            write_json(path, mine)
+        theirs = read_json(path)
+        for name in mine:
+            if name not in WHEREABOUTS and theirs.get(name) != mine[name]:
+                raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, not {mine[name]!r}; "
+                                "give this one another --out")
+        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if error[0] is UserError and not self.metrics.exists():
+            (self.folder / "config.json").unlink()  # nothing was done: the corrected command may have the folder
+        self.lock.close()
+
+    def on_signal(self, number, frame):
+        if self.stop:  # asked twice: leave at once
+            raise SystemExit(128 + number)
+        self.stop = number
+
+    def restore(self):
+        """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to what it was then."""
+        newest, refusals = self.folder / "checkpoint.pt", []
+        for path in filter(Path.exists, (newest, self.folder / "checkpoint.previous.pt")):
+            try:
+                saved = read_tensors(path, device_of(self.config))
+                if not isinstance(saved, dict) or (saved.get("format"), saved.get("study")) != (FORMAT, self.study):
+                    raise UserError(f"{path} is refused: it is not a checkpoint of menas {self.study}")
+            except UserError as error:
+                refusals.append(error)
+                continue
+            if refusals:  # of the newest
+                self.say(f"{refusals[0]}; going on from {path.name}")
+                os.replace(newest, newest.with_name("checkpoint.refused.pt"))
+            self.good, self.good_bytes = saved["state"], saved["metrics_bytes"]
+            self.started -= saved["seconds"]
+            with open(self.metrics, "ab") as file:
+                file.truncate(self.good_bytes)
+            return copy.deepcopy(self.good)
+        if refusals:
+            raise UserError(f"{refusals[0]}; there is none before it: delete it to start again")
+        self.metrics.write_bytes(b"")
+        return None
+
+    def keep(self, state):
+        """Remember a state known to be good; write it if the last checkpoint is old."""
+        self.good, self.good_bytes = copy.deepcopy(state), self.metrics.stat().st_size
+        if time.time() - self.saved_at >= self.config.checkpoint_seconds:
+            self.save()
+
+    def save(self):
+        """Write the good state; the checkpoint before it stays as checkpoint.previous.pt."""
+        path = self.folder / "checkpoint.pt"
+        if path.exists():
+            os.replace(path, path.with_name("checkpoint.previous.pt"))
+        write_tensors(path, {"format": FORMAT, "study": self.study, "state": self.good,
+                             "seconds": time.time() - self.started, "metrics_bytes": self.good_bytes})
+        self.saved_at = time.time()
+
+    def obey(self):
+        """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
+        if self.stop:
+            if self.good is not None:
+                self.save()
+            self.say(f"stopped by {signal.Signals(self.stop).name}; the same command goes on from here")
+            raise SystemExit(128 + self.stop)
+
+    def say(self, text):
+        print(f"[{self.study}] {text}", flush=True)
+
+    def log(self, line, done, total, words):
+        """A line of metrics.jsonl, and now and then one for the person who waits: done of total, words read so far.
+
+        There is no time in metrics.jsonl: it is the same for every run of a configuration."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if isinstance(value, float):
+                tensorboard(self.folder)(name, value, line["step"])
+        now = time.time()
+        self.first_line = self.first_line or (now, done, words)
+        if now - self.spoke_at >= 5 or done >= total:
+            self.spoke_at = now
+            spent, gone, read = (b - a for a, b in zip(self.first_line, (now, done, words)))
+            left = int(spent / max(gone, 1e-9) * (total - done))
+            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
+            self.say(f"{100 * done / total:3.0f} %  {shown}  {read / max(spent, 1e-9):,.0f} words/s  "
+                     f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+
+    def finish(self, metrics):
+        """Write result.json and return it."""
+        gpu = device_of(self.config).type == "cuda"
+        record = {"study": self.study, "config": asdict(self.config), "seed": self.config.seed, "commit": self.commit,
+                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+                  "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+                  "seconds": round(time.time() - self.started, 1), "metrics": metrics}
+        write_json(self.folder / "result.json", record)
+        return record
 
 
 def device_of(config):
@@ -1759,6 +1774,79 @@ def load_cell(config, name):
 
 # 10. Studies ---------------------------------------------------------------------------------------------------------
 
+def check(config):
+    """Wrong settings, each with its name, before any work is done."""
+    for name, choices in (("preset", PRESETS), ("dtype", DTYPES), ("schedule", SCHEDULES), ("state", STATES),
+                          ("reward", REWARDS), ("baseline", BASELINES), ("controller", ("trained", "untrained")),
+                          ("lookahead", LOOKAHEAD), ("response", RESPONSE)):
+        choose(name, getattr(config, name), choices)
+    for f in fields(config):
+        value, must_be = getattr(config, f.name), f.metadata["must_be"]
+        if must_be and not RANGES[must_be](value):
+            raise UserError(f"--{f.name} {value} must be {must_be}: {f.metadata['help']}")
+    if config.baseline == "leave_one_out" and config.controller_samples == 1:
+        raise UserError("--controller_samples 1: leave_one_out needs at least 2; or --baseline moving_average")
+    device_of(config)
+
+
+def run_study(study, work, config):
+    """Run, resume, or find finished one study, whose metrics work(config, run) gives; its record."""
+    check(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with Run(study, config) as run:
+        if (run.folder / "result.json").exists():
+            run.say(f"already finished: {run.folder}")
+            return read_json(run.folder / "result.json")
+        return run.finish(work(config, run))
+
+
+def load_shared(config, words, cells):
+    """The shared weights of a finished search, which must fit this corpus, size and cells."""
+    path = Path(config.weights) / "weights.pt"
+    if not path.exists():
+        raise UserError(f"--weights {config.weights} has no weights.pt: it is not a finished search")
+    weights = read_tensors(path)
+    shared = isinstance(weights, dict) and {"embedding", "edges"} <= weights.keys()
+    if not shared or weights["embedding"].shape != (words, config.hidden):  # standalone weights have another shape
+        raise UserError(f"{path} does not hold the shared weights for {words} words and --hidden {config.hidden}")
+    if structure(cells)[1].max() >= len(weights["edges"]):
+        raise UserError(f"{path} is for smaller cells than those of --cell {config.cell}")
+    return weights
+
+
+def study_train(config, run):
+    """Train cells from scratch or from a search's shared weights, as one batch; perplexities of the best weights."""
+    corpus, device = load_corpus(config), device_of(config)
+    words = len(corpus.words)
+    names = [name for name in config.cell.split(",") for _ in range(config.replicas)]
+    seeds = [config.seed + i % config.replicas for i in range(len(names))]
+    if "lstm" not in names:
+        cells = encode([load_cell(config, name) for name in names])
+        weights = inherit(load_shared(config, words, cells), cells) if config.weights else \
+            standalone_weights(config, words, cells, seeds)
+        recurrent = [recurrent_parameters(decode(row), config.hidden) for row in cells]
+        cells = cells.to(device)
+    elif config.weights:
+        raise UserError("--weights are a search's: --cell lstm has none of them")
+    elif set(names) != {"lstm"}:
+        raise UserError("--cell lstm is another network: train it in a run of its own")
+    else:
+        cells, weights = None, lstm_weights(config, words, seeds)
+        recurrent = [sum(w[0].numel() for name, w in weights.items() if name not in ("embedding", "bias"))] * len(names)
+    best, records = train_networks(config, run, corpus, weights, cells, seeds)
+    run.say("evaluating the best weights on the whole of each split, in float32")
+    write_tensors(run.folder / "weights.pt", to_device(best, "cpu"))
+    losses = {split: evaluate(best, cells, getattr(corpus, split).to(device), config.eval_batch) for split in SPLITS}
+    columns = {"cell": names, "seed": seeds,
+               **{f"{split}_perplexity": list(map(perplexity, loss.tolist())) for split, loss in losses.items()},
+               "recurrent_parameters": recurrent,
+               "parameters": [r + words * (config.hidden + 1) for r in recurrent], **records}
+    networks = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    floor = {"floor_perplexity": corpus.floor["test"]} if corpus.floor else {}
+    return {**(networks[0] if len(networks) == 1 else {}), "networks": networks, **floor}
+
+
 def study_search(config, run):
     """Search, then derive: the best of the controller's samples beside the best of as many uniform ones."""
     corpus = load_corpus(config)
@@ -1776,7 +1864,7 @@ def study_search(config, run):
         write_json(run.folder / f"{name}cell.json", metrics[f"{name}best_cell"])
     (run.folder / "derived.json").write_text(json.dumps(derived))  # each a row of integers, then its perplexity
     write_tensors(run.folder / "weights.pt", to_device(weights, "cpu"))
-    save_cell(run.folder, metrics)
+    draw_cell(cell_from_json(metrics["best_cell"]), "the cell found").figure.savefig(run.folder / "cell.png", dpi=110)
     if corpus.floor:
         metrics["floor_perplexity"] = corpus.floor["valid"]
     if config.retrain:
@@ -1784,54 +1872,8 @@ def study_search(config, run):
         for name, cell in (("found", "-".join(map(str, derived["cells"][0][:-1]))), ("lstm", "lstm")):
             sub = configure("train", config.preset, **{n: getattr(config, n) for n in same}, cell=cell,
                             out=str(run.folder / name))
-            metrics[name] = run_study("train", sub)["metrics"]
+            metrics[name] = run_study("train", study_train, sub)["metrics"]
     return metrics
-
-
-def study_train(config, run):
-    """Train cells from scratch or from a search's shared weights, as one batch; perplexities of the best weights."""
-    corpus, device = load_corpus(config), device_of(config)
-    names = [name for name in config.cell.split(",") for _ in range(config.replicas)]
-    seeds = [config.seed + i % config.replicas for i in range(len(names))]
-    words = len(corpus.words)
-    if config.weights and "lstm" in names:
-        raise UserError("--weights are a search's: --cell lstm has none of them")
-    if set(names) == {"lstm"}:
-        cells, weights = None, lstm_weights(config, words, seeds)
-    elif "lstm" in names:
-        raise UserError("--cell lstm is another network: train it in a run of its own")
-    else:
-        cells = encode([load_cell(config, name) for name in names])
-        weights = inherit(load_shared(config, words, cells), cells) if config.weights else \
-            standalone_weights(config, words, cells, seeds)
-    best, records = train_networks(config, run, corpus, weights, cells, seeds)
-    run.say("evaluating the best weights on the whole of each split, in float32")
-    rows = None if cells is None else cells.to(device)
-    scores = {f"{split}_perplexity": [perplexity(loss) for loss in evaluate(
-        best, rows, getattr(corpus, split).to(device), config.eval_batch).tolist()] for split in SPLITS}
-    if cells is None:
-        recurrent = [sum(w[0].numel() for name, w in best.items() if name not in ("embedding", "bias"))] * len(names)
-    else:
-        recurrent = [recurrent_parameters(decode(row), config.hidden) for row in cells]
-    columns = {"cell": names, "seed": seeds, **scores, "recurrent_parameters": recurrent,
-               "parameters": [r + words * (config.hidden + 1) for r in recurrent], **records}
-    networks = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    write_tensors(run.folder / "weights.pt", to_device(best, "cpu"))
-    metrics = {**(networks[0] if len(networks) == 1 else {}), "networks": networks}
-    return {**metrics, "floor_perplexity": corpus.floor["test"]} if corpus.floor else metrics
-
-
-def load_shared(config, words, cells):
-    """The shared weights of a finished search, which must fit this corpus, size and cells."""
-    path = Path(config.weights) / "weights.pt"
-    if not path.exists():
-        raise UserError(f"--weights {config.weights} has no weights.pt: it is not a finished search")
-    weights = torch.load(path, weights_only=True)
-    if not is_shared(weights) or weights["embedding"].shape != (words, config.hidden):
-        raise UserError(f"{path} does not hold the shared weights for {words} words and --hidden {config.hidden}")
-    if structure(cells)[1].max() >= len(weights["edges"]):
-        raise UserError(f"{path} is for smaller cells than those of --cell {config.cell}")
-    return weights
 
 
 # name -> hidden, batch, vocabulary, architectures at once, dtypes timed beside the plain loop in float32. Small ones
@@ -1839,56 +1881,6 @@ def load_shared(config, words, cells):
 BENCHES = {"hidden 32, 32 at once": (32, 16, 200, 32, ("float32",)),
            "hidden 200": (200, 64, 10000, 1, ("float32", "bfloat16")),
            "hidden 1000": (1000, 64, 10000, 1, ("float32", "bfloat16"))}
-
-
-def study_bench(config, run):
-    """Speed: the batched recurrence beside the plain loop (one architecture, float32) and torch.nn.LSTM, in one run."""
-    ratios = []
-    for case, (hidden, batch, words, k, dtypes) in BENCHES.items():
-        if hidden <= config.hidden:  # --hidden bounds the largest case
-            for name, seconds, ratio in bench(replace(config, hidden=hidden, batch=batch, nodes=12), words, k, dtypes):
-                ratios.append({"name": f"{name}, {case}", "seconds": seconds, "ratio": ratio})
-                run.say(f"{name}, {case}: {ratio:.2f}")
-    return {"ratios": ratios}
-
-
-def bench(config, words, k, dtypes, repeats=5):
-    """[(name, seconds per architecture, plain loop's seconds / these)]: all of them in turn, medians."""
-    device = device_of(config)
-    rows, tokens = encode([CELLS["enas"]] * k).to(device), torch.randint(words, (config.bptt, config.batch)).to(device)
-    weights, lstm = (to_device(w, device) for w in (shared_weights(config, words), lstm_weights(config, words, [1])))
-    for w in (*weights.values(), *lstm.values()):
-        w.requires_grad_()
-    masks = to_device(draw_masks(replace(config, hidden_dropout=.25), words, config.batch, [1], 0), device)
-
-    def job(losses_of, weights, masks, train):
-        with torch.set_grad_enabled(train):
-            losses = losses_of(weights, Batch(tokens, tokens, zero_state(weights, config.batch), masks))
-            if train:
-                gradients(losses, weights)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    found = []
-    for train, label in ((True, "training step"), (False, "scoring")):
-        masks = masks if train else {}
-        jobs = {"plain": partial(job, lambda w, b: reference_losses(w, rows[0], b)[0], weights, masks, train),
-                "torch.nn.LSTM": partial(job, lambda w, b: network(w, None, b)[0], lstm, {}, train)}
-        for dtype in dtypes:
-            fast = lambda w, b, dtype=DTYPES[dtype]: network(w, rows, b, dtype)[0]
-            jobs[dtype] = partial(job, fast, weights, masks, train)
-        seconds = {name: [] for name in jobs}
-        for _ in range(repeats + 1):  # the first is a warm-up
-            for name, work in jobs.items():
-                start = time.perf_counter()
-                work()
-                seconds[name].append((time.perf_counter() - start) / (k if name in dtypes else 1))
-        median = {name: sorted(times[1:])[repeats // 2] for name, times in seconds.items()}
-        found += [(f"{label}, {name}", median[name], median["plain"] / median[name]) for name in jobs]
-        if train and device.type == "cpu" and sys.platform == "linux":
-            peak = {name: peak_memory(jobs[name]) for name in (*dtypes, "plain")}
-            found += [(f"memory of a {label}, {name}", 0.0, k * peak["plain"] / peak[name]) for name in dtypes]
-    return found
 
 
 def peak_memory(work):
@@ -1902,44 +1894,57 @@ def peak_memory(work):
     return status("VmHWM") - before
 
 
+def bench(config, words, k, dtypes, repeats=5):
+    """[(name, seconds per architecture, plain loop's seconds / these)]: all of them in turn, medians."""
+    device = device_of(config)
+    rows, tokens = encode([CELLS["enas"]] * k).to(device), torch.randint(words, (config.bptt, config.batch)).to(device)
+    weights, lstm = (to_device(w, device) for w in (shared_weights(config, words), lstm_weights(config, words, [1])))
+    for w in (*weights.values(), *lstm.values()):
+        w.requires_grad_()
+    masks = to_device(draw_masks(replace(config, hidden_dropout=.25), words, config.batch, [1], 0), device)
+    # name -> weights, losses of a Batch; the LSTM has no hidden dropout, so it takes no notice of that mask
+    models = {"plain": (weights, lambda batch: reference_losses(weights, rows[0], batch)[0]),
+              "torch.nn.LSTM": (lstm, lambda batch: network(lstm, None, batch)[0])}
+    for name in dtypes:
+        models[name] = weights, lambda batch, dtype=DTYPES[name]: network(weights, rows, batch, dtype)[0]
+
+    def work(name, train):
+        weights, losses_of = models[name]
+        with torch.set_grad_enabled(train):
+            losses = losses_of(Batch(tokens, tokens, zero_state(weights, config.batch), masks if train else {}))
+            if train:
+                gradients(losses, weights)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    found = []
+    for train, label in ((True, "training step"), (False, "scoring")):
+        seconds = {name: [] for name in models}
+        for _ in range(repeats + 1):  # the first is a warm-up
+            for name in models:
+                start = time.perf_counter()
+                work(name, train)
+                seconds[name].append((time.perf_counter() - start) / (k if name in dtypes else 1))
+        median = {name: sorted(times[1:])[repeats // 2] for name, times in seconds.items()}
+        found += [(f"{label}, {name}", median[name], median["plain"] / median[name]) for name in models]
+        if train and device.type == "cpu" and sys.platform == "linux":
+            peak = {name: peak_memory(lambda: work(name, train)) for name in (*dtypes, "plain")}
+            found += [(f"memory of a {label}, {name}", 0.0, k * peak["plain"] / peak[name]) for name in dtypes]
+    return found
+
+
+def study_bench(config, run):
+    """Speed: the batched recurrence beside the plain loop (one architecture, float32) and torch.nn.LSTM, in one run."""
+    ratios = []
+    for case, (hidden, batch, words, k, dtypes) in BENCHES.items():
+        if hidden <= config.hidden:  # --hidden bounds the largest case
+            for name, seconds, ratio in bench(replace(config, hidden=hidden, batch=batch, nodes=12), words, k, dtypes):
+                ratios.append({"name": f"{name}, {case}", "seconds": seconds, "ratio": ratio})
+                run.say(f"{name}, {case}: {ratio:.2f}")
+    return {"ratios": ratios}
+
+
 STUDIES = {"search": study_search, "train": study_train, "bench": study_bench}
-
-
-def run_study(study, config):
-    """Run, resume, or find finished one study; its record."""
-    check(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with Run(study, config) as run:
-        if (run.folder / "result.json").exists():
-            run.say(f"already finished: {run.folder}")
-            return read_json(run.folder / "result.json")
-        return run.finish(STUDIES[study](config, run))
-
-
-def check(config):
-    """Wrong settings, each with its name, before any work is done."""
-    for name, choices in (("preset", PRESETS), ("dtype", DTYPES), ("schedule", SCHEDULES), ("state", STATES),
-                          ("reward", REWARDS), ("baseline", BASELINES), ("lookahead", LOOKAHEAD),
-                          ("response", RESPONSE), ("controller", ("trained", "untrained"))):
-        choose(name, getattr(config, name), dict.fromkeys(choices))
-    positive = "nodes hidden batch bptt epochs shared_samples controller_samples eval_batch derive_samples replicas " \
-               "patience log_every controller_hidden fold lr clip temperature tanh_constant plateau"
-    for name in positive.split():
-        if not getattr(config, name) >= (1 if isinstance(getattr(config, name), int) else 1e-12):
-            raise UserError(f"--{name} {getattr(config, name)} is too small")
-    for name in "threads lstm_hidden shared_steps warm_epochs settle controller_steps init controller_lr weight_decay " \
-                "activation_reg slowness_reg entropy checkpoint_seconds".split():
-        if not getattr(config, name) >= 0:
-            raise UserError(f"--{name} {getattr(config, name)} must not be negative")
-    if config.baseline == "leave_one_out" and config.controller_samples == 1:
-        raise UserError("--controller_samples 1: leave_one_out needs at least 2; or --baseline moving_average")
-    if not 0 <= config.baseline_decay < 1:
-        raise UserError(f"--baseline_decay {config.baseline_decay} must be in [0, 1)")
-    for name in ("word_dropout", "input_dropout", "hidden_dropout", "output_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)} must be in [0, 1): it is a DROP rate")
-    device_of(config)
 
 
 # 11. Tables, figures and the report ----------------------------------------------------------------------------------
@@ -2005,23 +2010,16 @@ def summary(record):
     return "\n\n".join(lines)
 
 
-def save_cell(folder, metrics):
-    """cell.png: the picture of a search's best cell."""
-    draw_cell(cell_from_json(metrics["best_cell"]), "the cell found").figure.savefig(folder / "cell.png", dpi=110)
-    plt.close("all")
-
-
-def draw_curves(records, axes, y, name, scale=1):
+def draw_curves(records, axes, y, scale=1):
     """Metric y of metrics.jsonl against the step, a line per run."""
     for record in records:
-        lines = [json.loads(line) for line in (record["folder"] / "metrics.jsonl").read_text().splitlines()]
+        lines = map(json.loads, (record["folder"] / "metrics.jsonl").read_text().splitlines())
         first = lambda value: value[0] if isinstance(value, list) else value  # of several networks
         points = [(line["step"] / scale, first(line[y])) for line in lines if y in line]
         if points:
-            axes.plot(*zip(*points), label=name(record), marker=".", linewidth=1)
+            axes.plot(*zip(*points), label=record["folder"].name, marker=".", linewidth=1)
+            axes.legend(fontsize=8)
     axes.set(ylabel=y.replace("_", " "))
-    if axes.lines:
-        axes.legend(fontsize=8)
 
 
 def report(folder="results", readme="README.md"):
@@ -2038,15 +2036,18 @@ def report(folder="results", readme="README.md"):
         text = re.sub(between, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
     if text:
         Path(readme).write_text(text)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    draw_curves(group("train", "ptb"), axes[0], "valid_perplexity", lambda r: r["folder"].name, 1000)
-    axes[0].set(ylim=(None, 220), xlabel="thousand steps of SGD", title="training from scratch")
-    for ax, y, title in zip(axes[1:], ("reward", "entropy"), ("reward, 80 / perplexity", "the policy's entropy, nats")):
-        draw_curves(group("search", "ptb"), ax, y, lambda r: r["folder"].name)
-        ax.set(xlabel="step of the search", title=title)
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    train, reward, entropy = figure.subplots(1, 3)
+    draw_curves(group("train", "ptb"), train, "valid_perplexity", 1000)
+    train.set(ylim=(None, 220), xlabel="thousand steps of SGD", title="training from scratch")
+    draw_curves(group("search", "ptb"), reward, "reward")
+    reward.set(xlabel="step of the search", title="reward, 80 / perplexity")
+    draw_curves(group("search", "ptb"), entropy, "entropy")
+    entropy.set(xlabel="step of the search", title="the policy's entropy, nats")
     figure.savefig(Path(folder) / "curves.png", dpi=110)
     for record in (r for r in records if r["study"] == "search"):
-        save_cell(record["folder"], record["metrics"])
+        cell = cell_from_json(record["metrics"]["best_cell"])
+        draw_cell(cell, "the cell found").figure.savefig(record["folder"] / "cell.png", dpi=110)
 
 
 # 12. Main ------------------------------------------------------------------------------------------------------------
@@ -2071,12 +2072,10 @@ def parse(arguments):
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
-        flags = [f"--{f.name}" for f in fields(Config)]
-        raise UserError(f"unknown argument '{unknown[0]}'{nearest(unknown[0].split('=')[0], flags)}")
-    given = vars(given)
-    study = given.pop("study")
-    choose("study", study, {**STUDIES, "report": report})
-    return study, configure(study, given.pop("preset", "tiny"), **given)
+        near = nearest(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)])
+        raise UserError(f"unknown argument '{unknown[0]}'{near}")
+    study = choose("study", given.study, [*STUDIES, "report"])
+    return study, configure(**vars(given))
 
 
 def main(arguments=None):
@@ -2086,7 +2085,7 @@ def main(arguments=None):
         if study == "report":
             report(config.out or "results")
         else:
-            print(f"\n{summary(run_study(study, config))}")
+            print(f"\n{summary(run_study(study, STUDIES[study], config))}")
     except UserError as error:
         print(f"menas: {error}", file=sys.stderr)
         return 2

@@ -254,6 +254,15 @@ def test_shared_weights_that_do_not_fit_are_refused(words, names, searched, caps
         assert name in said
 
 
+@pytest.mark.parametrize("damage", ["not a file of torch", "", None])
+def test_damaged_shared_weights_are_refused(damage, searched, capsys, tmp_path):
+    path = tmp_path / "search" / "weights.pt"
+    path.parent.mkdir()
+    torch.save({"another": torch.zeros(3)}, path) if damage is None else path.write_text(damage)
+    said = refused(capsys, "train", *SMOKE, "--weights", path.parent, "--cell", searched, "--out", tmp_path / "run")
+    assert str(path) in said
+
+
 def test_a_run_without_a_found_cell_is_named(capsys, tmp_path, text):
     command = ["train", *SMOKE, "--data", text, "--epochs", "1"]
     assert call(capsys, *command, "--cell", "chain", "--out", tmp_path / "trained")[0] == 0

@@ -239,6 +239,13 @@ def test_a_killed_run_frees_its_folder(tmp_path):
         pass
 
 
+def test_a_config_that_is_not_one_is_named(tmp_path, capsys, text):
+    (tmp_path / "config.json").write_text("[]")
+    code, _, err = call(capsys, *command(SEARCH[:3], text, tmp_path))
+    assert code == 2 and err.count("\n") == 1 and str(tmp_path / "config.json") in err
+    assert (tmp_path / "config.json").read_text() == "[]"
+
+
 # records
 
 @pytest.mark.parametrize("content", ["text, not bytes", None])
