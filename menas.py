@@ -109,8 +109,9 @@ class Config:
     controller_hidden: int = option(100, "units of the controller's LSTM", ">= 1")
     controller_lr: float = option(3.5e-3, "of Adam on the controller", ">= 0")
     lookahead: str = option("none", "weights that rewards are taken at: none (omega), momentum, recent or fresh (omega')")
-    response: str = option("none", "what the shared weights' answer adds to the reward: none (ENAS), unrolled, neumann")
+    response: str = option("none", "what the shared weights' answer adds to the reward: none (ENAS), unrolled, neumann, sampled")
     fold: int = option(2, "architectures that omega' is made from, and as many others for the response's v", ">= 1")
+    task: str = option("none", "none, or frozen: a constructed task in which only the response knows what is good")
     settle: int = option(0, "rounds at the end in which only the shared weights learn, to fit the policy", ">= 0")
     entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward", ">= 0")
     temperature: float = option(5.0, "divides the controller's logits", "> 0")
@@ -136,15 +137,22 @@ class Config:
 PRESETS = {
     "smoke": {
         "all": dict(data="toy", hidden=16, batch=64, bptt=20, nodes=4, epochs=2, controller_samples=8, log_every=10,
-                    controller_steps=5, shared_steps=20, derive_samples=10)},
+                    controller_steps=5, shared_steps=20, derive_samples=10, lr=5.0),
+        "extra": dict(epochs=1, shared_steps=5, replicas=2, settle=1, derive_samples=4, retrain=True), "similarity": dict(replicas=2)},
     "tiny": {
         "all": dict(data="toy", hidden=32, batch=16, bptt=35, nodes=6, lr=10.0, eval_batch=16, controller_samples=16),
         "search": dict(epochs=8, shared_steps=60, shared_samples=4, controller_steps=20, warm_epochs=2, retrain=True),
-        "train": dict(epochs=8, schedule="cosine")},
+        "train": dict(epochs=8, schedule="cosine"),
+        "extra": dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=2, derive_samples=24,
+                      replicas=10, retrain=True),
+        "similarity": dict(epochs=8, shared_steps=60, warm_epochs=2, log_every=10, replicas=5),
+        "cost": dict(shared_steps=200)},
     "ptb": {
         "all": dict(data="ptb", hidden=200, dtype="bfloat16", weight_decay=1.2e-6),
         "search": dict(epochs=4, batch=20, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine",
                        controller_steps=80),
+        "extra": dict(hidden=64, nodes=8, epochs=5, batch=20, shared_steps=120, controller_steps=12, controller_samples=8,
+                      controller_lr=.02, warm_epochs=1, settle=1, derive_samples=8, replicas=3),
         "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35,
                       schedule="cosine")},
     # paper: the corrected code of ENAS's authors, search and final training. Its two masks on the input are one here,
@@ -1030,6 +1038,7 @@ class Step(NamedTuple):
     clip: float = math.inf
     decay: float = 0.0
     past: object = ()  # gradients of the shared steps so far, see remember
+    each: object = None  # (weights, cells, batch, v) -> |grad L_T(omega; m)| and <grad L_T(omega; m), v>, both [K]
 
 
 def dot(a, b):
@@ -1106,48 +1115,63 @@ def look_ahead(weights, g, step):
     return ahead
 
 
-def no_response(v, weights, g, step):
-    """u = 0: omega is held fixed, as in ENAS."""
-    return {name: torch.zeros_like(x) for name, x in v.items()}
+def no_response(v, weights, g, step, cells):
+    """0: omega is held fixed, as in ENAS."""
+    return torch.zeros(len(cells), device=cells.device)
 
 
-def unrolled(v, weights, g, step):
-    """u = lr J^T v; J = d(g min(1, c / |g|))/dg is 1, or where the step is clipped (c / |g|) (1 - g^ g^T), g^ = g / |g|.
-
-    With the lookahead 'fresh' the exact gradient of the one-step objective (Liu et al. 2018, sampled)."""
+def through_clip(v, g, step):
+    """lr J^T v; J = d(g min(1, c / |g|))/dg is 1, or where the step is clipped (c / |g|) (1 - g^ g^T), g^ = g / |g|."""
     norm = dot(g, g).sqrt()
     scale = step.lr * (step.clip / norm).clamp(max=1)
     along = torch.where(norm > step.clip, dot(v, g) / norm ** 2, 0.0)
     return {name: scale * (v[name] - along * g[name]) for name in v}
 
 
-def neumann(v, weights, g, step, terms=4):
-    """u = sum_{j < terms} lr J [ (1 - lr decay) - H lr J ]^j v, H the Hessian of the fold's L_T: many steps unrolled.
+def unrolled(v, weights, g, step, cells):
+    """- <grad L_T(omega; m), u>, u = lr J^T v: one step on the policy's MEAN gradient, clipped as a whole.
 
-    Unclipped and undecayed this is sum_j lr (1 - lr H)^j v, which tends to H^-1 v, the response of the converged inner
-    problem, if lr times H's largest eigenvalue is below 2. A series whose terms grow is cut there. H x is a difference
-    of gradients, [ g(omega + eps x) - g(omega - eps x) ] / (2 eps), as in directional."""
-    term = total = unrolled(v, weights, g, step)
+    With the lookahead 'fresh' the exact gradient of that one-step objective (DARTS's second order, sampled)."""
+    return -directional(step, weights, cells, through_clip(v, g, step))
+
+
+def neumann(v, weights, g, step, cells, terms=3):
+    """- <grad L_T(omega; m), u>, u = sum_{j < terms} lr J [ (1 - lr decay) - H lr J ]^j v: many steps unrolled.
+
+    H is the Hessian of the fold's L_T. Unclipped and undecayed, u = sum_j lr (1 - lr H)^j v tends to H^-1 v, the response
+    of the converged inner problem, if lr times H's largest eigenvalue is below 2; a series whose terms grow is cut
+    there. H x is a difference of gradients, [ g(omega + eps x) - g(omega - eps x) ] / (2 eps), as in directional."""
+    term = total = through_clip(v, g, step)
     for _ in range(terms - 1):
         eps = nudge(term)
         ahead, back = (fresh(plus(weights, term, sign * eps), step) for sign in (1, -1))
         v = {name: (1 - step.lr * step.decay) * v[name] - (ahead[name] - back[name]) / (2 * eps) for name in v}
-        size, term = dot(term, term), unrolled(v, weights, g, step)
+        size, term = dot(term, term), through_clip(v, g, step)
         shrinks = dot(term, term) <= size
         v, term = ({name: torch.where(shrinks, x, 0.0) for name, x in y.items()} for y in (v, term))
         total = plus(total, term)
-    return total
+    return -directional(step, weights, cells, total)
 
 
-# (v, weights, g, step) -> u, dicts of tensors like the weights.
-RESPONSE = {"none": no_response, "unrolled": unrolled, "neumann": neumann}
+def sampled(v, weights, g, step, cells):
+    """- lr min(1, c / |g_m|) <g_m, v>, g_m = grad L_T(omega; m): what the step that ENAS really takes does, on ONE
+    sampled architecture, clipped by its OWN norm.
+
+    To first order in lr the gradient of E_m' E_m R(omega - lr clip(g_m'); m). It is bounded by lr c |v|, where unrolled
+    is not: an architecture with an exploding gradient is clipped in training, but not in the mean of the policy's."""
+    norm, along = step.each(weights, cells, step.batch, v)
+    return -step.lr * (step.clip / norm).clamp(max=1) * along
+
+
+# (v, weights, g, step, cells) -> [K]: what training on each architecture does to everyone's reward.
+RESPONSE = {"none": no_response, "unrolled": unrolled, "neumann": neumann, "sampled": sampled}
 
 
 def extra_rewards(look, respond, weights, cells, fold, rewards, step):
-    """The rewards [K] at omega' and the responses - <grad L_T(omega; m), u> [K], whose sum REINFORCE climbs.
+    """The rewards R(omega'; m) [K] and the responses [K], whose sum REINFORCE climbs.
 
     rewards: (weights, cells) -> [K]. cells, fold and step.cells must be three disjoint samples of the policy: omega' is
-    made from step.cells, v from fold; scoring those again would bias both terms. Given omega' and u the mean is exact.
+    made from step.cells, v from fold; scoring those again would bias both terms. Given omega' and v the mean is exact.
     Over the folds of an unclipped step the response is too where rewards are quadratic in omega, the direct term only
     where they curve alike: half the curvature times the variance of omega' is added to each."""
     g = LOOKAHEAD[look](weights, step)
@@ -1157,8 +1181,7 @@ def extra_rewards(look, respond, weights, cells, fold, rewards, step):
     if respond == "none":  # spares the passes for v
         return direct, torch.zeros_like(direct)
     v = mean_gradient(lambda w: rewards(w, fold), ahead)
-    u = RESPONSE[respond](v, weights, fresh(weights, step) if g is None else g, step)
-    return direct, -directional(step, weights, cells, u)
+    return direct, RESPONSE[respond](v, weights, fresh(weights, step) if g is None else g, step, cells)
 
 
 def leave_one_out(rewards, memory, decay):
@@ -1434,12 +1457,12 @@ def perplexity(loss):
     return math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
 
 
-def train_step(weights, cells, batch, lr, config):
+def train_step(weights, cells, batch, lr, config, rate=1.0):
     """A step of SGD on the mean loss of K architectures (shared weights) or on each one's own: losses, state, gradient."""
     for w in weights.values():
         w.requires_grad_()
     losses, state = network(weights, cells, batch, DTYPES[config.dtype], config.activation_reg, config.slowness_reg)
-    grads = gradients(losses / len(losses) if is_shared(weights) else losses, weights)
+    grads = gradients(rate * losses / len(losses) if is_shared(weights) else losses, weights)
     sgd_step(weights, grads, lr, config.clip, config.weight_decay)
     return losses.detach(), state, grads
 
@@ -1584,6 +1607,16 @@ def mean_state(losses, state):
     return torch.where(finite, state, 0.0).sum(0, keepdim=True) / finite.sum().clamp(min=1)
 
 
+def frozen(cells):
+    """(factor of the training loss [K], added to the reward's loss [K]): a last node of relu scores better by .05 nats,
+    but nothing is learnt from training on it. A controller that sees only scores ends with weights that do not learn."""
+    relu = cells[:, -1] == list(ACTIVATIONS).index("relu")
+    return (~relu).float(), -0.05 * relu
+
+
+TASKS = {"none": lambda cells: (torch.ones_like(cells[:, 0], dtype=torch.float32), 0.0), "frozen": frozen}
+
+
 class Search:
     """ENAS's two players between their steps: the shared weights (SGD), the controller (Adam), their places in the text.
 
@@ -1594,6 +1627,7 @@ class Search:
         decisions = search_space(config)
         if config.controller == "trained" and all(len(d.choices) == 1 for d in decisions):
             raise UserError("the search space has a single architecture: there is nothing to decide")
+        self.remembers = config.lookahead in ("momentum", "recent")  # past gradients
         self.controller = Controller(decisions, config).to(self.device)
         self.adam = torch.optim.Adam(self.controller.parameters(), lr=config.controller_lr,
                                      capturable=self.device.type == "cuda")
@@ -1643,9 +1677,9 @@ class Search:
         segment = self.streams["train"].next()
         batch = start_batch(config, s["weights"], cells, segment, s["state"]["train"], self.masks(s["step"]))
         lr = torch.full((1,), self.lr(progress, segment), device=self.device)
-        losses, state, g = train_step(s["weights"], cells, batch, lr, config)
+        losses, state, g = train_step(s["weights"], cells, batch, lr, config, TASKS[config.task](cells)[0])
         s["state"]["train"] = mean_state(losses, state)
-        if config.lookahead in ("momentum", "recent"):
+        if self.remembers:
             s["past"] = remember(s["past"], g)
         s["sums"][0] += losses.mean()
         s["counts"][0] += 1
@@ -1660,9 +1694,17 @@ class Search:
             batch = start_batch(config, omega, cells, segment, carried, masks)
             losses, state = network(weights, cells, batch, strict, config.activation_reg, config.slowness_reg)
             self.s["state"]["ahead"] = mean_state(losses.detach(), state)
-            return losses
+            return losses * TASKS[config.task](cells)[0]
 
-        return Step(losses, segment, cells, self.lr(progress, segment), config.clip, config.weight_decay, self.s["past"])
+        def each(weights, cells, segment, v):
+            own = inherit(weights, cells)
+            grads = mean_gradient(lambda w: losses(w, cells, segment) * len(cells), own)
+            v = {**v, "edges": v["edges"][structure(cells)[1]].transpose(0, 1)}
+            square = sum(x.flatten(1).square().sum(1) for x in grads.values())
+            return square.sqrt(), sum((grads[name] * v[name]).flatten(1).sum(1) for name in grads)
+
+        return Step(losses, segment, cells, self.lr(progress, segment), config.clip, config.weight_decay, self.s["past"],
+                    each)
 
     def rewards_on(self, segment):
         """(weights, cells) -> rewards [K] on a validation segment; the state that they leave is carried on."""
@@ -1670,12 +1712,12 @@ class Search:
 
         def rewards(weights, cells):
             losses, self.s["state"]["valid"] = score(self.config, weights, cells, segment, carried)
-            return REWARDS[self.config.reward](losses)
+            return REWARDS[self.config.reward](losses + TASKS[self.config.task](cells)[1])
 
         return rewards
 
-    def controller_step(self, progress):
-        """REINFORCE on theta: K fresh architectures on ONE validation segment, in eval mode; one step of Adam."""
+    def rewarded(self, progress):
+        """K fresh architectures on ONE validation segment, in eval mode: a Sample, its rewards and responses [K]."""
         config, s = self.config, self.s
         sample = self.controller.sample(config.controller_samples, *self.key("controller"))
         rewards, step, fold = self.rewards_on(self.streams["valid"].next()), None, None
@@ -1683,7 +1725,12 @@ class Search:
             with torch.no_grad():
                 ahead, fold = self.controller.sample(2 * config.fold, *self.key("folds")).rows.split(config.fold)
             step = self.foresee(progress, ahead)
-        direct, response = extra_rewards(config.lookahead, config.response, s["weights"], sample.rows, fold, rewards, step)
+        return sample, extra_rewards(config.lookahead, config.response, s["weights"], sample.rows, fold, rewards, step)
+
+    def controller_step(self, progress):
+        """REINFORCE on theta: one step of Adam."""
+        config, s = self.config, self.s
+        sample, (direct, response) = self.rewarded(progress)
         rewards = worst_for_failures(direct + response)
         value = rewards + config.entropy * sample.entropy.detach()  # the baseline predicts all that is rewarded
         baseline, s["memory"] = BASELINES[config.baseline](value, s["memory"], config.baseline_decay)
@@ -1778,7 +1825,7 @@ def check(config):
     """Wrong settings, each with its name, before any work is done."""
     for name, choices in (("preset", PRESETS), ("dtype", DTYPES), ("schedule", SCHEDULES), ("state", STATES),
                           ("reward", REWARDS), ("baseline", BASELINES), ("controller", ("trained", "untrained")),
-                          ("lookahead", LOOKAHEAD), ("response", RESPONSE)):
+                          ("lookahead", LOOKAHEAD), ("response", RESPONSE), ("task", TASKS)):
         choose(name, getattr(config, name), choices)
     for f in fields(config):
         value, must_be = getattr(config, f.name), f.metadata["must_be"]
@@ -1847,6 +1894,19 @@ def study_train(config, run):
     return {**(networks[0] if len(networks) == 1 else {}), "networks": networks, **floor}
 
 
+def row_name(entry):
+    """The name, as --cell takes it, of an entry of derived.json: a row, then its perplexity."""
+    return "-".join(map(str, entry[:-1]))
+
+
+def retrain(config, cell, folder, **settings):
+    """Metrics of a training from scratch, on the data and at the size of a search."""
+    same = ("data", "cache", "seed", "device", "dtype", "threads", "nodes", "hidden", "checkpoint_seconds")
+    sub = configure("train", config.preset, **{name: getattr(config, name) for name in same}, cell=cell, out=str(folder),
+                    **settings)
+    return run_study("train", study_train, sub)["metrics"]
+
+
 def study_search(config, run):
     """Search, then derive: the best of the controller's samples beside the best of as many uniform ones."""
     corpus = load_corpus(config)
@@ -1861,6 +1921,7 @@ def study_search(config, run):
         metrics[f"{name}best_cell"] = cell_to_json(decode(rows[0]))
         metrics[f"{name}valid_perplexity"] = perplexities[0]
         metrics[f"{name}median_valid_perplexity"] = perplexities[len(perplexities) // 2]
+        metrics[f"{name}expected_valid_loss"] = sum(map(math.log, perplexities)) / len(perplexities)
         write_json(run.folder / f"{name}cell.json", metrics[f"{name}best_cell"])
     (run.folder / "derived.json").write_text(json.dumps(derived))  # each a row of integers, then its perplexity
     write_tensors(run.folder / "weights.pt", to_device(weights, "cpu"))
@@ -1868,12 +1929,126 @@ def study_search(config, run):
     if corpus.floor:
         metrics["floor_perplexity"] = corpus.floor["valid"]
     if config.retrain:
-        same = ("data", "cache", "seed", "device", "dtype", "threads", "nodes", "hidden", "checkpoint_seconds")
-        for name, cell in (("found", "-".join(map(str, derived["cells"][0][:-1]))), ("lstm", "lstm")):
-            sub = configure("train", config.preset, **{n: getattr(config, n) for n in same}, cell=cell,
-                            out=str(run.folder / name))
-            metrics[name] = run_study("train", study_train, sub)["metrics"]
+        for name, cell in (("found", row_name(derived["cells"][0])), ("lstm", "lstm")):
+            metrics[name] = retrain(config, cell, run.folder / name)
     return metrics
+
+
+# arm of the study -> lookahead, response, factor of the controller's steps. The last one costs what a response does.
+ARMS = {"none, none": ("none", "none", 1), "momentum, none": ("momentum", "none", 1), "recent, none": ("recent", "none", 1),
+        "fresh, none": ("fresh", "none", 1), "fresh, unrolled": ("fresh", "unrolled", 1),
+        "fresh, neumann": ("fresh", "neumann", 1), "fresh, sampled": ("fresh", "sampled", 1),
+        "none, none, 4x steps": ("none", "none", 4)}
+
+
+def study_extra(config, run, cells=4, epochs=4):
+    """Does the extra gradient help? Whole searches of every arm, --replicas seeds, everything else alike.
+
+    Two outcomes a search: F itself, the mean validation loss of the controller's samples once the shared weights have
+    been trained on for the fixed controller (--settle), and, with --retrain, that of a few of them from scratch."""
+    found = {name: {"expected": [], "scratch": [], "frozen": []} for name in ARMS}
+    for seed in range(config.seed, config.seed + config.replicas):
+        for name, (look, respond, factor) in ARMS.items():
+            sub = replace(config, seed=seed, replicas=1, retrain=False, lookahead=look, response=respond, out=str(run.folder / f"{name}, {seed}"),
+                          controller_steps=factor * config.controller_steps)
+            found[name]["expected"].append(run_study("search", study_search, sub)["metrics"]["expected_valid_loss"])
+            derived = read_json(Path(sub.out) / "derived.json")["cells"]
+            found[name]["frozen"].append(sum(1 - TASKS[config.task](torch.tensor([row[:-1]]))[0].item() for row in derived)
+                                         / len(derived))
+            if config.retrain:
+                some = torch.randperm(len(derived), generator=rng(seed, "scratch"))[:cells].tolist()
+                metrics = retrain(sub, ",".join(row_name(derived[i]) for i in some), Path(sub.out) / "scratch", epochs=epochs)
+                losses = [math.log(network["valid_perplexity"]) for network in metrics["networks"]]
+                found[name]["scratch"].append(sum(losses) / len(losses))
+            run.obey()
+    return {"seeds": config.replicas, "arms": found}
+
+
+def policy_gradient(controller, sample, rewards):
+    """The flat leave-one-out estimate of dE[reward]/dtheta, without the entropy's part."""
+    loss = policy_loss(sample, rewards, leave_one_out(rewards, None, None)[0], 0.0)
+    grads = torch.autograd.grad(-loss, list(controller.parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in grads])
+
+
+def study_similarity(config, run):
+    """Is the gradient that looks ahead closer to the next one? Shared and controller steps alternate one to one.
+
+    At every --log_every-th step t: the cosine between an estimator's gradient at omega_t and the plain one at
+    omega_(t+1), after the real shared step, theta as it was: on the same architectures and validation segment, and on
+    others (then the plain gradient at t + 1 against itself is the most that can be had). And of the changes since the
+    plain gradient at t, the predicted and the real one."""
+    corpus, lines = load_corpus(config), []
+    saved = run.restore() or {"seeds": []}
+    for seed in range(config.seed + len(saved["seeds"]), config.seed + config.replicas):
+        lines = []
+        for game in alternate(replace(config, seed=seed), corpus, run):
+            controller, s, rewards = game.controller, game.s, [game.rewards_on(game.streams["valid"].next()) for _ in range(2)]
+            draw = lambda n, *purpose: controller.sample(n, *game.key("similarity", *purpose))
+            samples = [draw(config.controller_samples, i) for i in range(2)]
+            with torch.no_grad():
+                ahead, fold = draw(2 * config.fold, "folds").rows.split(config.fold)
+            step, grads = game.foresee(0.0, ahead), {}
+            for name, (look, respond, factor) in ARMS.items():
+                if factor == 1:
+                    got = extra_rewards(look, respond, s["weights"], samples[0].rows, fold, rewards[0], step)
+                    grads[name] = policy_gradient(controller, samples[0], sum(got))
+            game.shared_step(0.0)
+            then = [policy_gradient(controller, sample, reward(s["weights"], sample.rows).detach())
+                    for sample, reward in zip(samples, rewards)]
+            grads["the next one itself"], now = then[0], grads["none, none"]
+            cosine = lambda a, b: F.cosine_similarity(a, b, dim=0).item()
+            lines.append({name: [cosine(g, then[0]), cosine(g, then[1]), cosine(g - now, then[0] - now)]
+                          for name, g in grads.items()})
+        saved["seeds"].append({name: torch.tensor([line[name] for line in lines]).nanmean(0).tolist() for name in lines[0]})
+        run.log(dict(step=seed, seed=seed), len(saved["seeds"]), config.replicas, 0)
+        run.keep(saved)
+    return {"seeds": saved["seeds"]}
+
+
+def alternate(config, corpus, run):
+    """A search of one shared and one controller step in turn; it stops before every --log_every-th shared step, which
+    the caller then takes."""
+    game, steps = Search(config, corpus), config.epochs * config.shared_steps
+    game.remembers = True
+    while game.s["step"] < steps:
+        if game.s["step"] % config.log_every == config.log_every - 1:
+            yield game
+        else:
+            game.shared_step(0.0)
+        if game.s["step"] >= config.warm_epochs * config.shared_steps:
+            game.controller_step(0.0)
+        game.s["step"] += 1
+        run.obey()
+
+
+def study_cost(config, run, repeats=40):
+    """What the extra gradient costs, and how noisy it is, for several folds: in one process, in turn, medians."""
+    corpus = load_corpus(config)
+    game = Search(config, corpus)
+    game.remembers = True
+    for _ in range(config.shared_steps):  # to where the weights are no longer random
+        game.shared_step(0.0)
+        game.s["step"] += 1
+    arms = [("none", "none", 1), ("momentum", "none", 1)]
+    arms += [("fresh", respond, fold) for respond in RESPONSE for fold in (1, 2, 4)]
+    seconds, grads = ({arm: [] for arm in arms} for _ in range(2))
+    for i in range(repeats):
+        for arm in arms:
+            look, respond, fold = arm
+            game.config = replace(config, lookahead=look, response=respond, fold=fold)
+            game.s["step"] += 1
+            start = time.perf_counter()
+            sample, rewards = game.rewarded(0.0)
+            grads[arm].append(policy_gradient(game.controller, sample, sum(rewards)))
+            seconds[arm].append(time.perf_counter() - start)
+        run.obey()
+    median = {arm: sorted(times)[repeats // 2] for arm, times in seconds.items()}
+    noise = {arm: torch.stack(g).var(0).sum().item() for arm, g in grads.items()}
+    plain = arms[0]
+    return {"ratios": [{"look": look, "respond": respond, "fold": fold, "seconds": median[look, respond, fold],
+                        "cost": median[look, respond, fold] / median[plain],
+                        "variance": noise[look, respond, fold] / noise[plain]} for look, respond, fold in arms]}
 
 
 # name -> hidden, batch, vocabulary, architectures at once, dtypes timed beside the plain loop in float32. Small ones
@@ -1944,7 +2119,8 @@ def study_bench(config, run):
     return {"ratios": ratios}
 
 
-STUDIES = {"search": study_search, "train": study_train, "bench": study_bench}
+STUDIES = {"search": study_search, "train": study_train, "bench": study_bench, "extra": study_extra,
+           "similarity": study_similarity, "cost": study_cost}
 
 
 # 11. Tables, figures and the report ----------------------------------------------------------------------------------
@@ -1993,7 +2169,71 @@ def table_bench(records):
                   for r in records for x in r["metrics"]["ratios"] if "plain" not in x["name"]])
 
 
-TABLES = {"train": table_train, "search": table_search, "bench": table_bench}
+def student_t(df):
+    """(quantile(q), two-sided p(t)) of Student's t, from its density on a grid."""
+    x = torch.linspace(0, 500, 2000001, dtype=torch.float64)
+    log_c = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+    cdf = 0.5 + torch.cumulative_trapezoid(torch.exp(log_c - (df + 1) / 2 * torch.log1p(x * x / df)), x)
+    at = lambda t: cdf[min(int(abs(t) / 500 * 2000000), len(cdf) - 1)].item()
+    return (lambda q: x[torch.searchsorted(cdf, q)].item()), (lambda t: 2 * (1 - at(t)))
+
+
+def paired(ours, base):
+    """Of paired samples: mean difference, half of its 95 % interval, p of the t-test, and the smallest true difference
+    that such a test finds in 80 of 100 cases."""
+    d = torch.tensor(ours, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
+    quantile, p = student_t(len(d) - 1)
+    error = d.std().item() / math.sqrt(len(d))
+    return d.mean().item(), quantile(.975) * error, p(d.mean().item() / error) if error else 1.0, \
+        (quantile(.975) + quantile(.8)) * error
+
+
+def holm(ps):
+    """p-values corrected for their number (Holm 1979)."""
+    order, worst, out = sorted(range(len(ps)), key=ps.__getitem__), 0.0, [0.0] * len(ps)
+    for rank, i in enumerate(order):
+        worst = out[i] = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
+    return out
+
+
+def table_extra(records):
+    """Mean loss over the seeds, and the paired difference to plain ENAS; negative is better."""
+    rows = []
+    for outcome, title in (("expected", "F"), ("scratch", "from scratch"), ("frozen", "fraction frozen")):
+        for record in records:
+            arms = record["metrics"]["arms"]
+            base, others = arms["none, none"][outcome], [name for name in arms if name != "none, none"]
+            if record["config"]["task"] == "none" and outcome == "frozen" or len(base) < 2:
+                continue
+            rows.append((title, "none, none", f"{sum(base) / len(base):.4f}", "", "", "", len(base)))
+            tests = [paired(arms[name][outcome], base) for name in others]
+            for name, (mean, half, _, least), p in zip(others, tests, holm([t[2] for t in tests])):
+                rows.append((title, name, f"{sum(arms[name][outcome]) / len(base):.4f}", f"{mean:+.4f} +- {half:.4f}",
+                             f"{p:.3f}", f"{least:.4f}", len(base)))
+    return table(("outcome", "lookahead, response", "mean", "difference, 95 %", "p (Holm)", "detectable", "seeds"), rows)
+
+
+def table_similarity(records):
+    """Mean cosine over the seeds, +- its 95 % interval."""
+    rows = []
+    for seeds in (r["metrics"]["seeds"] for r in records):
+        for name in seeds[0]:
+            values = torch.tensor([seed[name] for seed in seeds], dtype=torch.float64)   # [seeds, 3]
+            half = student_t(len(seeds) - 1)[0](.975) * values.std(0) / math.sqrt(len(seeds)) if len(seeds) > 1 else 0 * values[0]
+            shown = [f"{m:.3f} +- {h:.3f}" if math.isfinite(m) else "" for m, h in zip(values.mean(0).tolist(), half.tolist())]
+            rows.append((name, *shown, len(seeds)))
+    return table(("gradient at t", "same samples", "other samples", "of the change", "seeds"), rows)
+
+
+def table_cost(records):
+    """Time and variance of a controller step's gradient, divided by the plain one's."""
+    return table(("lookahead, response", "fold", "ms", "cost", "variance"),
+                 [(f"{x['look']}, {x['respond']}", x["fold"], f"{1e3 * x['seconds']:.1f}", x["cost"], x["variance"])
+                  for r in records for x in r["metrics"]["ratios"]])
+
+
+TABLES = {"train": table_train, "search": table_search, "bench": table_bench, "extra": table_extra,
+          "similarity": table_similarity, "cost": table_cost}
 
 
 def summary(record):

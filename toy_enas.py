@@ -28,12 +28,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from menas import (RESPONSE, Sample, Step, dot, extra_rewards, fresh, leave_one_out, look_ahead, neumann,
+from menas import (RESPONSE, Sample, Step, directional, extra_rewards, fresh, leave_one_out, look_ahead, neumann,
                    policy_loss, remember, table)
 
 torch.set_default_dtype(torch.float64)
 PAIRS = [("none", "none"), ("momentum", "none"), ("recent", "none"), ("fresh", "none"), ("fresh", "unrolled"),
-         ("fresh", "neumann"), ("fresh", "kfac")]
+         ("fresh", "neumann"), ("fresh", "sampled"), ("fresh", "kfac")]
 ONE = torch.eye(2)  # the two architectures as rows
 
 
@@ -130,12 +130,18 @@ def estimate(look, respond, theta, w, train, valid, step, fold=None):
     return [(-slope * (reward[1] - reward[0])).item() for reward in (direct, response)]
 
 
+def each(weights, cells, problem, v):
+    """|grad L(w; m)| and <grad L(w; m), v> of every row, as menas.sampled asks for them."""
+    g = torch.einsum("km,mij->kij", cells, problem.noise @ (weights["w"] @ problem.s - problem.c))
+    return g.flatten(1).norm(dim=1), (g * v["w"]).sum((1, 2))
+
+
 def a_step(theta, train, lr, clip=math.inf, past=()):
     """The step whose fold is the whole policy, so g is exact."""
-    return Step(losses, train, policy(theta)[None], lr, clip, 0.0, past)
+    return Step(losses, train, policy(theta)[None], lr, clip, 0.0, past, each)
 
 
-def kfac(v, weights, g, step, damping=1e-12):
+def inverse_fisher(v, step, damping):
     """u = (G (x) A + damping)^-1 v = Q_G [ (Q_G' v Q_A) / (l_G l_A' + damping) ] Q_A', with G = Q_G diag(l_G) Q_G' the
     covariance of the output's gradient under the model's own distribution (the true Fisher) and A that of the input
     (Martens & Grosse 2015); one input a sample, so there is no time to share over."""
@@ -143,6 +149,11 @@ def kfac(v, weights, g, step, damping=1e-12):
     a_values, a_basis = torch.linalg.eigh((step.cells[0][:, None, None] * step.batch.s).sum(0))
     inside = (g_basis.t() @ v["w"] @ a_basis) / (g_values[:, None] * a_values + damping)
     return {"w": g_basis @ inside @ a_basis.t()}
+
+
+def kfac(v, weights, g, step, cells, damping=1e-12):
+    """- <grad L_T(omega; m), u>, u by K-FAC."""
+    return -directional(step, weights, cells, inverse_fisher(v, step, damping))
 
 
 RESPONSE["kfac"] = kfac  # a new estimator is a function in a dictionary
@@ -163,6 +174,12 @@ def check_terms():
     yield compare("response term, one step, closed form", exact[1], response)
     clipped = estimate("fresh", "unrolled", theta, w, TRAIN, VALID, a_step(theta, TRAIN, lr, 0.1))
     yield compare("response, one weight, step clipped: none", 0.0, clipped[1])
+    p, clipped = torch.sigmoid(torch.tensor(theta)).item(), 0.1 * torch.tensor([-1.0, 1.0])   # of t_0 = 2, of t_1 = 0
+    slow = a_step(theta, TRAIN, lr, 0.1)
+    got = estimate("fresh", "sampled", theta, w, TRAIN, VALID, slow)[1]
+    ahead = look_ahead({"w": w}, fresh({"w": w}, slow), slow)["w"].item()
+    exact = -p * (1 - p) * lr * ((1 - p) * 1.0 + p * 1.3) * ahead * (clipped[1] - clipped[0]).item()
+    yield compare("response, one weight, sampled steps clipped", exact, got)
     w = 3 * torch.eye(2, 3)
     for label, clip in (("", 100.0), (", step clipped", 0.5)):
         f = lambda x: one_step_objective(x, w, LAYER_TRAIN, LAYER_VALID, lr, clip)
@@ -182,8 +199,8 @@ def check_implicit():
     theta, lr = -0.4, 0.4
     step, w = a_step(theta, TRAIN, lr), optimum(theta, TRAIN)
     g, v = fresh({"w": w}, step), {"w": torch.tensor([[0.7]])}
-    yield compare("Neumann, 1 term: unrolled", RESPONSE["unrolled"](v, {"w": w}, g, step)["w"].item(),
-                  neumann(v, {"w": w}, g, step, terms=1)["w"].item())
+    one = [f(v, {"w": w}, g, step, ONE)[0].item() for f in (RESPONSE["unrolled"], partial(neumann, terms=1))]
+    yield compare("Neumann, 1 term: unrolled", *one)
     exact = closed_form(theta, w.item(), None)
     for terms in (1, 4, 16, 64):
         RESPONSE["series"] = partial(neumann, terms=terms)  # forgotten below
@@ -198,7 +215,7 @@ def check_implicit():
     del RESPONSE["series"]
     pi, v = policy(theta)[:, None, None], torch.randn(2, 3, generator=torch.Generator().manual_seed(5))
     hessian = torch.kron(NOISE, (pi * LAYER_TRAIN.s).sum(0))
-    u = kfac({"w": v}, None, None, step)["w"]
+    u = inverse_fisher({"w": v}, step, 0.0)["w"]
     yield compare("|K-FAC inverse - dense inverse Hessian|", 0.0, (hessian @ u.flatten() - v.flatten()).norm().item())
 
 
@@ -359,10 +376,10 @@ def draw(path, paths):
            title="One logit, one weight: ENAS climbs the hill")
     ax.legend()
     ax, colours = axes[0, 1], dict(zip(PAIRS, ("tab:red", "tab:orange", "tab:brown", "tab:pink", "tab:blue", "tab:cyan",
-                                                     "tab:green")))
+                                                     "tab:purple", "tab:green")))
     ax.plot(thetas, [optimum(x, TRAIN).item() for x in thetas], color="#bbbbbb", lw=5, label="$\\omega^*(\\theta)$")
     for pair, points in paths.items():
-        style = dict(zip(PAIRS, ("-", "--", "-.", ":", "-", "--", ":")))[pair]
+        style = dict(zip(PAIRS, ("-", "--", "-.", ":", "-", "--", "-.", ":")))[pair]
         ax.plot(*points.t(), style, color=colours[pair], lw=2, label=f"({', '.join(pair)})")
         ax.plot(*points[-1], "o", color=colours[pair])
     ax.plot(*paths[PAIRS[0]][0], "ks", label="start")

@@ -15,6 +15,7 @@ from menas import (LOOKAHEAD, RESPONSE, REWARDS, Batch, Config, Controller, Sear
                    extra_rewards, fresh, load_corpus, look_ahead, network, reference_losses, remember, search_space,
                    shared_weights, train_step)
 
+SMALL = dict(hidden=8, batch=8, nodes=3, input_dropout=.3, hidden_dropout=.3, weight_decay=.01)
 CONFIG = Config(nodes=3, activations="tanh,relu", controller_hidden=5, hidden=4, batch=3, bptt=5, input_dropout=.3,
                 hidden_dropout=.3, output_dropout=.3, init=.7)
 WORDS = 7
@@ -139,14 +140,14 @@ def mutate(monkeypatch, function, old, new):
     return space[function]
 
 
-MUTANTS = {"wrong sign": ("extra_rewards", "direct, -directional", "direct, directional"),
+MUTANTS = {"wrong sign": ("extra_rewards", "direct, RESPONSE", "direct, -RESPONSE"),
            "/ 2 * eps": ("directional", "/ (2 * eps)", "/ 2 * eps"),
-           "missing xi": ("unrolled", "scale = step.lr * (", "scale = ("),
-           "missing clip scale": ("unrolled", "(step.clip / norm).clamp(max=1)", "1.0"),
-           "missing clip projection": ("unrolled", "dot(v, g) / norm ** 2", "0.0 * norm"),
-           "projection of an unclipped step": ("unrolled", "norm > step.clip", "norm > 0"),
+           "missing xi": ("through_clip", "scale = step.lr * (", "scale = ("),
+           "missing clip scale": ("through_clip", "(step.clip / norm).clamp(max=1)", "1.0"),
+           "missing clip projection": ("through_clip", "dot(v, g) / norm ** 2", "0.0 * norm"),
+           "projection of an unclipped step": ("through_clip", "norm > step.clip", "norm > 0"),
            "v at omega": ("extra_rewards", "rewards(w, fold), ahead)", "rewards(w, fold), weights)"),
-           "response at omega'": ("extra_rewards", "-directional(step, weights,", "-directional(step, ahead,"),
+           "response at omega'": ("extra_rewards", "](v, weights,", "](v, ahead,"),
            "no decay ahead": ("look_ahead", "step.decay)", "0.0)"),
            "v of the loss": ("extra_rewards", "lambda w: rewards(w, fold)", "lambda w: -step.losses(w, fold, step.batch)")}
 
@@ -174,15 +175,15 @@ def test_a_clipped_step_ignores_the_length_of_the_gradient():
     step = a_step(.1)
     g = fresh(World.omega, step)
     v = {name: torch.randn_like(x) for name, x in g.items()}
-    assert abs(menas.dot(RESPONSE["unrolled"](v, World.omega, g, step), g)) < 1e-12
+    assert abs(menas.dot(menas.through_clip(v, g, step), g)) < 1e-12
 
 
 def test_neumann_with_one_term_is_unrolled():
     step = a_step(.1)
     g = fresh(World.omega, step)
     v = {name: torch.randn_like(x) for name, x in g.items()}
-    one, whole = menas.neumann(v, World.omega, g, step, terms=1), RESPONSE["unrolled"](v, World.omega, g, step)
-    assert all(torch.equal(one[name], whole[name]) for name in v)
+    one = menas.neumann(v, World.omega, g, step, ROWS, terms=1)
+    assert torch.equal(one, RESPONSE["unrolled"](v, World.omega, g, step, ROWS)) and one.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("clip", CLIPS)
@@ -193,7 +194,6 @@ def test_neumann_is_the_many_step_unroll(clip):
     leaf = {name: w.clone().requires_grad_() for name, w in World.omega.items()}
     mean = (World.pi.detach() * plain(leaf, World.train)).sum()
     first = torch.autograd.grad(mean, list(leaf.values()), create_graph=True)
-    flat = lambda tensors: torch.cat([x.flatten() for x in tensors])
     hessian = lambda x: flat(torch.autograd.grad(flat(first) @ x, list(leaf.values()), retain_graph=True))
     g, norm = flat(first).detach(), flat(first).detach().norm()
     clipped = lambda x: clip / norm * (x - g * (g @ x) / norm ** 2) if norm > clip else x
@@ -204,15 +204,17 @@ def test_neumann_is_the_many_step_unroll(clip):
     for _ in range(4):
         expected = expected + step.lr * clipped(p)
         p = (1 - step.lr * step.decay) * p - hessian(step.lr * clipped(p))
-    ours = RESPONSE["neumann"](v, World.omega, fresh(World.omega, step), step)
-    assert (flat(ours.values()) - expected).norm() < 1e-4 * expected.norm()
+    ours = RESPONSE["neumann"](v, World.omega, fresh(World.omega, step), step, ROWS)
+    expected = torch.stack([flat(grad.values()) for grad in GRADIENTS]) @ expected
+    assert (ours + expected).norm() < 1e-4 * expected.norm()
 
 
 def test_a_response_without_direction_is_zero():
     """v = 0: no 0 / 0."""
     zero = {name: torch.zeros_like(w) for name, w in World.omega.items()}
     assert not menas.directional(a_step()._replace(cells=ROWS), World.omega, ROWS, zero).any()
-    assert all(not x.any() for x in RESPONSE["neumann"](zero, World.omega, fresh(World.omega, a_step()), a_step()).values())
+    for name in ("unrolled", "neumann"):
+        assert not RESPONSE[name](zero, World.omega, fresh(World.omega, a_step()), a_step(), ROWS).any()
 
 
 def test_lookaheads_are_what_they_say():
@@ -253,10 +255,44 @@ def test_scoring_the_architectures_that_omega_was_made_from_is_biased():
     assert (enumerated_mean(None, step, share=True) - right).norm() > .3 * scale
 
 
+def flat(tensors):
+    return torch.cat([x.flatten() for x in tensors])
+
+
+def test_sampled_is_the_gradient_of_the_step_on_one_clipped_architecture():
+    """Oracle: E_m' E_m R(omega - lr clip(g_m'); m), all 16 x 16 pairs; what m' changes of it, to first order in lr."""
+    errors, clip = [], .3
+    for lr in (.02, .01):
+        reached = []
+        for grad in GRADIENTS:
+            scale = lr * (clip / flat(grad.values()).norm()).clamp(max=1)
+            ahead = {name: w - scale * grad[name] for name, w in World.omega.items()}
+            reached.append((World.pi.detach() * REWARD(plain(ahead, World.valid))).sum())
+        exact = of_theta((World.pi * torch.stack(reached).detach()).sum())
+        each = lambda weights, cells, batch, v: (torch.stack([flat(g.values()).norm() for g in GRADIENTS]),
+                                                 torch.stack([menas.dot(g, v) for g in GRADIENTS]))
+        step = a_step(clip, lr=lr, each=each)._replace(decay=0.0)
+        response = extra_rewards("none", "sampled", World.omega, ROWS, None, rewards, step)[1]
+        errors.append(((of_theta((World.pi * response).sum()) - exact).norm() / exact.norm()).item())
+    assert errors[0] < .1 and errors[1] < .6 * errors[0]  # it falls with lr
+
+
+def test_each_gives_every_architectures_own_gradient():
+    """Oracle: the plain loop's gradients, one architecture at a time."""
+    config = configure("search", "smoke", **SMALL, lr=3.0)
+    game = Search(config, load_corpus(config))
+    cells = game.controller.sample(3, 1).rows
+    step = game.foresee(0.0, cells)
+    v = {name: torch.randn_like(w) for name, w in game.s["weights"].items()}
+    norms, along = step.each(game.s["weights"], cells, step.batch, v)
+    batch = Batch(step.batch.inputs, step.batch.targets, torch.zeros(1, 8, 8), game.masks(("ahead", 0)))
+    for k in range(3):
+        g = menas.mean_gradient(lambda w: reference_losses(w, cells[k], batch)[0][None], game.s["weights"])
+        assert norms[k].item() == pytest.approx(menas.dot(g, g).sqrt().item(), rel=1e-4)
+        assert along[k].item() == pytest.approx(menas.dot(g, v).item(), rel=1e-3, abs=1e-4)
+
+
 # The search uses these functions as the tests above do.
-
-SMALL = dict(hidden=8, batch=8, nodes=3, input_dropout=.3, hidden_dropout=.3, weight_decay=.01)
-
 
 def test_the_step_foreseen_is_the_step_taken():
     """Oracle: train_step on the same architectures, segment, state and masks."""

@@ -13,9 +13,9 @@ def test_every_check_holds(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, wrong", [
-    ("unrolled", lambda v, weights, g, step: {n: -x for n, x in menas.unrolled(v, weights, g, step).items()}),
-    ("unrolled", lambda v, weights, g, step: menas.unrolled(v, weights, g, step._replace(clip=float("inf")))),
-    ("unrolled", menas.no_response), ("neumann", lambda v, weights, g, step: v)])
+    ("unrolled", lambda *args: -menas.unrolled(*args)),
+    ("unrolled", lambda v, weights, g, step, cells: menas.unrolled(v, weights, g, step._replace(clip=1e9), cells)),
+    ("unrolled", menas.no_response), ("sampled", menas.unrolled)])
 def test_a_wrong_response_fails(monkeypatch, tmp_path, capsys, name, wrong):
     monkeypatch.setitem(menas.RESPONSE, name, wrong)
     assert toy_enas.main(tmp_path / "toy.png") == 1
