@@ -59,11 +59,9 @@ from matplotlib.figure import Figure
 RANGES = {">= 0": lambda x: x >= 0, ">= 1": lambda x: x >= 1, "in [0, 1)": lambda x: 0 <= x < 1,
           "> 0": lambda x: x >= 1e-12}  # what is smaller overflows as a divisor
 
-
 def option(default, help, must_be=None):
     """A Config field with the sentence that --help prints, and the RANGES entry of its values."""
     return field(default=default, metadata={"help": help, "must_be": must_be})
-
 
 @dataclass(frozen=True)
 class Config:
@@ -132,7 +130,6 @@ class Config:
     log_every: int = option(20, "steps from one line of metrics to the next; a run resumes at such a line", ">= 1")
     checkpoint_seconds: float = option(30.0, "least time between two checkpoints", ">= 0")
 
-
 # preset -> study -> settings; "all" holds for every study and comes first.
 PRESETS = {
     "smoke": {
@@ -167,16 +164,13 @@ PRESETS = {
                       output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100)},
 }
 
-
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
-
 
 def nearest(word, choices):
     """' (did you mean X?)', or '' if nothing is near."""
     close = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
-
 
 def choose(kind, name, choices):
     """The name, if it is one of the choices; or a UserError that names the nearest."""
@@ -184,12 +178,10 @@ def choose(kind, name, choices):
         raise UserError(f"unknown {kind} '{name}'{nearest(name, choices)}; choose from {', '.join(choices)}")
     return name
 
-
 def configure(study, preset="tiny", **overrides):
     """The Config of one study under a preset, then the user's own settings."""
     parts = PRESETS[choose("preset", preset, PRESETS)]
     return Config(**{"preset": preset, **parts["all"], **parts.get(study, {}), **overrides})
-
 
 def rng(*key):
     """A generator seeded by a key: randomness is a function of (seed, purpose, step); a resumed run draws alike."""
@@ -207,7 +199,6 @@ PTB_SHA256 = {"train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9
               "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}
 SPLITS = ("train", "valid", "test")
 
-
 @dataclass
 class Corpus:
     """Token ids of the three splits, [tokens] each, the vocabulary, and the best possible perplexities if known."""
@@ -216,7 +207,6 @@ class Corpus:
     test: torch.Tensor
     words: list
     floor: dict  # split -> perplexity under the true grammar; empty for real text
-
 
 def write_atomically(path, content):
     """The file appears whole or not at all, also when the process is killed in between."""
@@ -229,7 +219,6 @@ def write_atomically(path, content):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
 
 def fetch(split, folder, mirrors=PTB_MIRRORS):
     """Download one PTB file: the first mirror with the right hash wins; written atomically, nothing left on failure."""
@@ -247,7 +236,6 @@ def fetch(split, folder, mirrors=PTB_MIRRORS):
     raise UserError(f"cannot download PTB's {split}.txt: {'; '.join(reasons)}. "
                     "Put train.txt, valid.txt and test.txt in a folder and pass it as --data")
 
-
 def ptb_folder(cache):
     """The folder of the three PTB files, downloaded if absent; a file with a wrong hash is an error, not replaced."""
     folder = Path(cache).expanduser() / "ptb"
@@ -258,7 +246,6 @@ def ptb_folder(cache):
         if hashlib.sha256(path.read_bytes()).hexdigest() != PTB_SHA256[split]:
             raise UserError(f"{path} is not the standard PTB file (wrong SHA-256); delete it to download it again")
     return folder
-
 
 def read_words(path):
     """The words of a text file, an <eos> for each line's end."""
@@ -273,18 +260,15 @@ def read_words(path):
         raise UserError(f"{path} has {len(words)} tokens with its <eos>; a language model needs at least 3")
     return words
 
-
 # The toy corpus: nouns and their verbs agree in class, and often in letter, across clauses nested in between: 'n3b that
 # n1a v1a v3b'. A stack machine writes it, so the distribution of the next word given ALL words before is known exactly.
 TOY_CLASSES, TOY_WORDS, TOY_DEPTH = 8, 6, 4
 TOY_NEST, TOY_ADVERB, TOY_TOPIC, TOY_ECHO = 0.4, 0.3, 0.75, 0.6  # probabilities, see toy_next
 
-
 def toy_words(kind):
     """[(word, probability, i)] of one kind, Zipf-distributed: the i-th word has probability ~ 1 / (i + 1)."""
     total = sum(1 / (i + 1) for i in range(TOY_WORDS))
     return [(f"{kind}{'abcdefghij'[i]}", 1 / (i + 1) / total, i) for i in range(TOY_WORDS)]
-
 
 def toy_next(state):
     """[(word, probability, next state)] under the true grammar.
@@ -310,7 +294,6 @@ def toy_next(state):
     return moves + [(word, left * (TOY_ECHO * (i == letter) + (1 - TOY_ECHO) * q), (topic, due[:-1], "verb"))
                     for word, q, i in toy_words(f"v{c}")]
 
-
 @lru_cache
 def toy_corpus(sizes=(60000, 6000, 6000)):
     """{split: words} and {split: perplexity under the grammar}; whole sentences, the same on every machine."""
@@ -325,7 +308,6 @@ def toy_corpus(sizes=(60000, 6000, 6000)):
         texts[split] = words
         floor[split] = math.exp(sum(nats[1:]) / len(nats[1:]))  # as a model is scored: all tokens but the first
     return texts, floor
-
 
 def load_corpus(config):
     """The Corpus that --data names."""
@@ -345,14 +327,12 @@ def load_corpus(config):
         ids[split] = torch.tensor([index.get(word, index.get("<unk>")) for word in text])
     return Corpus(**ids, words=words, floor=floor)
 
-
 class Segment(NamedTuple):
     """One step's text. targets are the inputs one token later, -1 where there is nothing to predict."""
     inputs: torch.Tensor   # [T, B]
     targets: torch.Tensor  # [T, B]
     before: object         # [T', B] inputs of the segment before, None at the start of the text
     ends: bool             # is it the text's last
-
 
 class Stream:
     """B parallel readings of a split, cut into segments: every token but the first is a target once per epoch."""
@@ -408,18 +388,15 @@ OUTPUTS = ("leaves", "all")  # h_t is the mean of the leaves (nodes nobody reads
 LEAVES, ALL = range(2)
 INPUT = 0  # slot 0 is the input pair (x_t, h_{t-1}); node i's value is slot i + 1
 
-
 class Cell(NamedTuple):
     """A recurrent cell as people write it; encode() makes it a row of integers."""
     nodes: tuple            # of (slot read, activation's name)
     output: str = "leaves"
 
-
 def named(pairs, output):
     """A published cell from 'activation<-predecessor' of nodes 1, 2, ...; node 0 is tanh on the input pair."""
     nodes = [pair.split("<-") for pair in pairs.split()]
     return Cell(((INPUT, "tanh"),) + tuple((int(p) + 1, act) for act, p in nodes), output)
-
 
 CELLS = {
     "enas": named("tanh<-0 relu<-1 relu<-2 tanh<-2 tanh<-2 relu<-5 tanh<-1 relu<-6 relu<-8 relu<-8 relu<-8", "leaves"),
@@ -430,12 +407,10 @@ CELLS = {
     "tree": named(" ".join(f"tanh<-{i // 2}" for i in range(11)), "leaves"),
 }
 
-
 def cell_to_json(cell):
     """The cell as a dict that json.dumps prints and a person can edit."""
     return {"output": cell.output, "nodes": [{"from": "input" if slot == INPUT else slot - 1, "activation": act}
                                              for slot, act in cell.nodes]}
-
 
 def cell_from_json(cell):
     """The Cell of such a dict. Nodes may stand in any order; they are sorted so that each reads an earlier one."""
@@ -463,7 +438,6 @@ def cell_from_json(cell):
     slot = {"input": INPUT, **{i: place + 1 for place, i in enumerate(order)}}
     return Cell(tuple((slot[nodes[i]["from"]], nodes[i]["activation"]) for i in order), output)
 
-
 # A row of integers [D] is a cell: its number of nodes, its output, then for each node the slot read and the activation.
 def encode(cells, nodes=0):
     """Cells as rows [K, 2 + 2N]; N is the largest cell's, or more. Nodes a cell does not have are unused entries."""
@@ -474,19 +448,16 @@ def encode(cells, nodes=0):
         row[:2 + len(flat)] = torch.tensor([len(cell.nodes), OUTPUTS.index(cell.output)] + flat)
     return rows
 
-
 def decode(row):
     """The Cell of one row [D]."""
     count, output, *flat = row.tolist()
     nodes = zip(flat[0:2 * count:2], flat[1:2 * count:2])
     return Cell(tuple((slot, list(ACTIVATIONS)[act]) for slot, act in nodes), OUTPUTS[output])
 
-
 class Decision(NamedTuple):
     """One column of a row: its name and the values it may take. With a single value there is nothing to decide."""
     name: str
     choices: tuple
-
 
 def search_space(config):
     """The list of Decisions, a column each. ENAS: every node but the first reads an earlier one, any activation."""
@@ -504,20 +475,16 @@ def search_space(config):
                       Decision(f"activation of {i}", activations)]
     return decisions
 
-
 def recurrent_parameters(cell, hidden):
     """Weights of the recurrence: [x, h] -> 2H on the input pair, H -> 2H on every other node; no biases."""
     return sum(2 * hidden * (2 * hidden if slot == INPUT else hidden) for slot, _ in cell.nodes)
-
 
 def leaves(cell):
     """The nodes whose mean is h_t."""
     n, read = len(cell.nodes), {slot for slot, _ in cell.nodes}
     return [i for i in range(n) if (i > 0 or n == 1 if cell.output == "all" else i + 1 not in read)]
 
-
 NODE_COLOURS = {"tanh": "#7fb3d5", "relu": "#f5b041", "identity": "#d5d8dc", "sigmoid": "#82e0aa"}
-
 
 def draw_cell(cell, title="", axes=None):
     """The cell as a picture, input at the bottom, h_t at the top; returns matplotlib's axes."""
@@ -557,16 +524,13 @@ def draw_cell(cell, title="", axes=None):
 
 STATE_BOUND = 25.0  # largest norm of h_t, as in the peers
 
-
 def edge_index(slot, node):
     """The bank's row of the edge slot -> node: node i can read slots 0 .. i."""
     return node * (node + 1) // 2 + slot
 
-
 def uniform(shape, bound, key):
     """Uniform in +- bound, drawn by rng(*key)."""
     return (torch.rand(shape, generator=rng(*key)) * 2 - 1) * bound
-
 
 def initial(config, shapes, seeds):
     """K networks' weights, [K, *shape], uniform, each from its own seed, on the CPU; the decoder's bias is 0.
@@ -577,13 +541,11 @@ def initial(config, shapes, seeds):
                for name, shape in shapes.items()}
     return {**weights, "bias": torch.zeros(len(seeds), shapes["embedding"][0])}
 
-
 def shared_weights(config, words):
     """Weights of the supernet: tied embedding [V, H], x_t -> node 0 [H, 2H], and the bank [edges, H, 2H]."""
     h = config.hidden
     shapes = {"embedding": (words, h), "input": (h, 2 * h), "edges": (edge_index(0, config.nodes), h, 2 * h)}
     return {name: w[0] for name, w in initial(config, shapes, [config.seed]).items()}
-
 
 def standalone_weights(config, words, cells, seeds):
     """Weights of K networks, each with only its own edges; drawn node by node, so padding a cell changes nothing."""
@@ -591,18 +553,15 @@ def standalone_weights(config, words, cells, seeds):
     weights = initial(config, {"embedding": (words, h), "input": (h, 2 * h), **dict.fromkeys(nodes, (h, 2 * h))}, seeds)
     return {"edges": torch.stack([weights.pop(node) for node in nodes], 1), **weights}
 
-
 def inherit(shared, cells):
     """Standalone weights that start from the shared ones: each network gets its own copy."""
     k, edges = len(cells), structure(cells)[1]
     copies = {name: shared[name].expand(k, *shared[name].shape).clone() for name in ("embedding", "input", "bias")}
     return {**copies, "edges": shared["edges"][edges].transpose(0, 1).contiguous()}
 
-
 def is_shared(weights):
     """Is it the supernet, or K networks each with its own?"""
     return weights["embedding"].dim() == 2
-
 
 def structure(cells):
     """What the recurrence needs of rows [K, D], each [N, K]: slot read, edge, activation, weight of the node in h_t."""
@@ -614,14 +573,12 @@ def structure(cells):
     leaf = exists & torch.where(output == ALL, (node > 0) | (count == 1), ~is_read)      # paper: DARTS omits node 0
     return read, edge_index(read, node), act, leaf.double() / leaf.sum(0)
 
-
 class Batch(NamedTuple):
     """One step's input to the network."""
     inputs: torch.Tensor   # [T, B]
     targets: torch.Tensor  # [T, B], -1 where there is nothing to predict
     state: torch.Tensor    # [K or 1, B, H] h before the first token
     masks: dict            # of dropout, see draw_masks; {} in evaluation
-
 
 def draw_masks(config, words, batch, seeds, step):
     """Variational dropout: a mask per segment, scaled by 1 / (1 - rate), for each of K seeds; one seed, shared masks.
@@ -633,7 +590,6 @@ def draw_masks(config, words, batch, seeds, step):
     keep = lambda seed, name: torch.rand(shapes[name], generator=rng(seed, name, step)) >= rates[name]
     return {name: torch.stack([keep(seed, name) for seed in seeds]) / (1 - rate)
             for name, rate in rates.items() if rate > 0}
-
 
 def reference_losses(weights, row, batch, k=0):
     """The network as the peers write it, for ONE architecture: the mean loss, and the states [T, B, H].
@@ -664,7 +620,6 @@ def reference_losses(weights, row, batch, k=0):
     logits = times(states, "output") @ mine["embedding"].t() + mine["bias"]              # [T, B, V]
     return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-1), states
 
-
 class Workspace:
     """Large buffers to use again, since fresh memory is slow: a forward pass takes them, its backward gives them back,
     so two passes that are alive at once never share one. The last few shapes are kept."""
@@ -681,7 +636,6 @@ class Workspace:
     def give(cls, *buffers):
         cls.free = (cls.free + list(buffers))[-10:]
 
-
 # Every activation as arithmetic with coefficients per architecture, so that K different ones are one operation. With
 # z = slope * u:  y = act(u) = scale * sigmoid(z) + shift + max(linear * z, floor), and the derivative needs only y:
 # dy/dz = (square * y + line) * y + constant + step * [y > 0]. In bfloat16 tanh is exact to 1/128 so, not relatively.
@@ -691,17 +645,14 @@ COEFFICIENTS = {"tanh":     (2.0, 2.0, -1.0, 0.0, 0.0,           -0.5, 0.0, 0.5,
                 "identity": (1.0, 0.0, 0.0, 1.0, -math.inf,      0.0, 0.0, 1.0, 0.0),
                 "sigmoid":  (1.0, 1.0, 0.0, 0.0, 0.0,            -1.0, 1.0, 0.0, 0.0)}
 
-
 def coefficients(act, dtype):
     """The table's columns for act [N, K]: nine tensors [N, K, 1, 1]."""
     return coefficient_table(dtype, act.device)[act][..., None, None].unbind(2)
-
 
 @lru_cache
 def coefficient_table(dtype, device):
     """Built once per device: a copy from the host inside a step would stop a GPU, and a CUDA graph's capture."""
     return torch.tensor([COEFFICIENTS[name] for name in ACTIVATIONS], dtype=dtype, device=device)
-
 
 class Recurrence(torch.autograd.Function):
     """All nodes, steps and architectures of the recurrence, with a backward pass through time written by hand.
@@ -813,7 +764,6 @@ class Recurrence(torch.autograd.Function):
         Workspace.give(slots, gates, keep)
         return None, dxw if len(xw) == k else dxw.sum(0, keepdim=True), dh, dw, *[None] * (3 + len(act))
 
-
 class CrossEntropy(torch.autograd.Function):
     """Mean loss [K] of h [K, R, H] for targets [R] under decoders [K, V, H] and biases [K, V].
 
@@ -859,7 +809,6 @@ class CrossEntropy(torch.autograd.Function):
         grad = grad.to(dw.dtype)[:, None]
         return None, dh * grad[..., None].to(dh.dtype), dw * grad[..., None], db * grad, *[None] * 3
 
-
 def unroll(weights, cells, batch, dtype=torch.float32):
     """h of K architectures over a segment: [K, T, B, H] in dtype, and the state to go on with [K, B, H]."""
     cast = lambda x: x.to(dtype)
@@ -879,7 +828,6 @@ def unroll(weights, cells, batch, dtype=torch.float32):
     h = Recurrence.apply(torch.is_grad_enabled(), xw, cast(batch.state).expand(k, -1, -1), w, mask, read, leaf, *act)
     return h, h[:, -1].detach().to(batch.state.dtype)
 
-
 def embed(weights, batch):
     """The embedded, dropped input [K or 1, T, B, H]."""
     table, tokens, masks = weights["embedding"], batch.inputs, batch.masks
@@ -889,7 +837,6 @@ def embed(weights, batch):
     if "word" in masks:
         x = x * masks["word"][:, tokens][..., None]
     return x * masks["input"][:, None] if "input" in masks else x
-
 
 def unroll_lstm(weights, cells, batch, dtype=torch.float32):
     """torch.nn.LSTM in the place of unroll, one after the other for K seeds; the state is h and c side by side."""
@@ -904,14 +851,12 @@ def unroll_lstm(weights, cells, batch, dtype=torch.float32):
         states.append(torch.cat([h[0], c[0]], -1).detach())
     return torch.stack(outputs).to(dtype), torch.stack(states)
 
-
 def lstm_weights(config, words, seeds):
     """Weights of K LSTMs; one of other than --hidden units is projected back to the tied embedding's size."""
     e, h = config.hidden, config.lstm_hidden or config.hidden
     shapes = {"embedding": (words, e), "weight_ih_l0": (4 * h, e), "weight_hh_l0": (4 * h, h), "bias_ih_l0": (4 * h,),
               "bias_hh_l0": (4 * h,), **({"project": (h, e)} if h != e else {})}
     return initial(config, shapes, seeds)
-
 
 def network(weights, cells, batch, dtype=torch.float32, activation_reg=0.0, slowness_reg=0.0):
     """Mean loss per token of K architectures [K], plus the activation penalties if asked for, and the next state."""
@@ -926,7 +871,6 @@ def network(weights, cells, batch, dtype=torch.float32, activation_reg=0.0, slow
     if slowness_reg:
         losses = losses + slowness_reg * (h[:, 1:] - h[:, :-1]).square().mean((1, 2, 3))
     return losses, state
-
 
 @torch.no_grad()
 def sgd_step(weights, grads, lr, clip, decay):
@@ -943,7 +887,6 @@ def sgd_step(weights, grads, lr, clip, decay):
         weights[name].view(groups, -1).mul_(1 - rate).addcmul_(torch.nan_to_num_(g, 0.0, 0.0, 0.0), scale, value=-1)
     return norm
 
-
 def gradients(losses, weights):
     """d sum(losses) / d weights, a dict; weights that play no part have zeros."""
     grads = torch.autograd.grad(losses.sum(), list(weights.values()), allow_unused=True)
@@ -957,7 +900,6 @@ class Sample(NamedTuple):
     rows: torch.Tensor      # [K, D]
     log_prob: torch.Tensor  # [K] of the whole row
     entropy: torch.Tensor   # [K] sum of the decisions' entropies along the row's path; its mean estimates the policy's
-
 
 class Controller(nn.Module):
     """pi_theta(m): an LSTM that takes one decision after the other, each with an embedding and a head of its own.
@@ -1005,7 +947,6 @@ class Controller(nn.Module):
         """K architectures, drawn by rng(*key) on the CPU whatever the device."""
         return self(draws=torch.rand(k, len(self.decisions), generator=rng(*key)).to(self.start.device))
 
-
 def uniform_rows(decisions, k, *key):
     """K rows drawn uniformly from the space, which an untrained controller only nearly does."""
     draws = torch.rand(k, len(decisions), generator=rng(*key)).tolist()
@@ -1028,7 +969,6 @@ def uniform_rows(decisions, k, *key):
 # losses [K], nats per token -> rewards [K]. paper: ENAS's is 80 / perplexity.
 REWARDS = {"perplexity": lambda losses: 80 * torch.exp(-losses), "loss": torch.neg}
 
-
 class Step(NamedTuple):
     """The next shared step as the controller foresees it: omega' = omega - lr (g min(1, clip / |g|) + decay omega)."""
     losses: object     # (weights, cells [K, D], batch) -> L_T [K], differentiable once
@@ -1040,16 +980,13 @@ class Step(NamedTuple):
     past: object = ()  # gradients of the shared steps so far, see remember
     each: object = None  # (weights, cells, batch, v) -> |grad L_T(omega; m)| and <grad L_T(omega; m), v>, both [K]
 
-
 def dot(a, b):
     """<a, b> of two dicts of tensors."""
     return sum((a[name] * b[name]).sum() for name in a)
 
-
 def plus(a, b, scale=1.0):
     """a + scale b of two dicts of tensors, without gradients."""
     return {name: torch.add(a[name].detach(), b[name] * scale) for name in a}
-
 
 def mean_gradient(values, weights):
     """d mean_k values(weights)_k / dweights, a dict; values: weights -> [K]."""
@@ -1058,11 +995,9 @@ def mean_gradient(values, weights):
         values = values(leaf)
         return gradients(values / len(values), leaf)
 
-
 def nudge(u):
     """The length eps = .01 / |u| of a finite difference along u; if u is 0 any will do."""
     return 0.01 / dot(u, u).sqrt().clamp(min=1e-30)
-
 
 @torch.no_grad()
 def directional(step, weights, cells, u):
@@ -1073,7 +1008,6 @@ def directional(step, weights, cells, u):
     ahead, back = (step.losses(plus(weights, u, sign * eps), cells, step.batch) for sign in (1, -1))
     return (ahead - back) / (2 * eps)
 
-
 def remember(past, g, decay=0.9):
     """What the lookaheads need of the shared steps' gradients g: the last, and the decayed sum and its weight."""
     if not past:
@@ -1081,29 +1015,23 @@ def remember(past, g, decay=0.9):
     return {"recent": g, "sum": {name: g[name] + decay * past["sum"][name] for name in g},
             "weight": 1 + decay * past["weight"]}
 
-
 def no_lookahead(weights, step):
     """omega' = omega: ENAS."""
-
 
 def momentum(weights, step):
     """g = sum_j decay^j g_{t-j} / sum_j decay^j, the mean of the last shared steps' gradients: least noise, most lag."""
     return {name: x / step.past["weight"] for name, x in step.past["sum"].items()}
 
-
 def recent(weights, step):
     """g = g_t, of the last shared step: an extrapolation from the past; noisy, and one step old."""
     return step.past["recent"]
-
 
 def fresh(weights, step):
     """g = d/domega mean_m L_T(omega; m) over the fold's architectures: extrapolation; the only unbiased g."""
     return mean_gradient(lambda w: step.losses(w, step.cells, step.batch), weights)
 
-
 # (weights, step) -> g, the gradient that omega' is a step along, or None for omega' = omega. Not differentiated.
 LOOKAHEAD = {"none": no_lookahead, "momentum": momentum, "recent": recent, "fresh": fresh}
-
 
 def look_ahead(weights, g, step):
     """omega' by the very step that training takes; the weights themselves stay."""
@@ -1114,11 +1042,9 @@ def look_ahead(weights, g, step):
              step.decay)
     return ahead
 
-
 def no_response(v, weights, g, step, cells):
     """0: omega is held fixed, as in ENAS."""
     return torch.zeros(len(cells), device=cells.device)
-
 
 def through_clip(v, g, step):
     """lr J^T v; J = d(g min(1, c / |g|))/dg is 1, or where the step is clipped (c / |g|) (1 - g^ g^T), g^ = g / |g|."""
@@ -1127,13 +1053,11 @@ def through_clip(v, g, step):
     along = torch.where(norm > step.clip, dot(v, g) / norm ** 2, 0.0)
     return {name: scale * (v[name] - along * g[name]) for name in v}
 
-
 def unrolled(v, weights, g, step, cells):
     """- <grad L_T(omega; m), u>, u = lr J^T v: one step on the policy's MEAN gradient, clipped as a whole.
 
     With the lookahead 'fresh' the exact gradient of that one-step objective (DARTS's second order, sampled)."""
     return -directional(step, weights, cells, through_clip(v, g, step))
-
 
 def neumann(v, weights, g, step, cells, terms=3):
     """- <grad L_T(omega; m), u>, u = sum_{j < terms} lr J [ (1 - lr decay) - H lr J ]^j v: many steps unrolled.
@@ -1152,7 +1076,6 @@ def neumann(v, weights, g, step, cells, terms=3):
         total = plus(total, term)
     return -directional(step, weights, cells, total)
 
-
 def sampled(v, weights, g, step, cells):
     """- lr min(1, c / |g_m|) <g_m, v>, g_m = grad L_T(omega; m): what the step that ENAS really takes does, on ONE
     sampled architecture, clipped by its OWN norm.
@@ -1162,10 +1085,8 @@ def sampled(v, weights, g, step, cells):
     norm, along = step.each(weights, cells, step.batch, v)
     return -step.lr * (step.clip / norm).clamp(max=1) * along
 
-
 # (v, weights, g, step, cells) -> [K]: what training on each architecture does to everyone's reward.
 RESPONSE = {"none": no_response, "unrolled": unrolled, "neumann": neumann, "sampled": sampled}
-
 
 def extra_rewards(look, respond, weights, cells, fold, rewards, step):
     """The rewards R(omega'; m) [K] and the responses [K], whose sum REINFORCE climbs.
@@ -1183,12 +1104,10 @@ def extra_rewards(look, respond, weights, cells, fold, rewards, step):
     v = mean_gradient(lambda w: rewards(w, fold), ahead)
     return direct, RESPONSE[respond](v, weights, fresh(weights, step) if g is None else g, step, cells)
 
-
 def leave_one_out(rewards, memory, decay):
     """b_k = mean of the others' rewards: on the same minibatch, so its difficulty cancels. Unbiased; needs K > 1."""
     k = len(rewards)
     return (rewards.sum() - rewards) / max(k - 1, 1), memory
-
 
 def moving_average(rewards, memory, decay):
     """b = decayed mean of PAST rewards, bias-corrected; memory [2]: weighted sum and weight. paper: ENAS's baseline.
@@ -1198,16 +1117,13 @@ def moving_average(rewards, memory, decay):
     now = torch.stack([rewards.mean(), torch.ones_like(memory[1])])
     return past, decay * memory + (1 - decay) * now
 
-
 BASELINES = {"leave_one_out": leave_one_out, "moving_average": moving_average}
-
 
 def worst_for_failures(rewards):
     """A reward that is not finite becomes the worst of its batch, so one broken architecture leaves the rest alone."""
     finite = torch.isfinite(rewards)
     worst = torch.where(finite, rewards, math.inf).min()
     return torch.where(finite, rewards, torch.where(torch.isfinite(worst), worst, 0.0))
-
 
 def policy_loss(sample, rewards, baseline, entropy_weight):
     """Its gradient is minus an unbiased estimate of d/dtheta { E[reward] + entropy_weight * entropy of the policy }.
@@ -1224,11 +1140,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 WHEREABOUTS = {"out", "cache", "device", "threads", "checkpoint_seconds"}  # settings that may differ when a run resumes
 FORMAT = "menas checkpoint 1"
 
-
 def write_json(path, value):
     """Indented, atomic."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
 
 def read_json(path):
     """The JSON object in it, or a UserError that names the file."""
@@ -1240,13 +1154,11 @@ def read_json(path):
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
-
 def write_tensors(path, value):
     """torch.save, atomic."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     write_atomically(path, buffer.getvalue())
-
 
 def read_tensors(path, device="cpu"):
     """What write_tensors wrote, or a UserError that names the file."""
@@ -1254,7 +1166,6 @@ def read_tensors(path, device="cpu"):
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises many kinds, all of which mean: not this file
         raise UserError(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0][:100]}") from None
-
 
 @lru_cache
 def tensorboard(folder):
@@ -1265,7 +1176,6 @@ def tensorboard(folder):
         return lambda name, value, step: None
     return SummaryWriter(str(folder / "tensorboard")).add_scalar
 
-
 def commit():
     """The commit that this file is at, '+' if it has been changed since; '' outside a repository."""
     here = ("git", "-C", Path(__file__).parent)
@@ -1275,7 +1185,6 @@ def commit():
         return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(changed)
     except OSError:  # there is no git
         return ""
-
 
 class Run:
     """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json; owned by one process.
@@ -1405,7 +1314,6 @@ class Run:
         write_json(self.folder / "result.json", record)
         return record
 
-
 def device_of(config):
     """The torch.device that --device names."""
     if config.device not in ("auto", "cpu") and not config.device.startswith("cuda"):
@@ -1421,15 +1329,12 @@ def to_device(tensors, device):
     """A dict of tensors, moved; without their gradients."""
     return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
 
-
 def zero_state(weights, batch):
     """h before the first word [1, B, H]; an LSTM's c beside it."""
     width = 2 * weights["weight_hh_l0"].shape[-1] if "weight_hh_l0" in weights else weights["embedding"].shape[-1]
     return weights["embedding"].new_zeros(1, batch, width)
 
-
 WARM_UP = 70  # words read before a stream's first scored one, so that cutting the text in streams hardly matters
-
 
 @torch.no_grad()
 def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32):
@@ -1451,11 +1356,9 @@ def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32):
         total = total + losses * (part.targets >= 0).sum()
     return total / n
 
-
 def perplexity(loss):
     """exp(loss); infinite where that overflows or the loss is not a number."""
     return math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
-
 
 def train_step(weights, cells, batch, lr, config, rate=1.0):
     """A step of SGD on the mean loss of K architectures (shared weights) or on each one's own: losses, state, gradient."""
@@ -1466,12 +1369,10 @@ def train_step(weights, cells, batch, lr, config, rate=1.0):
     sgd_step(weights, grads, lr, config.clip, config.weight_decay)
     return losses.detach(), state, grads
 
-
 # (epochs done, epochs in all) -> factor of lr. paper: decay is ENAS-pytorch's, .96 an epoch once 15 are done.
 SCHEDULES = {"constant": lambda epoch, epochs: 1.0,
              "cosine": lambda epoch, epochs: 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / epochs))),
              "decay": lambda epoch, epochs: 0.96 ** max(0, int(epoch) - 14)}
-
 
 def train_networks(config, run, corpus, weights, cells, seeds):
     """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging, stopping, failure.
@@ -1532,7 +1433,6 @@ def train_networks(config, run, corpus, weights, cells, seeds):
         run.obey()
     return s["best"], {name: s[name].tolist() for name in ("best_loss", "best_epoch", "epochs", "failed")}
 
-
 @torch.no_grad()
 def update_mean(s, alive):
     """mean <- mean + (w - mean) / n for the networks that average (n > 0)."""
@@ -1541,7 +1441,6 @@ def update_mean(s, alive):
     for name, w in s["weights"].items():
         s["mean"][name].view(len(n), -1).add_((w - s["mean"][name]).view(len(n), -1) * share[:, None])
     s["averaged"][alive] = torch.where(n > 0, n + 1, n)
-
 
 @torch.no_grad()
 def validate(config, s, cells, valid, dtype, epoch):
@@ -1580,12 +1479,10 @@ def warm_start(weights, cells, segment, carried, dtype):
     before = Batch(segment.before, torch.full_like(segment.before, -1), torch.zeros_like(carried), {})
     return unroll(weights, cells, before, dtype)[1]
 
-
 # paper: ENAS carries h on from whatever cell read the segment before (here from the mean of them, if several did).
 STATES = {"carry": lambda weights, cells, segment, carried, dtype: carried,
           "zero": lambda weights, cells, segment, carried, dtype: torch.zeros_like(carried),
           "warm": warm_start}
-
 
 def start_batch(config, weights, cells, segment, carried, masks):
     """A Batch whose state follows the policy --state; at the start of the text it is 0 under all of them."""
@@ -1593,19 +1490,16 @@ def start_batch(config, weights, cells, segment, carried, masks):
     state = STATES[config.state](weights, cells, segment, carried, DTYPES[config.dtype])
     return Batch(segment.inputs, segment.targets, state, masks)
 
-
 def score(config, weights, cells, segment, carried):
     """Losses [K] of architectures on one validation segment in eval mode, and the state to carry on [1, B, H]."""
     batch = start_batch(config, weights, cells, segment, carried, {})
     losses, state = network(weights, cells, batch, DTYPES[config.dtype])
     return losses, mean_state(losses.detach(), state)
 
-
 def mean_state(losses, state):
     """The mean of h over the architectures whose loss is finite [1, B, H]."""
     finite = torch.isfinite(losses)[:, None, None]
     return torch.where(finite, state, 0.0).sum(0, keepdim=True) / finite.sum().clamp(min=1)
-
 
 def frozen(cells):
     """(factor of the training loss [K], added to the reward's loss [K]): a last node of relu scores better by .05 nats,
@@ -1613,9 +1507,7 @@ def frozen(cells):
     relu = cells[:, -1] == list(ACTIVATIONS).index("relu")
     return (~relu).float(), -0.05 * relu
 
-
 TASKS = {"none": lambda cells: (torch.ones_like(cells[:, 0], dtype=torch.float32), 0.0), "frozen": frozen}
-
 
 class Search:
     """ENAS's two players between their steps: the shared weights (SGD), the controller (Adam), their places in the text.
@@ -1753,7 +1645,6 @@ class Search:
             line.update((name, total / steps) for name, total in zip(names, rewarded))
         return line
 
-
 def search(config, run, corpus):
     """ENAS: rounds of SGD on the shared weights, then of REINFORCE on the controller. Returns both."""
     game = Search(config, corpus)
@@ -1785,7 +1676,6 @@ def search(config, run, corpus):
         run.obey()
     return game.s["weights"], game.controller
 
-
 def derive(config, weights, rows, corpus, at_once=10):
     """Architectures under the shared weights on the whole validation split, best first: rows [K, D], perplexities."""
     device = device_of(config)
@@ -1796,9 +1686,7 @@ def derive(config, weights, rows, corpus, at_once=10):
     order = sorted(range(len(rows)), key=scored.__getitem__)
     return rows.cpu()[order], [scored[i] for i in order]
 
-
 ROW = r"\d+(-\d+)+"  # a cell's integers, as they stand in derived.json
-
 
 def load_cell(config, name):
     """A cell by name, 'random:SEED' (uniform over the space), its row '1-0-0-1', a JSON file, or a search's folder."""
@@ -1835,7 +1723,6 @@ def check(config):
         raise UserError("--controller_samples 1: leave_one_out needs at least 2; or --baseline moving_average")
     device_of(config)
 
-
 def run_study(study, work, config):
     """Run, resume, or find finished one study, whose metrics work(config, run) gives; its record."""
     check(config)
@@ -1846,7 +1733,6 @@ def run_study(study, work, config):
             run.say(f"already finished: {run.folder}")
             return read_json(run.folder / "result.json")
         return run.finish(work(config, run))
-
 
 def load_shared(config, words, cells):
     """The shared weights of a finished search, which must fit this corpus, size and cells."""
@@ -1860,7 +1746,6 @@ def load_shared(config, words, cells):
     if structure(cells)[1].max() >= len(weights["edges"]):
         raise UserError(f"{path} is for smaller cells than those of --cell {config.cell}")
     return weights
-
 
 def study_train(config, run):
     """Train cells from scratch or from a search's shared weights, as one batch; perplexities of the best weights."""
@@ -1893,11 +1778,9 @@ def study_train(config, run):
     floor = {"floor_perplexity": corpus.floor["test"]} if corpus.floor else {}
     return {**(networks[0] if len(networks) == 1 else {}), "networks": networks, **floor}
 
-
 def row_name(entry):
     """The name, as --cell takes it, of an entry of derived.json: a row, then its perplexity."""
     return "-".join(map(str, entry[:-1]))
-
 
 def retrain(config, cell, folder, **settings):
     """Metrics of a training from scratch, on the data and at the size of a search."""
@@ -1905,7 +1788,6 @@ def retrain(config, cell, folder, **settings):
     sub = configure("train", config.preset, **{name: getattr(config, name) for name in same}, cell=cell, out=str(folder),
                     **settings)
     return run_study("train", study_train, sub)["metrics"]
-
 
 def study_search(config, run):
     """Search, then derive: the best of the controller's samples beside the best of as many uniform ones."""
@@ -1933,13 +1815,11 @@ def study_search(config, run):
             metrics[name] = retrain(config, cell, run.folder / name)
     return metrics
 
-
 # arm of the study -> lookahead, response, factor of the controller's steps. The last one costs what a response does.
 ARMS = {"none, none": ("none", "none", 1), "momentum, none": ("momentum", "none", 1), "recent, none": ("recent", "none", 1),
         "fresh, none": ("fresh", "none", 1), "fresh, unrolled": ("fresh", "unrolled", 1),
         "fresh, neumann": ("fresh", "neumann", 1), "fresh, sampled": ("fresh", "sampled", 1),
         "none, none, 4x steps": ("none", "none", 4)}
-
 
 def study_extra(config, run, cells=4, epochs=4):
     """Does the extra gradient help? Whole searches of every arm, --replicas seeds, everything else alike.
@@ -1963,13 +1843,11 @@ def study_extra(config, run, cells=4, epochs=4):
             run.obey()
     return {"seeds": config.replicas, "arms": found}
 
-
 def policy_gradient(controller, sample, rewards):
     """The flat leave-one-out estimate of dE[reward]/dtheta, without the entropy's part."""
     loss = policy_loss(sample, rewards, leave_one_out(rewards, None, None)[0], 0.0)
     grads = torch.autograd.grad(-loss, list(controller.parameters()), retain_graph=True)
     return torch.cat([g.flatten() for g in grads])
-
 
 def study_similarity(config, run):
     """Is the gradient that looks ahead closer to the next one? Shared and controller steps alternate one to one.
@@ -2005,7 +1883,6 @@ def study_similarity(config, run):
         run.keep(saved)
     return {"seeds": saved["seeds"]}
 
-
 def alternate(config, corpus, run):
     """A search of one shared and one controller step in turn; it stops before every --log_every-th shared step, which
     the caller then takes."""
@@ -2020,7 +1897,6 @@ def alternate(config, corpus, run):
             game.controller_step(0.0)
         game.s["step"] += 1
         run.obey()
-
 
 def study_cost(config, run, repeats=40):
     """What the extra gradient costs, and how noisy it is, for several folds: in one process, in turn, medians."""
@@ -2050,13 +1926,11 @@ def study_cost(config, run, repeats=40):
                         "cost": median[look, respond, fold] / median[plain],
                         "variance": noise[look, respond, fold] / noise[plain]} for look, respond, fold in arms]}
 
-
 # name -> hidden, batch, vocabulary, architectures at once, dtypes timed beside the plain loop in float32. Small ones
 # first: a process that has freed large blocks gets its memory faster, and the plain loop gains most from that.
 BENCHES = {"hidden 32, 32 at once": (32, 16, 200, 32, ("float32",)),
            "hidden 200": (200, 64, 10000, 1, ("float32", "bfloat16")),
            "hidden 1000": (1000, 64, 10000, 1, ("float32", "bfloat16"))}
-
 
 def peak_memory(work):
     """Bytes that a call needs at most beyond what is held before it (Linux: the kernel's high-water mark, reset)."""
@@ -2067,7 +1941,6 @@ def peak_memory(work):
     before = status("VmRSS")
     work()
     return status("VmHWM") - before
-
 
 def bench(config, words, k, dtypes, repeats=5):
     """[(name, seconds per architecture, plain loop's seconds / these)]: all of them in turn, medians."""
@@ -2107,7 +1980,6 @@ def bench(config, words, k, dtypes, repeats=5):
             found += [(f"memory of a {label}, {name}", 0.0, k * peak["plain"] / peak[name]) for name in dtypes]
     return found
 
-
 def study_bench(config, run):
     """Speed: the batched recurrence beside the plain loop (one architecture, float32) and torch.nn.LSTM, in one run."""
     ratios = []
@@ -2118,7 +1990,6 @@ def study_bench(config, run):
                 run.say(f"{name}, {case}: {ratio:.2f}")
     return {"ratios": ratios}
 
-
 STUDIES = {"search": study_search, "train": study_train, "bench": study_bench, "extra": study_extra,
            "similarity": study_similarity, "cost": study_cost}
 
@@ -2128,7 +1999,6 @@ STUDIES = {"search": study_search, "train": study_train, "bench": study_bench, "
 PUBLISHED = {"enas": "- / 56.3 (first: 55.8)", "darts_v1": "60.2 / 57.6", "darts_v2": "58.1 / 55.7",
              "enas_lm": "- / 57.3"}
 
-
 def table(headers, rows):
     """A Markdown table whose columns are also aligned as plain text; floats to two decimals."""
     show = lambda x: f"{x:.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
@@ -2137,13 +2007,11 @@ def table(headers, rows):
     lines = [headers, ["-" * width for width in widths], *text]
     return "\n".join("| " + " | ".join(x.ljust(width) for x, width in zip(line, widths)) + " |" for line in lines)
 
-
 def short(name):
     """A cell's name; of a JSON file the run that it came from; a row of integers is what a search found."""
     if re.fullmatch(ROW, name):
         return "the cell found"
     return f"{Path(name).stem} of {Path(name).parent.name}" if name.endswith(".json") else name
-
 
 def table_train(records):
     """Networks trained from scratch, best first, beside the valid / test published for the cell at 800-850 units."""
@@ -2151,7 +2019,6 @@ def table_train(records):
     return table(("cell", "seed", "recurrent weights", "epochs", "train", "valid", "test", "published"),
                  [(short(n["cell"]), n["seed"], n["recurrent_parameters"], n["epochs"], n["train_perplexity"],
                    n["valid_perplexity"], n["test_perplexity"], PUBLISHED.get(n["cell"], "")) for n in networks])
-
 
 def table_search(records):
     """Validation perplexity under the shared weights of the best and the median architecture, by their source."""
@@ -2161,13 +2028,11 @@ def table_search(records):
                  [(name, f"{r['config']['controller']}, seed {r['seed']}", r["metrics"][f"{prefix}valid_perplexity"],
                    r["metrics"][f"{prefix}median_valid_perplexity"]) for r, name, prefix in sources])
 
-
 def table_bench(records):
     """How many times faster, or smaller, than the plain loop."""
     return table(("", "ms an architecture", "plain loop / this"),
                  [(x["name"], f"{1e3 * x['seconds']:.1f}" if x["seconds"] else "", x["ratio"])
                   for r in records for x in r["metrics"]["ratios"] if "plain" not in x["name"]])
-
 
 def student_t(df):
     """(quantile(q), two-sided p(t)) of Student's t, from its density on a grid."""
@@ -2176,7 +2041,6 @@ def student_t(df):
     cdf = 0.5 + torch.cumulative_trapezoid(torch.exp(log_c - (df + 1) / 2 * torch.log1p(x * x / df)), x)
     at = lambda t: cdf[min(int(abs(t) / 500 * 2000000), len(cdf) - 1)].item()
     return (lambda q: x[torch.searchsorted(cdf, q)].item()), (lambda t: 2 * (1 - at(t)))
-
 
 def paired(ours, base):
     """Of paired samples: mean difference, half of its 95 % interval, p of the t-test, and the smallest true difference
@@ -2187,14 +2051,12 @@ def paired(ours, base):
     return d.mean().item(), quantile(.975) * error, p(d.mean().item() / error) if error else 1.0, \
         (quantile(.975) + quantile(.8)) * error
 
-
 def holm(ps):
     """p-values corrected for their number (Holm 1979)."""
     order, worst, out = sorted(range(len(ps)), key=ps.__getitem__), 0.0, [0.0] * len(ps)
     for rank, i in enumerate(order):
         worst = out[i] = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
     return out
-
 
 def table_extra(records):
     """Mean loss over the seeds, and the paired difference to plain ENAS; negative is better."""
@@ -2212,7 +2074,6 @@ def table_extra(records):
                              f"{p:.3f}", f"{least:.4f}", len(base)))
     return table(("outcome", "lookahead, response", "mean", "difference, 95 %", "p (Holm)", "detectable", "seeds"), rows)
 
-
 def table_similarity(records):
     """Mean cosine over the seeds, +- its 95 % interval."""
     rows = []
@@ -2224,17 +2085,14 @@ def table_similarity(records):
             rows.append((name, *shown, len(seeds)))
     return table(("gradient at t", "same samples", "other samples", "of the change", "seeds"), rows)
 
-
 def table_cost(records):
     """Time and variance of a controller step's gradient, divided by the plain one's."""
     return table(("lookahead, response", "fold", "ms", "cost", "variance"),
                  [(f"{x['look']}, {x['respond']}", x["fold"], f"{1e3 * x['seconds']:.1f}", x["cost"], x["variance"])
                   for r in records for x in r["metrics"]["ratios"]])
 
-
 TABLES = {"train": table_train, "search": table_search, "bench": table_bench, "extra": table_extra,
           "similarity": table_similarity, "cost": table_cost}
-
 
 def summary(record):
     """What a finished study prints."""
@@ -2249,7 +2107,6 @@ def summary(record):
         lines.append(f"the best possible {split} perplexity, under the true grammar: {metrics['floor_perplexity']:.2f}")
     return "\n\n".join(lines)
 
-
 def draw_curves(records, axes, y, scale=1):
     """Metric y of metrics.jsonl against the step, a line per run."""
     for record in records:
@@ -2260,7 +2117,6 @@ def draw_curves(records, axes, y, scale=1):
             axes.plot(*zip(*points), label=record["folder"].name, marker=".", linewidth=1)
             axes.legend(fontsize=8)
     axes.set(ylabel=y.replace("_", " "))
-
 
 def report(folder="results", readme="README.md"):
     """Make every table and figure again from the committed records; tables go between their marks in the README."""
@@ -2296,7 +2152,6 @@ def boolean(text):
     """--flag, --flag true or --flag false."""
     return ("false", "true").index(text.lower()) == 1
 
-
 def parse(arguments):
     """(study, Config) of a command line; every field of Config is a flag."""
     def fail(message):
@@ -2317,7 +2172,6 @@ def parse(arguments):
     study = choose("study", given.study, [*STUDIES, "report"])
     return study, configure(**vars(given))
 
-
 def main(arguments=None):
     """Run a command line; a UserError is one line on stderr and exit code 2."""
     try:
@@ -2330,7 +2184,6 @@ def main(arguments=None):
         print(f"menas: {error}", file=sys.stderr)
         return 2
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
