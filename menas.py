@@ -143,7 +143,7 @@ PRESETS = {
         "extra": dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=2, derive_samples=24,
                       replicas=10, retrain=True),
         "similarity": dict(epochs=8, shared_steps=60, warm_epochs=2, log_every=10, replicas=5),
-        "cost": dict(shared_steps=200)},
+        "cost": dict(shared_steps=200, controller_steps=40)},
     "ptb": {
         "all": dict(data="ptb", hidden=200, dtype="bfloat16", weight_decay=1.2e-6),
         "search": dict(epochs=4, batch=20, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine",
@@ -1898,33 +1898,33 @@ def alternate(config, corpus, run):
         game.s["step"] += 1
         run.obey()
 
-def study_cost(config, run, repeats=40):
-    """What the extra gradient costs, and how noisy it is, for several folds: in one process, in turn, medians."""
-    corpus = load_corpus(config)
-    game = Search(config, corpus)
+def study_cost(config, run):
+    """What the extra gradient costs, and how noisy it is, for several folds: --controller_steps draws of each in turn.
+
+    Relative to plain ENAS's: median seconds; variance, a mean that a single exploding draw may rule; and the typical
+    squared deviation, a median."""
+    game = Search(config, load_corpus(config))
     game.remembers = True
     for _ in range(config.shared_steps):  # to where the weights are no longer random
         game.shared_step(0.0)
         game.s["step"] += 1
-    arms = [("none", "none", 1), ("momentum", "none", 1)]
-    arms += [("fresh", respond, fold) for respond in RESPONSE for fold in (1, 2, 4)]
+    arms = [("none", "none", 1), ("momentum", "none", 1)] + [("fresh", respond, a) for respond in RESPONSE for a in (1, 2, 4)]
     seconds, grads = ({arm: [] for arm in arms} for _ in range(2))
-    for i in range(repeats):
-        for arm in arms:
-            look, respond, fold = arm
-            game.config = replace(config, lookahead=look, response=respond, fold=fold)
-            game.s["step"] += 1
-            start = time.perf_counter()
-            sample, rewards = game.rewarded(0.0)
-            grads[arm].append(policy_gradient(game.controller, sample, sum(rewards)))
-            seconds[arm].append(time.perf_counter() - start)
+    for arm in arms * config.controller_steps:
+        game.config = replace(config, lookahead=arm[0], response=arm[1], fold=arm[2])
+        game.s["step"] += 1
+        start = time.perf_counter()
+        sample, rewards = game.rewarded(0.0)
+        grads[arm].append(policy_gradient(game.controller, sample, sum(rewards)))
+        seconds[arm].append(time.perf_counter() - start)
         run.obey()
-    median = {arm: sorted(times)[repeats // 2] for arm, times in seconds.items()}
-    noise = {arm: torch.stack(g).var(0).sum().item() for arm, g in grads.items()}
+    median = lambda values: sorted(values)[len(values) // 2]
+    squares = {arm: (torch.stack(g) - torch.stack(g).mean(0)).square().sum(1).tolist() for arm, g in grads.items()}
+    typical = {arm: median((torch.stack(g) - torch.stack(g).median(0)[0]).square().sum(1).tolist()) for arm, g in grads.items()}
     plain = arms[0]
-    return {"ratios": [{"look": look, "respond": respond, "fold": fold, "seconds": median[look, respond, fold],
-                        "cost": median[look, respond, fold] / median[plain],
-                        "variance": noise[look, respond, fold] / noise[plain]} for look, respond, fold in arms]}
+    return {"ratios": [{"arm": arm, "seconds": median(seconds[arm]), "cost": median(seconds[arm]) / median(seconds[plain]),
+                        "variance": sum(squares[arm]) / sum(squares[plain]), "typical": typical[arm] / typical[plain]}
+                       for arm in arms]}
 
 # name -> hidden, batch, vocabulary, architectures at once, dtypes timed beside the plain loop in float32. Small ones
 # first: a process that has freed large blocks gets its memory faster, and the plain loop gains most from that.
@@ -2034,22 +2034,22 @@ def table_bench(records):
                  [(x["name"], f"{1e3 * x['seconds']:.1f}" if x["seconds"] else "", x["ratio"])
                   for r in records for x in r["metrics"]["ratios"] if "plain" not in x["name"]])
 
+@lru_cache
 def student_t(df):
-    """(quantile(q), two-sided p(t)) of Student's t, from its density on a grid."""
-    x = torch.linspace(0, 500, 2000001, dtype=torch.float64)
+    """Student's distribution on a grid from 0: t and its cumulative probability."""
+    t = torch.linspace(0, 500, 1000001, dtype=torch.float64)
     log_c = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
-    cdf = 0.5 + torch.cumulative_trapezoid(torch.exp(log_c - (df + 1) / 2 * torch.log1p(x * x / df)), x)
-    at = lambda t: cdf[min(int(abs(t) / 500 * 2000000), len(cdf) - 1)].item()
-    return (lambda q: x[torch.searchsorted(cdf, q)].item()), (lambda t: 2 * (1 - at(t)))
+    density = torch.exp(log_c - (df + 1) / 2 * torch.log1p(t * t / df))
+    return t, 0.5 + F.pad(torch.cumulative_trapezoid(density, t), (1, 0))
 
-def paired(ours, base):
-    """Of paired samples: mean difference, half of its 95 % interval, p of the t-test, and the smallest true difference
-    that such a test finds in 80 of 100 cases."""
-    d = torch.tensor(ours, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
-    quantile, p = student_t(len(d) - 1)
-    error = d.std().item() / math.sqrt(len(d))
-    return d.mean().item(), quantile(.975) * error, p(d.mean().item() / error) if error else 1.0, \
-        (quantile(.975) + quantile(.8)) * error
+def t_test(values):
+    """Of a sample [n]: mean, half of its 95 % interval, p of the mean being 0, and the smallest true mean that such a
+    test finds in 80 of 100 cases."""
+    values = torch.tensor(values, dtype=torch.float64)
+    mean, error, (t, p) = values.mean().item(), values.std().item() / math.sqrt(len(values)), student_t(len(values) - 1)
+    quantile = lambda q: t[torch.searchsorted(p, q)].item()
+    at = min(int(abs(mean) / max(error, 1e-300) / 500 * 1000000), len(p) - 1)
+    return mean, quantile(.975) * error, 2 * (1 - p[at].item()), (quantile(.975) + quantile(.8)) * error
 
 def holm(ps):
     """p-values corrected for their number (Holm 1979)."""
@@ -2058,38 +2058,43 @@ def holm(ps):
         worst = out[i] = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
     return out
 
+OUTCOMES = {"expected": "F", "scratch": "from scratch", "frozen": "fraction frozen"}
+
+def differences(record, outcome):
+    """{arm: its difference to plain ENAS, a value for each seed} of a record of extra; {} if it was not measured."""
+    arms = record["metrics"]["arms"]
+    base = arms["none, none"][outcome]
+    measured = len(base) > 1 and (outcome != "frozen" or record["config"]["task"] != "none")
+    return {arm: [x - y for x, y in zip(found[outcome], base)] for arm, found in arms.items()} if measured else {}
+
 def table_extra(records):
-    """Mean loss over the seeds, and the paired difference to plain ENAS; negative is better."""
+    """Means over the seeds, and paired differences to plain ENAS: of losses, less is better."""
     rows = []
-    for outcome, title in (("expected", "F"), ("scratch", "from scratch"), ("frozen", "fraction frozen")):
-        for record in records:
-            arms = record["metrics"]["arms"]
-            base, others = arms["none, none"][outcome], [name for name in arms if name != "none, none"]
-            if record["config"]["task"] == "none" and outcome == "frozen" or len(base) < 2:
-                continue
-            rows.append((title, "none, none", f"{sum(base) / len(base):.4f}", "", "", "", len(base)))
-            tests = [paired(arms[name][outcome], base) for name in others]
-            for name, (mean, half, _, least), p in zip(others, tests, holm([t[2] for t in tests])):
-                rows.append((title, name, f"{sum(arms[name][outcome]) / len(base):.4f}", f"{mean:+.4f} +- {half:.4f}",
-                             f"{p:.3f}", f"{least:.4f}", len(base)))
-    return table(("outcome", "lookahead, response", "mean", "difference, 95 %", "p (Holm)", "detectable", "seeds"), rows)
+    for record, outcome in ((r, o) for r in records for o in OUTCOMES):
+        found = differences(record, outcome)
+        tests = [t_test(values) for values in found.values()]
+        for i, (arm, p) in enumerate(zip(found, [1.0] + holm([test[2] for test in tests[1:]]))):
+            values, (mean, half, _, least) = record["metrics"]["arms"][arm][outcome], tests[i]
+            shown = (f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}") if i else ("", "", "")
+            rows.append((OUTCOMES[outcome], arm, f"{sum(values) / len(values):.3f}", *shown, len(values)))
+    return table(("outcome", "lookahead, response", "mean", "difference", "p (Holm)", "detectable", "seeds"), rows)
+
+def cosines(record):
+    """{estimator: (mean, half of the 95 % interval) of each of its three cosines} over the seeds."""
+    seeds = record["metrics"]["seeds"]
+    return {name: [t_test([seed[name][i] for seed in seeds])[:2] for i in range(3)] for name in seeds[0]}
 
 def table_similarity(records):
     """Mean cosine over the seeds, +- its 95 % interval."""
-    rows = []
-    for seeds in (r["metrics"]["seeds"] for r in records):
-        for name in seeds[0]:
-            values = torch.tensor([seed[name] for seed in seeds], dtype=torch.float64)   # [seeds, 3]
-            half = student_t(len(seeds) - 1)[0](.975) * values.std(0) / math.sqrt(len(seeds)) if len(seeds) > 1 else 0 * values[0]
-            shown = [f"{m:.3f} +- {h:.3f}" if math.isfinite(m) else "" for m, h in zip(values.mean(0).tolist(), half.tolist())]
-            rows.append((name, *shown, len(seeds)))
-    return table(("gradient at t", "same samples", "other samples", "of the change", "seeds"), rows)
+    return table(("gradient at t", "same samples", "other samples", "of the change"),
+                 [(name, *(f"{mean:.3f} +- {half:.3f}" for mean, half in values))
+                  for record in records for name, values in cosines(record).items()])
 
 def table_cost(records):
-    """Time and variance of a controller step's gradient, divided by the plain one's."""
-    return table(("lookahead, response", "fold", "ms", "cost", "variance"),
-                 [(f"{x['look']}, {x['respond']}", x["fold"], f"{1e3 * x['seconds']:.1f}", x["cost"], x["variance"])
-                  for r in records for x in r["metrics"]["ratios"]])
+    """Cost and noise of a controller step's gradient, divided by the plain one's."""
+    return table(("lookahead, response", "fold", "ms", "cost", "variance", "typical"),
+                 [(", ".join(x["arm"][:2]), x["arm"][2], f"{1e3 * x['seconds']:.1f}", x["cost"], f"{x['variance']:.3g}",
+                   x["typical"]) for r in records for x in r["metrics"]["ratios"]])
 
 TABLES = {"train": table_train, "search": table_search, "bench": table_bench, "extra": table_extra,
           "similarity": table_similarity, "cost": table_cost}
@@ -2118,17 +2123,49 @@ def draw_curves(records, axes, y, scale=1):
             axes.legend(fontsize=8)
     axes.set(ylabel=y.replace("_", " "))
 
+def draw_extra(records, path):
+    """A panel per corpus, task and outcome: every seed's difference to plain ENAS, the mean and its 95 % interval."""
+    panels = [(r, outcome) for r in records for outcome in OUTCOMES if outcome != "frozen" and differences(r, outcome)]
+    figure = Figure(figsize=(4 * len(panels) + 1.5, 3.6), layout="constrained")
+    for axes, (record, outcome) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+        found = list(differences(record, outcome).items())[:0:-1]
+        for i, (arm, values) in enumerate(found):
+            mean, half = t_test(values)[:2]
+            axes.plot(values, [i] * len(values), ".", color="#999999", label="" if i else "a seed")
+            axes.errorbar(mean, i, xerr=half, fmt="o", color="tab:blue", capsize=4, label="" if i else "mean, 95 %")
+        axes.axvline(0, color="black", linewidth=1)
+        axes.set(yticks=range(len(found)), yticklabels=[arm for arm, _ in found], title=f"{label(record)}: {OUTCOMES[outcome]}",
+                 xlabel="loss minus plain ENAS's, nats")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+def draw_similarity(record, path):
+    """The three cosines of table_similarity."""
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    for i, (axes, title) in enumerate(zip(figure.subplots(1, 3, sharey=True), ("same samples", "other samples", "the change"))):
+        found = list(cosines(record).items())[::-1]
+        for y, (name, values) in enumerate(found):
+            axes.errorbar(values[i][0], y, xerr=values[i][1], fmt="o", color="tab:blue", capsize=4)
+        axes.set(yticks=range(len(found)), yticklabels=[name for name, _ in found], title=title,
+                 xlabel="cosine with the gradient at t + 1")
+    figure.savefig(path, dpi=100)
+
+def label(record):
+    """The corpus, or the constructed task, of a record."""
+    task = record["config"].get("task", "none")
+    return record["config"]["data"] if task == "none" else task
+
 def report(folder="results", readme="README.md"):
     """Make every table and figure again from the committed records; tables go between their marks in the README."""
     records = [{**read_json(path), "folder": path.parent} for path in sorted(Path(folder).glob("*/result.json"))]
     if not records:
         raise UserError(f"no records in {folder}/")
-    group = lambda study, data: [r for r in records if (r["study"], r["config"]["data"]) == (study, data)]
+    group = lambda *wanted: [r for r in records if (r["study"], label(r))[:len(wanted)] == wanted]
     text = Path(readme).read_text() if Path(readme).exists() else ""
-    for study, data in sorted({(r["study"], r["config"]["data"]) for r in records}):
-        made = TABLES[study](group(study, data))
-        print(f"{study} {data}\n{made}\n")
-        between = rf"(<!-- {study} {data} -->\n).*?(<!-- end -->)"
+    for study, on in sorted({(r["study"], label(r)) for r in records}):
+        made = TABLES[study](group(study, on))
+        print(f"{study} {on}\n{made}\n")
+        between = rf"(<!-- {study} {on} -->\n).*?(<!-- end -->)"
         text = re.sub(between, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
     if text:
         Path(readme).write_text(text)
@@ -2141,7 +2178,11 @@ def report(folder="results", readme="README.md"):
     draw_curves(group("search", "ptb"), entropy, "entropy")
     entropy.set(xlabel="step of the search", title="the policy's entropy, nats")
     figure.savefig(Path(folder) / "curves.png", dpi=110)
-    for record in (r for r in records if r["study"] == "search"):
+    if group("extra"):
+        draw_extra(group("extra"), Path(folder) / "extra.png")
+    for record in group("similarity")[:1]:
+        draw_similarity(record, Path(folder) / "similarity.png")
+    for record in group("search"):
         cell = cell_from_json(record["metrics"]["best_cell"])
         draw_cell(cell, "the cell found").figure.savefig(record["folder"] / "cell.png", dpi=110)
 

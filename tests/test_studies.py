@@ -1,0 +1,89 @@
+"""The studies of the extra gradient, their statistics, and the constructed task. Run: pytest tests/test_studies.py"""
+import json
+
+import pytest
+import torch
+
+import menas
+from menas import (ARMS, Batch, Search, configure, differences, frozen, holm, load_corpus, main, run_study, study_extra,
+                   study_similarity, t_test)
+
+TINY = dict(hidden=8, nodes=3, epochs=1, shared_steps=4, controller_steps=2, controller_samples=3, derive_samples=3,
+            log_every=2, replicas=2, batch=8, settle=1)
+
+
+def test_t_test():
+    """Oracle: a published table of Student's t: 9 degrees of freedom, .975: 2.2622, .8: .8834; p of t = 1.8331 is .1."""
+    values = [-1.0, 1.0] * 5
+    mean, half, p, least = t_test([x + .5 for x in values])
+    error = torch.tensor(values, dtype=torch.float64).std().item() / 10 ** .5
+    assert mean == pytest.approx(.5) and half == pytest.approx(2.2622 * error, rel=1e-3)
+    assert least == pytest.approx((2.2622 + .8834) * error, rel=1e-3)
+    assert t_test([x + 1.8331 * error for x in values])[2] == pytest.approx(.1, abs=1e-3)
+    assert t_test([1.0, 1.0, 1.0])[:2] == (1.0, 0.0) and t_test([0.0, 0.0])[2] == 1.0
+
+
+def test_holm():
+    """Oracle: by hand; .01 * 3, then max(.03, .02 * 2), then max(.04, .04)."""
+    assert holm([.04, .01, .02]) == pytest.approx([.04, .03, .04])
+
+
+def test_extra_pairs_seeds_and_is_made_again(tmp_path):
+    """Arms of a seed share everything but the estimator; the plain one is the very search of that seed."""
+    config = configure("extra", "smoke", **TINY, retrain=False, out=str(tmp_path))
+    record = run_study("extra", study_extra, config)
+    arms = record["metrics"]["arms"]
+    assert set(arms) == set(ARMS) and all(len(found["expected"]) == 2 for found in arms.values())
+    alone = menas.replace(config, seed=2, replicas=1, out=str(tmp_path / "alone"))
+    metrics = run_study("search", menas.study_search, alone)["metrics"]
+    assert arms["none, none"]["expected"][1] == metrics["expected_valid_loss"]
+    assert differences(record, "expected")["none, none"] == [0.0, 0.0] and not differences(record, "scratch")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "none, none, 4x steps, 1/metrics.jsonl").open()]
+    assert steps[-1] == 2 * 4 + 4 * 2  # shared steps of both rounds, controller steps of the first
+
+
+def test_similarity_of_the_step_to_come(tmp_path):
+    """The next gradient against itself is 1 on the same samples; the plain one has no predicted change."""
+    config = configure("similarity", "smoke", **{**TINY, "shared_steps": 12}, out=str(tmp_path))
+    for seed in run_study("similarity", study_similarity, config)["metrics"]["seeds"]:
+        assert seed["the next one itself"][0] == pytest.approx(1, abs=1e-4)
+        assert seed["none, none"][2] == 0 and all(abs(x) <= 1.0001 for values in seed.values() for x in values)
+
+
+def test_a_lookahead_that_takes_the_real_step_predicts_it():
+    """Oracle: the shared step itself. Foreseen on the architectures, segment and masks that it then takes, the gradient
+    at omega' is that at omega_(t+1)."""
+    config = configure("similarity", "smoke", **TINY, shared_samples=2)
+    game = Search(config, load_corpus(config))
+    rewards, sample = game.rewards_on(game.streams["valid"].next()), game.controller.sample(3, 5)
+    with torch.no_grad():
+        cells = game.controller.sample(2, *game.key("shared")).rows
+    step = game.foresee(0.0, cells)  # the first segments of both streams are the same text
+    masks = game.masks(0)
+    step = step._replace(losses=lambda w, c, segment: menas.network(
+        w, c, Batch(segment.inputs, segment.targets, torch.zeros(1, 8, 8), masks))[0])
+    ahead = menas.extra_rewards("fresh", "none", game.s["weights"], sample.rows, None, rewards, step)[0]
+    game.shared_step(0.0)
+    assert torch.allclose(ahead, rewards(game.s["weights"], sample.rows).detach(), atol=1e-4)
+
+
+def test_frozen_cells_train_nothing():
+    """Oracle: the weights, which a step on frozen cells leaves as they are but for the decay."""
+    config = configure("search", "smoke", **TINY, task="frozen", weight_decay=0.0, shared_samples=4)
+    game = Search(config, load_corpus(config))
+    before = {name: w.clone() for name, w in game.s["weights"].items()}
+    rows = game.controller.sample(4, 1).rows
+    game.controller.sample = lambda k, *key: menas.Sample(rows, torch.zeros(4), torch.zeros(4))
+    for act, moves in (("relu", False), ("tanh", True)):
+        rows[:, -1] = list(menas.ACTIVATIONS).index(act)
+        assert bool(frozen(rows)[0].any()) == moves
+        game.shared_step(0.0)
+        assert any(not torch.equal(w, before[name]) for name, w in game.s["weights"].items()) == moves
+
+
+@pytest.mark.parametrize("study", ["extra", "similarity", "cost"])
+def test_the_commands_run(tmp_path, study, capsys):
+    settings = [x for name, value in TINY.items() for x in (f"--{name}", str(value))]
+    assert main([study, "--preset", "smoke", *settings, "--retrain", "false", "--out", str(tmp_path / "run")]) == 0
+    assert "fresh, unrolled" in capsys.readouterr().out
+    menas.report(str(tmp_path), str(tmp_path / "none.md"))
