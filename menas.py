@@ -1821,67 +1821,34 @@ ARMS = {"none, none": ("none", "none", 1), "momentum, none": ("momentum", "none"
         "fresh, neumann": ("fresh", "neumann", 1), "fresh, sampled": ("fresh", "sampled", 1),
         "none, none, 4x steps": ("none", "none", 4)}
 
+OUTCOMES = {"expected": "F", "scratch": "from scratch", "frozen": "fraction frozen"}
+
 def study_extra(config, run, cells=4, epochs=4):
     """Does the extra gradient help? Whole searches of every arm, --replicas seeds, everything else alike.
 
     Two outcomes a search: F itself, the mean validation loss of the controller's samples once the shared weights have
     been trained on for the fixed controller (--settle), and, with --retrain, that of a few of them from scratch."""
-    found = {name: {"expected": [], "scratch": [], "frozen": []} for name in ARMS}
-    for seed in range(config.seed, config.seed + config.replicas):
-        for name, (look, respond, factor) in ARMS.items():
-            sub = replace(config, seed=seed, replicas=1, retrain=False, lookahead=look, response=respond, out=str(run.folder / f"{name}, {seed}"),
-                          controller_steps=factor * config.controller_steps)
-            found[name]["expected"].append(run_study("search", study_search, sub)["metrics"]["expected_valid_loss"])
-            derived = read_json(Path(sub.out) / "derived.json")["cells"]
-            found[name]["frozen"].append(sum(1 - TASKS[config.task](torch.tensor([row[:-1]]))[0].item() for row in derived)
-                                         / len(derived))
-            if config.retrain:
-                some = torch.randperm(len(derived), generator=rng(seed, "scratch"))[:cells].tolist()
-                metrics = retrain(sub, ",".join(row_name(derived[i]) for i in some), Path(sub.out) / "scratch", epochs=epochs)
-                losses = [math.log(network["valid_perplexity"]) for network in metrics["networks"]]
-                found[name]["scratch"].append(sum(losses) / len(losses))
-            run.obey()
-    return {"seeds": config.replicas, "arms": found}
+    found = {name: {outcome: [] for outcome in OUTCOMES} for name in ARMS}
+    for seed, name in ((config.seed + i, name) for i in range(config.replicas) for name in ARMS):
+        (look, respond, factor), folder = ARMS[name], run.folder / f"{name}, {seed}"
+        sub = replace(config, seed=seed, replicas=1, retrain=False, lookahead=look, response=respond, out=str(folder),
+                      controller_steps=factor * config.controller_steps)
+        found[name]["expected"].append(run_study("search", study_search, sub)["metrics"]["expected_valid_loss"])
+        derived = read_json(folder / "derived.json")["cells"]
+        learns = TASKS[config.task](torch.tensor([row[:-1] for row in derived]))[0]
+        found[name]["frozen"].append(1 - learns.mean().item())
+        if config.retrain:
+            some = torch.randperm(len(derived), generator=rng(seed, "scratch"))[:cells].tolist()
+            networks = retrain(sub, ",".join(row_name(derived[i]) for i in some), folder / "scratch", epochs=epochs)["networks"]
+            found[name]["scratch"].append(sum(math.log(n["valid_perplexity"]) for n in networks) / len(networks))
+        run.obey()
+    return {"arms": found}
 
 def policy_gradient(controller, sample, rewards):
     """The flat leave-one-out estimate of dE[reward]/dtheta, without the entropy's part."""
     loss = policy_loss(sample, rewards, leave_one_out(rewards, None, None)[0], 0.0)
     grads = torch.autograd.grad(-loss, list(controller.parameters()), retain_graph=True)
     return torch.cat([g.flatten() for g in grads])
-
-def study_similarity(config, run):
-    """Is the gradient that looks ahead closer to the next one? Shared and controller steps alternate one to one.
-
-    At every --log_every-th step t: the cosine between an estimator's gradient at omega_t and the plain one at
-    omega_(t+1), after the real shared step, theta as it was: on the same architectures and validation segment, and on
-    others (then the plain gradient at t + 1 against itself is the most that can be had). And of the changes since the
-    plain gradient at t, the predicted and the real one."""
-    corpus, lines = load_corpus(config), []
-    saved = run.restore() or {"seeds": []}
-    for seed in range(config.seed + len(saved["seeds"]), config.seed + config.replicas):
-        lines = []
-        for game in alternate(replace(config, seed=seed), corpus, run):
-            controller, s, rewards = game.controller, game.s, [game.rewards_on(game.streams["valid"].next()) for _ in range(2)]
-            draw = lambda n, *purpose: controller.sample(n, *game.key("similarity", *purpose))
-            samples = [draw(config.controller_samples, i) for i in range(2)]
-            with torch.no_grad():
-                ahead, fold = draw(2 * config.fold, "folds").rows.split(config.fold)
-            step, grads = game.foresee(0.0, ahead), {}
-            for name, (look, respond, factor) in ARMS.items():
-                if factor == 1:
-                    got = extra_rewards(look, respond, s["weights"], samples[0].rows, fold, rewards[0], step)
-                    grads[name] = policy_gradient(controller, samples[0], sum(got))
-            game.shared_step(0.0)
-            then = [policy_gradient(controller, sample, reward(s["weights"], sample.rows).detach())
-                    for sample, reward in zip(samples, rewards)]
-            grads["the next one itself"], now = then[0], grads["none, none"]
-            cosine = lambda a, b: F.cosine_similarity(a, b, dim=0).item()
-            lines.append({name: [cosine(g, then[0]), cosine(g, then[1]), cosine(g - now, then[0] - now)]
-                          for name, g in grads.items()})
-        saved["seeds"].append({name: torch.tensor([line[name] for line in lines]).nanmean(0).tolist() for name in lines[0]})
-        run.log(dict(step=seed, seed=seed), len(saved["seeds"]), config.replicas, 0)
-        run.keep(saved)
-    return {"seeds": saved["seeds"]}
 
 def alternate(config, corpus, run):
     """A search of one shared and one controller step in turn; it stops before every --log_every-th shared step, which
@@ -1897,6 +1864,37 @@ def alternate(config, corpus, run):
             game.controller_step(0.0)
         game.s["step"] += 1
         run.obey()
+
+def study_similarity(config, run):
+    """Is the gradient that looks ahead closer to the next one? Shared and controller steps alternate one to one.
+
+    At every --log_every-th step t: the cosine between an estimator's gradient at omega_t and the plain one at
+    omega_(t+1), after the real shared step, theta as it was: on the same architectures and validation segment, and on
+    others (then the plain gradient at t + 1 against itself is the most that can be had). And of the changes since the
+    plain gradient at t, the predicted and the real one."""
+    corpus, cosine = load_corpus(config), lambda a, b: F.cosine_similarity(a, b, dim=0).item()
+    saved = run.restore() or {"seeds": []}
+    for seed in range(config.seed + len(saved["seeds"]), config.seed + config.replicas):
+        lines = []
+        for game in alternate(replace(config, seed=seed), corpus, run):
+            weights, draw = game.s["weights"], lambda n, i: game.controller.sample(n, *game.key("similarity", i))
+            gradient = lambda sample, values: policy_gradient(game.controller, sample, values.detach())
+            rewards = [game.rewards_on(game.streams["valid"].next()) for _ in range(2)]
+            samples = [draw(config.controller_samples, i) for i in range(2)]
+            ahead, fold = draw(2 * config.fold, 2).rows.split(config.fold)
+            step, grads = game.foresee(0.0, ahead), {}
+            for name, (look, respond, factor) in ARMS.items():
+                if factor == 1:
+                    both = extra_rewards(look, respond, weights, samples[0].rows, fold, rewards[0], step)
+                    grads[name] = gradient(samples[0], sum(both))
+            game.shared_step(0.0)
+            then = [gradient(sample, reward(weights, sample.rows)) for sample, reward in zip(samples, rewards)]
+            grads["the next one itself"], now = then[0], grads["none, none"]
+            lines.append([[cosine(g, then[0]), cosine(g, then[1]), cosine(g - now, then[0] - now)] for g in grads.values()])
+        saved["seeds"].append(dict(zip(grads, torch.tensor(lines).nanmean(0).tolist())))
+        run.log(dict(step=seed, seed=seed), len(saved["seeds"]), config.replicas, 0)
+        run.keep(saved)
+    return saved
 
 def study_cost(config, run):
     """What the extra gradient costs, and how noisy it is, for several folds: --controller_steps draws of each in turn.
@@ -2058,8 +2056,6 @@ def holm(ps):
         worst = out[i] = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
     return out
 
-OUTCOMES = {"expected": "F", "scratch": "from scratch", "frozen": "fraction frozen"}
-
 def differences(record, outcome):
     """{arm: its difference to plain ENAS, a value for each seed} of a record of extra; {} if it was not measured."""
     arms = record["metrics"]["arms"]
@@ -2080,15 +2076,14 @@ def table_extra(records):
     return table(("outcome", "lookahead, response", "mean", "difference", "p (Holm)", "detectable", "seeds"), rows)
 
 def cosines(record):
-    """{estimator: (mean, half of the 95 % interval) of each of its three cosines} over the seeds."""
+    """Of each of the three cosines, {estimator: its mean over the search, a value for each seed}."""
     seeds = record["metrics"]["seeds"]
-    return {name: [t_test([seed[name][i] for seed in seeds])[:2] for i in range(3)] for name in seeds[0]}
+    return [{name: [seed[name][i] for seed in seeds] for name in seeds[0]} for i in range(3)]
 
 def table_similarity(records):
     """Mean cosine over the seeds, +- its 95 % interval."""
-    return table(("gradient at t", "same samples", "other samples", "of the change"),
-                 [(name, *(f"{mean:.3f} +- {half:.3f}" for mean, half in values))
-                  for record in records for name, values in cosines(record).items()])
+    shown = [[f"{mean:.3f} +- {half:.3f}" for mean, half, *_ in map(t_test, values.values())] for values in cosines(records[0])]
+    return table(("gradient at t", "same samples", "other samples", "of the change"), list(zip(cosines(records[0])[0], *shown)))
 
 def table_cost(records):
     """Cost and noise of a controller step's gradient, divided by the plain one's."""
@@ -2123,31 +2118,18 @@ def draw_curves(records, axes, y, scale=1):
             axes.legend(fontsize=8)
     axes.set(ylabel=y.replace("_", " "))
 
-def draw_extra(records, path):
-    """A panel per corpus, task and outcome: every seed's difference to plain ENAS, the mean and its 95 % interval."""
-    panels = [(r, outcome) for r in records for outcome in OUTCOMES if outcome != "frozen" and differences(r, outcome)]
+def draw_intervals(path, panels):
+    """Panels (title, x label, {name: its values, one for each seed}): the values, their means and 95 % intervals."""
     figure = Figure(figsize=(4 * len(panels) + 1.5, 3.6), layout="constrained")
-    for axes, (record, outcome) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
-        found = list(differences(record, outcome).items())[:0:-1]
-        for i, (arm, values) in enumerate(found):
+    for axes, (title, xlabel, found) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+        for y, values in enumerate(found.values()):
             mean, half = t_test(values)[:2]
-            axes.plot(values, [i] * len(values), ".", color="#999999", label="" if i else "a seed")
-            axes.errorbar(mean, i, xerr=half, fmt="o", color="tab:blue", capsize=4, label="" if i else "mean, 95 %")
+            axes.plot(values, [y] * len(values), ".", color="#999999", label="" if y else "a seed")
+            axes.errorbar(mean, y, xerr=half, fmt="o", color="tab:blue", capsize=4, label="" if y else "mean, 95 %")
+        axes.set(yticks=range(len(found)), yticklabels=list(found), title=title, xlabel=xlabel)
         axes.axvline(0, color="black", linewidth=1)
-        axes.set(yticks=range(len(found)), yticklabels=[arm for arm, _ in found], title=f"{label(record)}: {OUTCOMES[outcome]}",
-                 xlabel="loss minus plain ENAS's, nats")
+    axes.invert_yaxis()  # of all, as they share it
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
-
-def draw_similarity(record, path):
-    """The three cosines of table_similarity."""
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    for i, (axes, title) in enumerate(zip(figure.subplots(1, 3, sharey=True), ("same samples", "other samples", "the change"))):
-        found = list(cosines(record).items())[::-1]
-        for y, (name, values) in enumerate(found):
-            axes.errorbar(values[i][0], y, xerr=values[i][1], fmt="o", color="tab:blue", capsize=4)
-        axes.set(yticks=range(len(found)), yticklabels=[name for name, _ in found], title=title,
-                 xlabel="cosine with the gradient at t + 1")
     figure.savefig(path, dpi=100)
 
 def label(record):
@@ -2178,10 +2160,13 @@ def report(folder="results", readme="README.md"):
     draw_curves(group("search", "ptb"), entropy, "entropy")
     entropy.set(xlabel="step of the search", title="the policy's entropy, nats")
     figure.savefig(Path(folder) / "curves.png", dpi=110)
-    if group("extra"):
-        draw_extra(group("extra"), Path(folder) / "extra.png")
-    for record in group("similarity")[:1]:
-        draw_similarity(record, Path(folder) / "similarity.png")
+    panels = [(f"{label(r)}: {OUTCOMES[outcome]}", "loss minus plain ENAS's, nats", differences(r, outcome))
+              for r in group("extra") for outcome in ("expected", "scratch") if differences(r, outcome)]
+    titles = ("same samples", "other samples", "of the change")
+    for name, shown in (("extra", panels), *(("similarity", [(title, "cosine with the gradient at t + 1", values) for title,
+                                              values in zip(titles, cosines(r))]) for r in group("similarity"))):
+        if shown:
+            draw_intervals(Path(folder) / f"{name}.png", shown)
     for record in group("search"):
         cell = cell_from_json(record["metrics"]["best_cell"])
         draw_cell(cell, "the cell found").figure.savefig(record["folder"] / "cell.png", dpi=110)
