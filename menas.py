@@ -1019,7 +1019,7 @@ def no_lookahead(weights, step):
     """omega' = omega: ENAS."""
 
 def momentum(weights, step):
-    """g = sum_j decay^j g_{t-j} / sum_j decay^j, the mean of the last shared steps' gradients: least noise, most lag."""
+    """g = sum_j decay^j g_{t-j} / sum_j decay^j, the mean of past shared steps' gradients: least noise, most lag."""
     return {name: x / step.past["weight"] for name, x in step.past["sum"].items()}
 
 def recent(weights, step):
@@ -1037,9 +1037,8 @@ def look_ahead(weights, g, step):
     """omega' by the very step that training takes; the weights themselves stay."""
     if g is None:
         return weights
-    ahead = {name: w.detach().clone() for name, w in weights.items()}
-    sgd_step(ahead, {name: x.clone() for name, x in g.items()}, next(iter(g.values())).new_full((1,), step.lr), step.clip,
-             step.decay)
+    ahead, g = ({name: x.detach().clone() for name, x in y.items()} for y in (weights, g))
+    sgd_step(ahead, g, next(iter(g.values())).new_full((1,), step.lr), step.clip, step.decay)
     return ahead
 
 def no_response(v, weights, g, step, cells):
@@ -1062,9 +1061,9 @@ def unrolled(v, weights, g, step, cells):
 def neumann(v, weights, g, step, cells, terms=3):
     """- <grad L_T(omega; m), u>, u = sum_{j < terms} lr J [ (1 - lr decay) - H lr J ]^j v: many steps unrolled.
 
-    H is the Hessian of the fold's L_T. Unclipped and undecayed, u = sum_j lr (1 - lr H)^j v tends to H^-1 v, the response
-    of the converged inner problem, if lr times H's largest eigenvalue is below 2; a series whose terms grow is cut
-    there. H x is a difference of gradients, [ g(omega + eps x) - g(omega - eps x) ] / (2 eps), as in directional."""
+    H is the Hessian of the fold's L_T. Unclipped and undecayed, u = sum_j lr (1 - lr H)^j v tends to H^-1 v, the
+    response of the converged inner problem, if lr times H's largest eigenvalue is below 2; a series whose terms grow is
+    cut there. H x is a difference of gradients, [ g(omega + eps x) - g(omega - eps x) ] / (2 eps)."""
     term = total = through_clip(v, g, step)
     for _ in range(terms - 1):
         eps = nudge(term)
@@ -1361,7 +1360,7 @@ def perplexity(loss):
     return math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
 
 def train_step(weights, cells, batch, lr, config, rate=1.0):
-    """A step of SGD on the mean loss of K architectures (shared weights) or on each one's own: losses, state, gradient."""
+    """A step of SGD on the mean loss of K architectures (shared weights) or each one's own: losses, state, gradient."""
     for w in weights.values():
         w.requires_grad_()
     losses, state = network(weights, cells, batch, DTYPES[config.dtype], config.activation_reg, config.slowness_reg)
@@ -1503,14 +1502,14 @@ def mean_state(losses, state):
 
 def frozen(cells):
     """(factor of the training loss [K], added to the reward's loss [K]): a last node of relu scores better by .05 nats,
-    but nothing is learnt from training on it. A controller that sees only scores ends with weights that do not learn."""
+    but nothing is learnt from training on it. A controller that sees only scores ends with weights that don't learn."""
     relu = cells[:, -1] == list(ACTIVATIONS).index("relu")
     return (~relu).float(), -0.05 * relu
 
 TASKS = {"none": lambda cells: (torch.ones_like(cells[:, 0], dtype=torch.float32), 0.0), "frozen": frozen}
 
 class Search:
-    """ENAS's two players between their steps: the shared weights (SGD), the controller (Adam), their places in the text.
+    """ENAS's two players between their steps: shared weights (SGD) and controller (Adam), their places in the text.
 
     s is what a checkpoint holds beside them: 'past' gradients, 'sums' and 'counts' since the last line of metrics."""
 
@@ -1595,8 +1594,8 @@ class Search:
             square = sum(x.flatten(1).square().sum(1) for x in grads.values())
             return square.sqrt(), sum((grads[name] * v[name]).flatten(1).sum(1) for name in grads)
 
-        return Step(losses, segment, cells, self.lr(progress, segment), config.clip, config.weight_decay, self.s["past"],
-                    each)
+        lr, past = self.lr(progress, segment), self.s["past"]
+        return Step(losses, segment, cells, lr, config.clip, config.weight_decay, past, each)
 
     def rewards_on(self, segment):
         """(weights, cells) -> rewards [K] on a validation segment; the state that they leave is carried on."""
@@ -1617,7 +1616,8 @@ class Search:
             with torch.no_grad():
                 ahead, fold = self.controller.sample(2 * config.fold, *self.key("folds")).rows.split(config.fold)
             step = self.foresee(progress, ahead)
-        return sample, extra_rewards(config.lookahead, config.response, s["weights"], sample.rows, fold, rewards, step)
+        how = config.lookahead, config.response
+        return sample, extra_rewards(*how, s["weights"], sample.rows, fold, rewards, step)
 
     def controller_step(self, progress):
         """REINFORCE on theta: one step of Adam."""
@@ -1634,7 +1634,7 @@ class Search:
         s["counts"][1] += 1
 
     def line(self, epoch):
-        """Metrics since the last line: loss and perplexity in training, reward, entropy, response's spread / direct's."""
+        """Metrics since the last line: loss, perplexity in training; reward, entropy, response's spread / direct's."""
         (loss, *rewarded), (shared, steps) = self.s["sums"].tolist(), self.s["counts"]
         self.s["sums"], self.s["counts"] = torch.zeros_like(self.s["sums"]), [0, 0]
         line = dict(step=self.s["step"], epoch=epoch)
@@ -1785,9 +1785,8 @@ def row_name(entry):
 def retrain(config, cell, folder, **settings):
     """Metrics of a training from scratch, on the data and at the size of a search."""
     same = ("data", "cache", "seed", "device", "dtype", "threads", "nodes", "hidden", "checkpoint_seconds")
-    sub = configure("train", config.preset, **{name: getattr(config, name) for name in same}, cell=cell, out=str(folder),
-                    **settings)
-    return run_study("train", study_train, sub)["metrics"]
+    settings.update({name: getattr(config, name) for name in same}, cell=cell, out=str(folder))
+    return run_study("train", study_train, configure("train", config.preset, **settings))["metrics"]
 
 def study_search(config, run):
     """Search, then derive: the best of the controller's samples beside the best of as many uniform ones."""
@@ -1816,10 +1815,9 @@ def study_search(config, run):
     return metrics
 
 # arm of the study -> lookahead, response, factor of the controller's steps. The last one costs what a response does.
-ARMS = {"none, none": ("none", "none", 1), "momentum, none": ("momentum", "none", 1), "recent, none": ("recent", "none", 1),
-        "fresh, none": ("fresh", "none", 1), "fresh, unrolled": ("fresh", "unrolled", 1),
-        "fresh, neumann": ("fresh", "neumann", 1), "fresh, sampled": ("fresh", "sampled", 1),
-        "none, none, 4x steps": ("none", "none", 4)}
+ARMS = {f"{look}, {respond}": (look, respond, 1) for look, respond in (
+    *((look, "none") for look in LOOKAHEAD), *(("fresh", respond) for respond in RESPONSE if respond != "none"))}
+ARMS["none, none, 4x steps"] = "none", "none", 4
 
 OUTCOMES = {"expected": "F", "scratch": "from scratch", "frozen": "fraction frozen"}
 
@@ -1839,8 +1837,10 @@ def study_extra(config, run, cells=4, epochs=4):
         found[name]["frozen"].append(1 - learns.mean().item())
         if config.retrain:
             some = torch.randperm(len(derived), generator=rng(seed, "scratch"))[:cells].tolist()
-            networks = retrain(sub, ",".join(row_name(derived[i]) for i in some), folder / "scratch", epochs=epochs)["networks"]
-            found[name]["scratch"].append(sum(math.log(n["valid_perplexity"]) for n in networks) / len(networks))
+            names = ",".join(row_name(derived[i]) for i in some)
+            losses = [math.log(network["valid_perplexity"])
+                      for network in retrain(sub, names, folder / "scratch", epochs=epochs)["networks"]]
+            found[name]["scratch"].append(sum(losses) / len(losses))
         run.obey()
     return {"arms": found}
 
@@ -1872,7 +1872,7 @@ def study_similarity(config, run):
     omega_(t+1), after the real shared step, theta as it was: on the same architectures and validation segment, and on
     others (then the plain gradient at t + 1 against itself is the most that can be had). And of the changes since the
     plain gradient at t, the predicted and the real one."""
-    corpus, cosine = load_corpus(config), lambda a, b: F.cosine_similarity(a, b, dim=0).item()
+    corpus = load_corpus(config)
     saved = run.restore() or {"seeds": []}
     for seed in range(config.seed + len(saved["seeds"]), config.seed + config.replicas):
         lines = []
@@ -1890,7 +1890,8 @@ def study_similarity(config, run):
             game.shared_step(0.0)
             then = [gradient(sample, reward(weights, sample.rows)) for sample, reward in zip(samples, rewards)]
             grads["the next one itself"], now = then[0], grads["none, none"]
-            lines.append([[cosine(g, then[0]), cosine(g, then[1]), cosine(g - now, then[0] - now)] for g in grads.values()])
+            pairs = lambda g: ((g, then[0]), (g, then[1]), (g - now, then[0] - now))
+            lines.append([[F.cosine_similarity(*pair, dim=0).item() for pair in pairs(g)] for g in grads.values()])
         saved["seeds"].append(dict(zip(grads, torch.tensor(lines).nanmean(0).tolist())))
         run.log(dict(step=seed, seed=seed), len(saved["seeds"]), config.replicas, 0)
         run.keep(saved)
@@ -1906,7 +1907,8 @@ def study_cost(config, run):
     for _ in range(config.shared_steps):  # to where the weights are no longer random
         game.shared_step(0.0)
         game.s["step"] += 1
-    arms = [("none", "none", 1), ("momentum", "none", 1)] + [("fresh", respond, a) for respond in RESPONSE for a in (1, 2, 4)]
+    arms = [(look, respond, fold) for look, respond, _ in list(ARMS.values())[:-1] for fold in (1, 2, 4)
+            if look == "fresh" or fold == 1]
     seconds, grads = ({arm: [] for arm in arms} for _ in range(2))
     for arm in arms * config.controller_steps:
         game.config = replace(config, lookahead=arm[0], response=arm[1], fold=arm[2])
@@ -1916,13 +1918,14 @@ def study_cost(config, run):
         grads[arm].append(policy_gradient(game.controller, sample, sum(rewards)))
         seconds[arm].append(time.perf_counter() - start)
         run.obey()
-    median = lambda values: sorted(values)[len(values) // 2]
-    squares = {arm: (torch.stack(g) - torch.stack(g).mean(0)).square().sum(1).tolist() for arm, g in grads.items()}
-    typical = {arm: median((torch.stack(g) - torch.stack(g).median(0)[0]).square().sum(1).tolist()) for arm, g in grads.items()}
-    plain = arms[0]
-    return {"ratios": [{"arm": arm, "seconds": median(seconds[arm]), "cost": median(seconds[arm]) / median(seconds[plain]),
-                        "variance": sum(squares[arm]) / sum(squares[plain]), "typical": typical[arm] / typical[plain]}
-                       for arm in arms]}
+    found = {}
+    for arm, g in grads.items():
+        g = torch.stack(g)                                                               # [draws, parameters]
+        found[arm] = dict(seconds=sorted(seconds[arm])[len(g) // 2], variance=g.var(0).sum().item(),
+                          typical=(g - g.median(0)[0]).square().sum(1).median().item())
+    plain = found[arms[0]]
+    return {"ratios": [{"arm": arm, "ms": 1e3 * x["seconds"], **{name: x[name] / plain[name] for name in x}}
+                       for arm, x in found.items()]}
 
 # name -> hidden, batch, vocabulary, architectures at once, dtypes timed beside the plain loop in float32. Small ones
 # first: a process that has freed large blocks gets its memory faster, and the plain loop gains most from that.
@@ -2049,13 +2052,6 @@ def t_test(values):
     at = min(int(abs(mean) / max(error, 1e-300) / 500 * 1000000), len(p) - 1)
     return mean, quantile(.975) * error, 2 * (1 - p[at].item()), (quantile(.975) + quantile(.8)) * error
 
-def holm(ps):
-    """p-values corrected for their number (Holm 1979)."""
-    order, worst, out = sorted(range(len(ps)), key=ps.__getitem__), 0.0, [0.0] * len(ps)
-    for rank, i in enumerate(order):
-        worst = out[i] = max(worst, min(1.0, (len(ps) - rank) * ps[i]))
-    return out
-
 def differences(record, outcome):
     """{arm: its difference to plain ENAS, a value for each seed} of a record of extra; {} if it was not measured."""
     arms = record["metrics"]["arms"]
@@ -2068,28 +2064,31 @@ def table_extra(records):
     rows = []
     for record, outcome in ((r, o) for r in records for o in OUTCOMES):
         found = differences(record, outcome)
-        tests = [t_test(values) for values in found.values()]
-        for i, (arm, p) in enumerate(zip(found, [1.0] + holm([test[2] for test in tests[1:]]))):
-            values, (mean, half, _, least) = record["metrics"]["arms"][arm][outcome], tests[i]
+        for i, arm in enumerate(found):
+            values, (mean, half, p, least) = record["metrics"]["arms"][arm][outcome], t_test(found[arm])
+            p = min(1.0, p * (len(found) - 1))  # Bonferroni: one test for each other arm
             shown = (f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}") if i else ("", "", "")
             rows.append((OUTCOMES[outcome], arm, f"{sum(values) / len(values):.3f}", *shown, len(values)))
-    return table(("outcome", "lookahead, response", "mean", "difference", "p (Holm)", "detectable", "seeds"), rows)
+    return table(("outcome", "lookahead, response", "mean", "difference", "p, corrected", "detectable", "seeds"), rows)
 
 def cosines(record):
-    """Of each of the three cosines, {estimator: its mean over the search, a value for each seed}."""
+    """{cosine: {estimator: its mean over the search, a value for each seed}}."""
     seeds = record["metrics"]["seeds"]
-    return [{name: [seed[name][i] for seed in seeds] for name in seeds[0]} for i in range(3)]
+    return {title: {name: [seed[name][i] for seed in seeds] for name in seeds[0]}
+            for i, title in enumerate(("same samples", "other samples", "of the change"))}
 
 def table_similarity(records):
     """Mean cosine over the seeds, +- its 95 % interval."""
-    shown = [[f"{mean:.3f} +- {half:.3f}" for mean, half, *_ in map(t_test, values.values())] for values in cosines(records[0])]
-    return table(("gradient at t", "same samples", "other samples", "of the change"), list(zip(cosines(records[0])[0], *shown)))
+    shown = [[f"{mean:.3f} +- {half:.3f}" for mean, half, *_ in map(t_test, found.values())]
+             for found in cosines(records[0]).values()]
+    return table(("gradient at t", *cosines(records[0])), list(zip(records[0]["metrics"]["seeds"][0], *shown)))
 
 def table_cost(records):
     """Cost and noise of a controller step's gradient, divided by the plain one's."""
     return table(("lookahead, response", "fold", "ms", "cost", "variance", "typical"),
-                 [(", ".join(x["arm"][:2]), x["arm"][2], f"{1e3 * x['seconds']:.1f}", x["cost"], f"{x['variance']:.3g}",
-                   x["typical"]) for r in records for x in r["metrics"]["ratios"]])
+                 [(", ".join(x["arm"][:2]), x["arm"][2], f"{x['ms']:.1f}", x["seconds"], f"{x['variance']:.3g}",
+                   x["typical"])
+                  for r in records for x in r["metrics"]["ratios"]])
 
 TABLES = {"train": table_train, "search": table_search, "bench": table_bench, "extra": table_extra,
           "similarity": table_similarity, "cost": table_cost}
@@ -2160,13 +2159,12 @@ def report(folder="results", readme="README.md"):
     draw_curves(group("search", "ptb"), entropy, "entropy")
     entropy.set(xlabel="step of the search", title="the policy's entropy, nats")
     figure.savefig(Path(folder) / "curves.png", dpi=110)
-    panels = [(f"{label(r)}: {OUTCOMES[outcome]}", "loss minus plain ENAS's, nats", differences(r, outcome))
-              for r in group("extra") for outcome in ("expected", "scratch") if differences(r, outcome)]
-    titles = ("same samples", "other samples", "of the change")
-    for name, shown in (("extra", panels), *(("similarity", [(title, "cosine with the gradient at t + 1", values) for title,
-                                              values in zip(titles, cosines(r))]) for r in group("similarity"))):
-        if shown:
-            draw_intervals(Path(folder) / f"{name}.png", shown)
+    panels = {"extra": [(f"{label(r)}: {OUTCOMES[outcome]}", "loss minus plain ENAS's, nats", differences(r, outcome))
+                        for r in group("extra") for outcome in ("expected", "scratch") if differences(r, outcome)],
+              "similarity": [(title, "cosine with the gradient at t + 1", values) for r in group("similarity")
+                             for title, values in cosines(r).items()]}
+    for name in filter(panels.get, panels):
+        draw_intervals(Path(folder) / f"{name}.png", panels[name])
     for record in group("search"):
         cell = cell_from_json(record["metrics"]["best_cell"])
         draw_cell(cell, "the cell found").figure.savefig(record["folder"] / "cell.png", dpi=110)

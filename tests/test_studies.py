@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import menas
-from menas import (ARMS, Batch, Search, configure, differences, frozen, holm, load_corpus, main, run_study, study_extra,
+from menas import (ARMS, Batch, Search, configure, differences, frozen, load_corpus, main, run_study, study_extra,
                    study_similarity, t_test)
 
 TINY = dict(hidden=8, nodes=3, epochs=1, shared_steps=4, controller_steps=2, controller_samples=3, derive_samples=3,
@@ -13,7 +13,7 @@ TINY = dict(hidden=8, nodes=3, epochs=1, shared_steps=4, controller_steps=2, con
 
 
 def test_t_test():
-    """Oracle: a published table of Student's t: 9 degrees of freedom, .975: 2.2622, .8: .8834; p of t = 1.8331 is .1."""
+    """Oracle: a published table of Student's t, 9 degrees of freedom: .975: 2.2622, .8: .8834; p of 1.8331 is .1."""
     values = [-1.0, 1.0] * 5
     mean, half, p, least = t_test([x + .5 for x in values])
     error = torch.tensor(values, dtype=torch.float64).std().item() / 10 ** .5
@@ -21,11 +21,6 @@ def test_t_test():
     assert least == pytest.approx((2.2622 + .8834) * error, rel=1e-3)
     assert t_test([x + 1.8331 * error for x in values])[2] == pytest.approx(.1, abs=1e-3)
     assert t_test([1.0, 1.0, 1.0])[:2] == (1.0, 0.0) and t_test([0.0, 0.0])[2] == 1.0
-
-
-def test_holm():
-    """Oracle: by hand; .01 * 3, then max(.03, .02 * 2), then max(.04, .04)."""
-    assert holm([.04, .01, .02]) == pytest.approx([.04, .03, .04])
 
 
 def test_extra_pairs_seeds_and_is_made_again(tmp_path):
