@@ -7,14 +7,15 @@
                                                       # | the cell found | ... | 6.75 |
     python menas.py search --preset ptb               # the same on Penn Treebank, on a laptop
     python menas.py train --preset ptb --cell enas    # a published cell, a JSON file, or a search's folder
-    python menas.py bench | report | --help
+    python menas.py search --lookahead fresh --response sampled    # with the gradient term that ENAS leaves out
+    python menas.py extra | similarity | cost | bench | report | --help
 
 The one idea: an architecture is a row of integers, a batch of architectures is a tensor. One forward pass runs K of
 them on the same minibatch, under shared weights (ENAS) or each under its own (many networks, trained as one).
 
     code            symbol      meaning
     weights         omega       of the shared network (the supernet), or of K standalone ones; a dict of tensors
-    controller      theta       the policy's weights
+    controller      theta       the policy's weights; F(theta) is the expected reward once omega has been trained for it
     cells, rows     m           architectures [K, D], a column per decision
     network()       L(omega; m) mean loss per token [K], nats; perplexity is its exponential
     K, N, D         -           architectures in a batch, nodes of a cell, decisions
@@ -22,8 +23,8 @@ them on the same minibatch, under shared weights (ENAS) or each under its own (m
     slot            s           what a node can read: slot 0 is the input pair (x_t, h_{t-1}), slot i + 1 is node i
 
 ENAS (Pham et al. 2018) alternates omega <- omega - lr d/domega E_m L_train(omega; m), an architecture or a few at a
-time, and theta <- theta + lr E_m [ reward(m) dlog pi(m)/dtheta ], the reward from L_valid(omega; m). Where we differ
-from the paper a comment says so, after 'paper:'.
+time, and theta <- theta + lr E_m [ reward(m) dlog pi(m)/dtheta ], the reward from L_valid(omega; m). That omega will
+answer theta's move is left out; chapter 6 adds it. Where we differ from the paper a comment says so, after 'paper:'.
 """
 import argparse
 import copy
@@ -161,7 +162,9 @@ PRESETS = {
                        hidden_dropout=.25, output_dropout=.75, weight_decay=1.6e-6, controller_steps=25,
                        baseline_decay=.999),
         "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775, hidden_dropout=.225,
-                      output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100)},
+                      output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100),
+        "extra": dict(nodes=8, hidden=200, epochs=20, shared_steps=200, controller_lr=3.5e-3, warm_epochs=2, settle=2,
+                      derive_samples=32, replicas=10)},
 }
 
 class UserError(Exception):
@@ -2046,6 +2049,8 @@ def student_t(df):
 def t_test(values):
     """Of a sample [n]: mean, half of its 95 % interval, p of the mean being 0, and the smallest true mean that such a
     test finds in 80 of 100 cases."""
+    if len(values) < 2:
+        return values[0], math.nan, math.nan, math.nan
     values = torch.tensor(values, dtype=torch.float64)
     mean, error, (t, p) = values.mean().item(), values.std().item() / math.sqrt(len(values)), student_t(len(values) - 1)
     quantile = lambda q: t[torch.searchsorted(p, q)].item()

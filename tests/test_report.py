@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from menas import UserError, cell_from_json, main, report, summary, table
+from menas import UserError, cell_from_json, label, main, report, summary, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +24,7 @@ def test_the_readme_is_what_the_records_give(tmp_path):
 def test_every_table_of_the_readme_has_records():
     marks = re.findall(r"<!-- (\w+) (\w+) -->", (ROOT / "README.md").read_text())
     records = [json.loads(path.read_text()) for path in (ROOT / "results").glob("*/result.json")]
-    assert marks and set(marks) <= {(r["study"], r["config"]["data"]) for r in records}
+    assert marks and set(marks) <= {(r["study"], label(r)) for r in records}
 
 
 def test_records_say_where_they_come_from():
