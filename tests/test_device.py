@@ -5,7 +5,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from menas import REWARDS, BASELINES, Batch, Config, Controller, Segment, Stream, coefficient_table, draw_masks, \
-    lstm_weights, policy_loss, score, search_space, shared_weights, train_step, worst_for_failures, zero_state
+    LOOKAHEAD, RESPONSE, TASKS, Search, configure, extra_rewards, load_corpus, lstm_weights, policy_loss, remember, score, \
+    search_space, shared_weights, train_step, worst_for_failures, zero_state
 
 META = torch.device("meta")
 CONFIG = Config(hidden=8, nodes=4, batch=3, bptt=5, activation_reg=1e-3, slowness_reg=1e-3, word_dropout=.1,
@@ -44,7 +45,7 @@ def test_a_training_step_and_a_reward(dtype, state):
     coefficient_table(getattr(torch, dtype), META)  # made once, by the first step
     with NoHost():
         sample = controller(draws)
-        losses, _ = train_step(weights, sample.rows, Batch(tokens, tokens, carried, masks), lr, config)
+        losses, *_ = train_step(weights, sample.rows, Batch(tokens, tokens, carried, masks), lr, config)
         scored, _ = score(config, weights, sample.rows, segment, carried)
         rewards = worst_for_failures(REWARDS["perplexity"](scored))
         for baseline in BASELINES.values():
@@ -53,12 +54,32 @@ def test_a_training_step_and_a_reward(dtype, state):
     assert losses.shape == scored.shape == (2,)
 
 
+@pytest.mark.parametrize("look, respond", [(look, "unrolled") for look in LOOKAHEAD] + [("fresh", x) for x in RESPONSE])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_extra_gradient(look, respond, task):
+    config = configure("search", "smoke", hidden=8, batch=3, bptt=5, nodes=4, hidden_dropout=.1, state="warm", task=task,
+                       dtype="bfloat16")
+    game = Search(config, load_corpus(config))
+    game.device = META
+    game.s.update(weights=to_meta(game.s["weights"]), state=to_meta(game.s["state"]))
+    game.s["past"] = remember({}, game.s["weights"])
+    for stream in game.streams.values():
+        stream.to(META)
+    cells = game.controller.sample(6, 1).rows.to(META)
+    rewards, step = game.rewards_on(game.streams["valid"].next()), game.foresee(0.0, cells[4:])
+    for dtype in (torch.float32, torch.bfloat16):
+        coefficient_table(dtype, META)
+    with NoHost():
+        direct, response = extra_rewards(look, respond, game.s["weights"], cells[:3], cells[3:4], rewards, step)
+    assert direct.shape == response.shape == (3,)
+
+
 def test_a_training_step_of_the_lstm():
     weights, tokens = to_meta(lstm_weights(CONFIG, 20, [1])), torch.zeros(5, 3, dtype=torch.long, device=META)
     state = zero_state(weights, 3)
     batch, lr = Batch(tokens, tokens, state, {}), torch.full((1,), 1.0, device=META)
     with NoHost():
-        losses, _ = train_step(weights, None, batch, lr, CONFIG)
+        losses, *_ = train_step(weights, None, batch, lr, CONFIG)
     assert losses.shape == (1,)
 
 
@@ -80,7 +101,7 @@ def test_cuda_equals_cpu(dtype, tolerance):
         weights = {name: w.to(device) for name, w in shared_weights(config, 20).items()}
         masks = {name: m.to(device) for name, m in draw_masks(config, 20, config.batch, [1], 0).items()}
         batch = Batch(*tokens.to(device), torch.zeros(1, 3, 8, device=device), masks)
-        losses, _ = train_step(weights, cells.to(device), batch, torch.full((1,), 1.0, device=device), config)
+        losses, *_ = train_step(weights, cells.to(device), batch, torch.full((1,), 1.0, device=device), config)
         found.append({"losses": losses, **weights})
     for name in found[0]:
         assert (found[0][name] - found[1][name].cpu()).abs().max() < tolerance, name
