@@ -43,6 +43,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -106,8 +107,8 @@ class Config:
     controller_samples: int = option(10, "architectures in one controller step, on one validation minibatch", ">= 1")
     controller_hidden: int = option(100, "units of the controller's LSTM", ">= 1")
     controller_lr: float = option(3.5e-3, "of Adam on the controller", ">= 0")
-    lookahead: str = option("none", "weights that rewards are taken at: none (omega), momentum, recent or fresh (omega')")
-    response: str = option("none", "what the shared weights' answer adds to the reward: none (ENAS), unrolled, neumann, sampled")
+    lookahead: str = option("none", "weights that rewards are taken at: none (omega), momentum, recent, fresh (omega')")
+    response: str = option("none", "the shared weights' answer in the reward: none (ENAS), unrolled, neumann, sampled")
     fold: int = option(2, "architectures that omega' is made from, and as many others for the response's v", ">= 1")
     task: str = option("none", "none, or frozen: a constructed task in which only the response knows what is good")
     settle: int = option(0, "rounds at the end in which only the shared weights learn, to fit the policy", ">= 0")
@@ -131,38 +132,35 @@ class Config:
     checkpoint_seconds: float = option(30.0, "least time between two checkpoints", ">= 0")
 
 # preset -> study -> settings; "all" holds for every study and comes first.
-PRESETS = {
-    "smoke": {
-        "all": dict(data="toy", hidden=16, batch=64, bptt=20, nodes=4, epochs=2, controller_samples=8, log_every=10,
-                    controller_steps=5, shared_steps=20, derive_samples=10, lr=5.0),
-        "extra": dict(epochs=1, shared_steps=5, replicas=2, settle=1, derive_samples=4, retrain=True), "similarity": dict(replicas=2)},
-    "tiny": {
-        "all": dict(data="toy", hidden=32, batch=16, bptt=35, nodes=6, lr=10.0, eval_batch=16, controller_samples=16),
-        "search": dict(epochs=8, shared_steps=60, shared_samples=4, controller_steps=20, warm_epochs=2, retrain=True),
-        "train": dict(epochs=8, schedule="cosine"),
-        "extra": dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=2, derive_samples=24,
-                      replicas=10, retrain=True),
-        "similarity": dict(epochs=8, shared_steps=60, warm_epochs=2, log_every=10, replicas=5),
-        "cost": dict(shared_steps=200)},
-    "ptb": {
-        "all": dict(data="ptb", hidden=200, dtype="bfloat16", weight_decay=1.2e-6),
-        "search": dict(epochs=4, batch=20, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine",
-                       controller_steps=80),
-        "extra": dict(hidden=64, nodes=8, epochs=5, batch=20, shared_steps=120, controller_steps=12, controller_samples=8,
-                      controller_lr=.02, warm_epochs=1, settle=1, derive_samples=8, replicas=3),
-        "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35,
-                      schedule="cosine")},
-    # paper: the corrected code of ENAS's authors, search and final training. Its two masks on the input are one here,
+PRESETS = {"smoke": {
+    "all": dict(data="toy", hidden=16, batch=64, bptt=20, nodes=4, epochs=2, controller_samples=8, log_every=10,
+                controller_steps=5, shared_steps=20, derive_samples=10, lr=5.0),
+    "extra": dict(epochs=1, shared_steps=5, replicas=2, settle=1, derive_samples=4, retrain=True),
+    "similarity": dict(replicas=2),
+}, "tiny": {
+    "all": dict(data="toy", hidden=32, batch=16, bptt=35, nodes=6, lr=10.0, eval_batch=16, controller_samples=16),
+    "search": dict(epochs=8, shared_steps=60, shared_samples=4, controller_steps=20, warm_epochs=2, retrain=True),
+    "train": dict(epochs=8, schedule="cosine"),
+    "extra": dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=2, derive_samples=24,
+                  replicas=10, retrain=True),
+    "similarity": dict(epochs=8, shared_steps=60, warm_epochs=2, log_every=10, replicas=5),
+    "cost": dict(shared_steps=200),
+}, "ptb": {
+    "all": dict(data="ptb", hidden=200, dtype="bfloat16", weight_decay=1.2e-6),
+    "search": dict(epochs=4, batch=20, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine",
+                   controller_steps=80),
+    "extra": dict(hidden=64, nodes=8, epochs=5, batch=20, shared_steps=120, controller_steps=12, replicas=3,
+                  controller_samples=8, controller_lr=.02, warm_epochs=1, settle=1, derive_samples=8),
+    "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35, schedule="cosine"),
+}, "paper": {  # the corrected code of ENAS's authors, search and final training. Its two masks on the input are one here,
     # of rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the gradient is twice the weight.
-    "paper": {
-        "all": dict(data="ptb", dtype="bfloat16", init=.04, batch=64, random_bptt=True, clip=.25, controller_hidden=64,
-                    controller_lr=5e-5, entropy=1e-5, tanh_constant=2.25),
-        "search": dict(nodes=10, hidden=200, epochs=600, batch=128, word_dropout=.1, input_dropout=.8, clip=.1,
-                       hidden_dropout=.25, output_dropout=.75, weight_decay=1.6e-6, controller_steps=25,
-                       baseline_decay=.999),
-        "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775, hidden_dropout=.225,
-                      output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100)},
-}
+    "all": dict(data="ptb", dtype="bfloat16", init=.04, batch=64, random_bptt=True, clip=.25, controller_hidden=64,
+                controller_lr=5e-5, entropy=1e-5, tanh_constant=2.25),
+    "search": dict(nodes=10, hidden=200, epochs=600, batch=128, word_dropout=.1, input_dropout=.8, clip=.1,
+                   hidden_dropout=.25, output_dropout=.75, weight_decay=1.6e-6, controller_steps=25, baseline_decay=.999),
+    "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775, hidden_dropout=.225,
+                  output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100),
+}}
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
@@ -199,14 +197,8 @@ PTB_SHA256 = {"train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9
               "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}
 SPLITS = ("train", "valid", "test")
 
-@dataclass
-class Corpus:
-    """Token ids of the three splits, [tokens] each, the vocabulary, and the best possible perplexities if known."""
-    train: torch.Tensor
-    valid: torch.Tensor
-    test: torch.Tensor
-    words: list
-    floor: dict  # split -> perplexity under the true grammar; empty for real text
+# Token ids [tokens] of each split, the vocabulary, and split -> perplexity under the true grammar, empty for real text.
+Corpus = namedtuple("Corpus", "train valid test words floor")
 
 def write_atomically(path, content):
     """The file appears whole or not at all, also when the process is killed in between."""
@@ -271,12 +263,10 @@ def toy_words(kind):
     return [(f"{kind}{'abcdefghij'[i]}", 1 / (i + 1) / total, i) for i in range(TOY_WORDS)]
 
 def toy_next(state):
-    """[(word, probability, next state)] under the true grammar.
-
-    A state is (topic, due, phase): the class of the last main noun, (class, letter) of the nouns whose verbs are still
-    to come, outermost first, and what was written last: 'start' (a noun is next), 'noun', 'verb', or 'adverb'. A main
-    noun keeps the topic with TOY_TOPIC; a clause follows a noun with TOY_NEST, an adverb a verb with TOY_ADVERB; a verb
-    has its noun's class, and its letter with TOY_ECHO."""
+    """[(word, probability, next state)] under the true grammar. A state is (topic, due, phase): the last main noun's
+    class, (class, letter) of the nouns whose verbs are still to come, outermost first, and what was written last:
+    'start' (a noun is next), 'noun', 'verb' or 'adverb'. A main noun keeps the topic with TOY_TOPIC; a clause follows a
+    noun with TOY_NEST, an adverb a verb with TOY_ADVERB; a verb has its noun's class, and its letter with TOY_ECHO."""
     topic, due, phase = state
     if phase == "start":
         keeps = lambda c: TOY_TOPIC if c == topic else (1 - TOY_TOPIC) / (TOY_CLASSES - 1)
@@ -286,8 +276,8 @@ def toy_next(state):
     if phase == "noun" and len(due) < TOY_DEPTH:
         moves, left = [("that", TOY_NEST, (topic, due, "start"))], 1 - TOY_NEST
     if phase == "verb":
-        moves = [(word, TOY_ADVERB * q, (topic, due, "adverb")) for word, q, _ in toy_words("adv")]
         left = 1 - TOY_ADVERB
+        moves = [(word, TOY_ADVERB * q, (topic, due, "adverb")) for word, q, _ in toy_words("adv")]
     if not due:
         return moves + [("<eos>", left, (topic, (), "start"))]
     c, letter = due[-1]
@@ -305,8 +295,7 @@ def toy_corpus(sizes=(60000, 6000, 6000)):
             word, p, state = random_.choices(moves, weights=[m[1] for m in moves])[0]
             words.append(word)
             nats.append(-math.log(p))
-        texts[split] = words
-        floor[split] = math.exp(sum(nats[1:]) / len(nats[1:]))  # as a model is scored: all tokens but the first
+        texts[split], floor[split] = words, math.exp(sum(nats[1:]) / len(nats[1:]))  # all but the first, as a model
     return texts, floor
 
 def load_corpus(config):
@@ -327,12 +316,9 @@ def load_corpus(config):
         ids[split] = torch.tensor([index.get(word, index.get("<unk>")) for word in text])
     return Corpus(**ids, words=words, floor=floor)
 
-class Segment(NamedTuple):
-    """One step's text. targets are the inputs one token later, -1 where there is nothing to predict."""
-    inputs: torch.Tensor   # [T, B]
-    targets: torch.Tensor  # [T, B]
-    before: object         # [T', B] inputs of the segment before, None at the start of the text
-    ends: bool             # is it the text's last
+# One step's text: inputs [T, B]; targets [T, B], the inputs one token later, -1 where there is nothing to predict;
+# before: the inputs [T', B] of the segment before, None at the start of the text; ends: is it the text's last.
+Segment = namedtuple("Segment", "inputs targets before ends")
 
 class Stream:
     """B parallel readings of a split, cut into segments: every token but the first is a target once per epoch."""
@@ -341,13 +327,10 @@ class Stream:
         length = math.ceil((len(tokens) - 1) / batch)
         if length < 2:
             raise UserError(f"--batch {batch} is larger than the corpus allows: a split has {len(tokens)} tokens")
-        padded = math.ceil(length / bptt) * bptt  # full segments have one shape; what is beyond the text is -1
-
-        def columns(words, fill):  # [padded, B]
-            rows = F.pad(words, (0, batch * length - len(words)), value=fill).view(batch, length)
-            return F.pad(rows, (0, padded - length), value=fill).t().contiguous()
-
-        self.inputs, self.targets = columns(tokens[:-1], 0), columns(tokens[1:], -1)
+        step = torch.arange(math.ceil(length / bptt) * bptt)[:, None]  # padded: full segments have one shape
+        at = step + length * torch.arange(batch)                                         # [padded, B]
+        real, at = (step < length) & (at < len(tokens) - 1), at.clamp(max=len(tokens) - 2)
+        self.inputs, self.targets = torch.where(real, tokens[at], 0), torch.where(real, tokens[at + 1], -1)
         self.length, self.bptt, self.key, self.vary = length, bptt, key, vary
         self.epoch, self.at, self.last = 0, 0, 0  # at: the next segment's start; last: the length of the one before
 
@@ -355,23 +338,18 @@ class Stream:
         self.inputs, self.targets = self.inputs.to(device), self.targets.to(device)
         return self
 
-    def size(self):
-        """paper: the corrected ENAS draws a segment's length from a normal around bptt, 5 % of the time half of it."""
-        if not self.vary:
-            return self.bptt
-        draw = rng(*self.key, "bptt", self.epoch, self.at)
-        mean = self.bptt if torch.rand((), generator=draw).item() < 0.95 else self.bptt / 2
-        return min(max(5, round(mean + 5 * torch.randn((), generator=draw).item())), self.bptt + 20)
-
     def next(self):
-        """The next Segment; after the last one the text starts again."""
-        size, start = self.size(), self.at
-        before = self.inputs[start - self.last:start] if start else None
-        self.at, self.last = start + size, size
-        ends = self.at >= self.length
-        if ends:
-            self.epoch, self.at, self.last = self.epoch + 1, 0, 0
-        return Segment(self.inputs[start:start + size], self.targets[start:start + size], before, ends)
+        """The next Segment; after the last one the text starts again.
+        paper: the corrected ENAS draws its length from a normal around bptt, 5 % of the time around half of it."""
+        start, size = self.at, self.bptt
+        if self.vary:
+            draw = rng(*self.key, "bptt", self.epoch, start)
+            mean = size if torch.rand((), generator=draw).item() < 0.95 else size / 2
+            size = min(max(5, round(mean + 5 * torch.randn((), generator=draw).item())), size + 20)
+        end, before = start + size, self.inputs[start - self.last:start] if start else None
+        ends = end >= self.length
+        self.epoch, self.at, self.last = (self.epoch + 1, 0, 0) if ends else (self.epoch, end, size)
+        return Segment(self.inputs[start:end], self.targets[start:end], before, ends)
 
     def where(self):
         """The reading position, for a checkpoint."""
