@@ -382,8 +382,7 @@ CELLS = {
     "darts_v2": named("sigmoid<-0 relu<-1 relu<-1 identity<-1 tanh<-2 sigmoid<-5 tanh<-3 relu<-5", "all"),
     "enas_lm": named("sigmoid<-0 tanh<-1 relu<-2 sigmoid<-2 tanh<-4 tanh<-5 sigmoid<-3 sigmoid<-6", "all"),
     "chain": named(" ".join(f"tanh<-{i}" for i in range(11)), "leaves"),
-    "tree": named(" ".join(f"tanh<-{i // 2}" for i in range(11)), "leaves"),
-}
+    "tree": named(" ".join(f"tanh<-{i // 2}" for i in range(11)), "leaves")}
 
 def cell_to_json(cell):
     """The cell as a dict that json.dumps prints and a person can edit."""
@@ -394,8 +393,7 @@ def cell_from_json(cell):
     """The Cell of such a dict. Nodes may stand in any order; they are sorted so that each reads an earlier one."""
     if not isinstance(cell, dict) or not isinstance(cell.get("nodes"), list) or not cell["nodes"]:
         raise UserError('a cell is {"output": "leaves", "nodes": [{"from": "input", "activation": "tanh"}, ...]}')
-    output, nodes = cell.get("output", "leaves"), cell["nodes"]
-    choose("output", output, OUTPUTS)
+    output, nodes = choose("output", cell.get("output", "leaves"), OUTPUTS), cell["nodes"]
     for i, node in enumerate(nodes):
         if not isinstance(node, dict) or "from" not in node or "activation" not in node:
             raise UserError(f"node {i} needs 'from' and 'activation'")
@@ -429,20 +427,16 @@ def encode(cells, nodes=0):
 def decode(row):
     """The Cell of one row [D]."""
     count, output, *flat = row.tolist()
-    nodes = zip(flat[0:2 * count:2], flat[1:2 * count:2])
+    nodes = zip(flat[:2 * count:2], flat[1:2 * count:2])
     return Cell(tuple((slot, list(ACTIVATIONS)[act]) for slot, act in nodes), OUTPUTS[output])
 
-class Decision(NamedTuple):
-    """One column of a row: its name and the values it may take. With a single value there is nothing to decide."""
-    name: str
-    choices: tuple
+# One column of a row: its name and the tuple of values it may take. With a single value there is nothing to decide.
+Decision = namedtuple("Decision", "name choices")
 
 def search_space(config):
     """The list of Decisions, a column each. ENAS: every node but the first reads an earlier one, any activation."""
     names = config.activations.split(",")
-    for name in names:
-        choose("activation", name, ACTIVATIONS)
-    activations = tuple(map(list(ACTIVATIONS).index, names))
+    activations = tuple(list(ACTIVATIONS).index(choose("activation", name, ACTIVATIONS)) for name in names)
     if len(set(names)) < len(names):
         raise UserError(f"--activations {config.activations} has one of them twice")
     if config.nodes < 1:
@@ -462,8 +456,6 @@ def leaves(cell):
     n, read = len(cell.nodes), {slot for slot, _ in cell.nodes}
     return [i for i in range(n) if (i > 0 or n == 1 if cell.output == "all" else i + 1 not in read)]
 
-NODE_COLOURS = {"tanh": "#7fb3d5", "relu": "#f5b041", "identity": "#d5d8dc", "sigmoid": "#82e0aa"}
-
 def draw_cell(cell, title="", axes=None):
     """The cell as a picture, input at the bottom, h_t at the top; returns matplotlib's axes."""
     depth = [0]  # of each slot: the nodes between it and the input
@@ -474,23 +466,21 @@ def draw_cell(cell, title="", axes=None):
     width = max(map(len, rows))
     place = {slot: (j - (len(row) - 1) / 2, depth[slot]) for row in rows for j, slot in enumerate(row)}
     axes = axes or Figure(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained").subplots()
+    colours = {"tanh": "#7fb3d5", "relu": "#f5b041", "identity": "#d5d8dc", "sigmoid": "#82e0aa"}
 
-    def box(xy, text, colour="white"):
-        axes.text(*xy, text, ha="center", va="center", fontsize=11, zorder=3,
-                  bbox=dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour))
-
-    def arrow(start, end, **style):  # from the top of one box to the bottom of another
-        (x, y), (x_end, y_end) = start, end
-        axes.annotate("", (x_end, y_end - 0.22), (x, y + 0.22), zorder=1,
-                      arrowprops=dict(arrowstyle="-|>", shrinkA=0, shrinkB=0, **{"color": "#333333", **style}))
-
-    box(place[0], "$x_t,\\ h_{t-1}$")
+    box = lambda x, y, text, colour="white": axes.text(
+        x, y, text, ha="center", va="center", fontsize=11, zorder=3,
+        bbox=dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour))
+    arrow = lambda x, y, x_end, y_end, **style: axes.annotate(  # from the top of one box to the bottom of another
+        "", (x_end, y_end - 0.22), (x, y + 0.22), zorder=1,
+        arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "color": "#333333", **style})
+    box(*place[0], "$x_t,\\ h_{t-1}$")
     for i, (slot, act) in enumerate(cell.nodes):
-        arrow(place[slot], place[i + 1])
-        box(place[i + 1], f"{i}: {act}", NODE_COLOURS[act])
+        arrow(*place[slot], *place[i + 1])
+        box(*place[i + 1], f"{i}: {act}", colours[act])
     for i in leaves(cell):
-        arrow(place[i + 1], (0, top), color="#aaaaaa", linestyle=":")
-    box((0, top), "$h_t$ = mean")
+        arrow(*place[i + 1], 0, top, color="#aaaaaa", linestyle=":")
+    box(0, top, "$h_t$ = mean")
     axes.set(xlim=(-width / 2, width / 2), ylim=(-0.5, top + 0.5), title=title)
     axes.axis("off")
     return axes
