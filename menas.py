@@ -502,7 +502,6 @@ def uniform(shape, bound, key):
 
 def initial(config, shapes, seeds):
     """K networks' weights, [K, *shape], uniform, each from its own seed, on the CPU; the decoder's bias is 0.
-
     paper: +-.04, at 800 units; at 200 the ENAS cell learns slowly from there."""
     bound = config.init or math.sqrt(3 / config.hidden)
     weights = {name: torch.stack([uniform(shape, bound, (seed, "init", name)) for seed in seeds])
@@ -523,9 +522,8 @@ def standalone_weights(config, words, cells, seeds):
 
 def inherit(shared, cells):
     """Standalone weights that start from the shared ones: each network gets its own copy."""
-    k, edges = len(cells), structure(cells)[1]
-    copies = {name: shared[name].expand(k, *shared[name].shape).clone() for name in ("embedding", "input", "bias")}
-    return {**copies, "edges": shared["edges"][edges].transpose(0, 1).contiguous()}
+    copies = {name: w.expand(len(cells), *w.shape).clone() for name, w in shared.items() if name != "edges"}
+    return {**copies, "edges": shared["edges"][structure(cells)[1]].transpose(0, 1).contiguous()}
 
 def is_shared(weights):
     """Is it the supernet, or K networks each with its own?"""
@@ -541,27 +539,20 @@ def structure(cells):
     leaf = exists & torch.where(output == ALL, (node > 0) | (count == 1), ~is_read)      # paper: DARTS omits node 0
     return read, edge_index(read, node), act, leaf.double() / leaf.sum(0)
 
-class Batch(NamedTuple):
-    """One step's input to the network."""
-    inputs: torch.Tensor   # [T, B]
-    targets: torch.Tensor  # [T, B], -1 where there is nothing to predict
-    state: torch.Tensor    # [K or 1, B, H] h before the first token
-    masks: dict            # of dropout, see draw_masks; {} in evaluation
+# One step's input to the network: inputs and targets [T, B], -1 where there is nothing to predict; state [K or 1, B, H],
+# h before the first token; masks, a dict of dropout's, see draw_masks, {} in evaluation.
+Batch = namedtuple("Batch", "inputs targets state masks")
 
 def draw_masks(config, words, batch, seeds, step):
     """Variational dropout: a mask per segment, scaled by 1 / (1 - rate), for each of K seeds; one seed, shared masks.
-
     word [K, V], input, hidden, output [K, B, H]; a rate of 0 has no mask."""
-    shapes = {"word": (words,), "input": (batch, config.hidden), "hidden": (batch, config.hidden),
-              "output": (batch, config.hidden)}
+    shapes = {"word": (words,), **dict.fromkeys(("input", "hidden", "output"), (batch, config.hidden))}
     rates = {name: getattr(config, f"{name}_dropout") for name in shapes}
-    keep = lambda seed, name: torch.rand(shapes[name], generator=rng(seed, name, step)) >= rates[name]
-    return {name: torch.stack([keep(seed, name) for seed in seeds]) / (1 - rate)
-            for name, rate in rates.items() if rate > 0}
+    return {name: torch.stack([torch.rand(shapes[name], generator=rng(seed, name, step)) >= rate for seed in seeds])
+            / (1 - rate) for name, rate in rates.items() if rate > 0}
 
 def reference_losses(weights, row, batch, k=0):
     """The network as the peers write it, for ONE architecture: the mean loss, and the states [T, B, H].
-
     Highway node (Pham et al. 2018): [c, u] = s_p W;  s_i = s_p + sigmoid(c) * (act(u) - s_p)."""
     mine = weights if is_shared(weights) else {name: w[k] for name, w in weights.items()}
     mask = {name: m[k if len(m) > 1 else 0] for name, m in batch.masks.items()}
@@ -569,8 +560,8 @@ def reference_losses(weights, row, batch, k=0):
     hidden, times = h.shape[-1], lambda x, name: x * mask[name] if name in mask else x
     halves = lambda w: (w[:, :hidden].contiguous(), w[:, hidden:].contiguous())          # gate, candidate
     wx = halves(mine["input"])
-    row_of = lambda i, read: edge_index(read, i) if is_shared(weights) else i
-    ws = [halves(mine["edges"][row_of(i, read)]) for i, (read, _) in enumerate(cell.nodes)]
+    ws = [halves(mine["edges"][edge_index(read, i) if is_shared(weights) else i])
+          for i, (read, _) in enumerate(cell.nodes)]
     for tokens in batch.inputs:
         x = F.embedding(tokens, mine["embedding"])                                       # [B, H]
         x = times(x * mask["word"][tokens][:, None] if "word" in mask else x, "input")
@@ -627,19 +618,12 @@ class Recurrence(torch.autograd.Function):
 
     xw [K or 1, T, B, 2H] is x_t times the input weights; h0 [K, B, H]; w [N, K, H, 2H] each node's weights, its
     candidate half scaled by slope; mask [K or 1, B, H] or None; read, leaf [N, K]; act the coefficients. Returns h
-    [K, T, B, H]. Only node 0 reads the input pair. Buffers are filled in place and there is no graph per step; each
-    node's weight gradient is ONE product over all T * B rows. A second backward fills the buffers again; it has no
-    second derivatives, the reference has."""
+    [K, T, B, H]. Only node 0 reads the input pair. Buffers are filled in place, with no graph per step; each node's
+    weight gradient is ONE product over all T * B rows. It has no second derivatives; reference_losses has."""
 
     @staticmethod
     def forward(ctx, training, *inputs):
-        h, ctx.buffers = Recurrence.run(training, *inputs)
-        ctx.inputs = inputs
-        return h
-
-    @staticmethod
-    def run(training, xw, h0, w, mask, read, leaf, *act):
-        """h, and what backward needs, or None if not training."""
+        xw, h0, w, mask, read, leaf, *act = ctx.inputs = inputs
         (n, k, hidden, _), (t_, b) = w.shape, xw.shape[1:3]
         kept = t_ if training else 1  # the backward pass needs the values of all steps
         slots = Workspace.take(w, n + 1, k, kept, b, hidden)
@@ -676,15 +660,18 @@ class Recurrence(torch.autograd.Function):
             shrink[:, t] = (STATE_BOUND / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)).clamp(max=1)
             torch.mul(mean, shrink[:, t], out=h[:, t])
         if training:
-            return h, (index, leaf, slots, gates, h.detach(), shrink)  # detached: else h would refer to itself
-        Workspace.give(slots, gates)
-        return h, None
+            ctx.buffers = index, leaf, slots, gates, h.detach(), shrink  # detached: else h would refer to itself
+        else:
+            Workspace.give(slots, gates)
+        return h
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         xw, _, w, mask, _, _, *act = ctx.inputs
-        (index, leaf, slots, gates, h, shrink), ctx.buffers = ctx.buffers or Recurrence.run(True, *ctx.inputs)[1], None
+        if ctx.buffers is None:  # a second backward: the first one has used them up
+            Recurrence.forward(ctx, True, *ctx.inputs)
+        (index, leaf, slots, gates, h, shrink), ctx.buffers = ctx.buffers, None
         (n, k, hidden, _), (t_, b) = w.shape, h.shape[1:3]
         slope, (square, line, constant, step) = act[0], act[5:]
         flat, alone = slots.view((n + 1) * k, t_, b, hidden), k == 1 and w.device.type == "cpu"
@@ -721,7 +708,6 @@ class Recurrence(torch.autograd.Function):
                 dp.addcmul_(d, stay[:, t])
                 ds[where].add_(dp) if alone else ds_flat.index_add_(0, where, dp)
             dh = ds[0]
-        dh = dh.clone()
         dw = torch.empty_like(w)
         for i in range(n):
             read = values(wheres[i]) if mask is None else values(wheres[i]) * mask[:, None]
@@ -730,15 +716,14 @@ class Recurrence(torch.autograd.Function):
         dxw[..., 1, :] *= slope[0][:, None]
         dxw = dxw.view(k, t_, b, 2 * hidden)
         Workspace.give(slots, gates, keep)
-        return None, dxw if len(xw) == k else dxw.sum(0, keepdim=True), dh, dw, *[None] * (3 + len(act))
+        return None, dxw if len(xw) == k else dxw.sum(0, keepdim=True), dh.clone(), dw, *[None] * (3 + len(act))
 
 class CrossEntropy(torch.autograd.Function):
-    """Mean loss [K] of h [K, R, H] for targets [R] under decoders [K, V, H] and biases [K, V].
+    """Mean loss [K] of h [K, R, H] for targets [R], -1 for none, under decoders [K, V, H] and biases [K, V].
 
-    Log-probabilities are in h's dtype, their sum in float32 or better, the gradients of decoder and bias in theirs. All
-    logits never exist at once: the softmax goes by chunks that stay in the cache, the products by blocks of chunks. If
-    a gradient is wanted, forward computes it there and then for dL = 1, since the softmax is at hand; backward only
-    scales it. Target -1 is none."""
+    Log-probabilities are in h's dtype, their sum in float32 or better, the gradients of decoder and bias in theirs. The
+    softmax goes by chunks that stay in the cache, the products by blocks of chunks: all logits never exist at once. If
+    a gradient is wanted, forward computes it for dL = 1, since the softmax is at hand; backward only scales it."""
 
     @staticmethod
     def forward(ctx, training, h, decoder, bias, targets, chunk=0, block=1024):
@@ -763,9 +748,8 @@ class CrossEntropy(torch.autograd.Function):
                 at, end = r % block, min(r + chunk, rows)
                 d[at:at + len(p)] = p
                 if end == rows or end % block == 0:
-                    start = r - at
-                    torch.mm(d[:end - start], low[i], out=dh[i, start:end])
-                    dw[i] += d[:end - start].t() @ h[i, start:end]
+                    torch.mm(d[:at + len(p)], low[i], out=dh[i, r - at:end])
+                    dw[i] += d[:at + len(p)].t() @ h[i, r - at:end]
         if training:
             ctx.save_for_backward(dh, dw, db)
         return losses
@@ -784,16 +768,12 @@ def unroll(weights, cells, batch, dtype=torch.float32):
     w_x = cast(weights["input"]).view(-1, *weights["input"].shape[-2:])                  # [K or 1, H, 2H]
     xw = (x.flatten(1, 2) @ w_x).unflatten(1, x.shape[1:3])                              # one product over T * B rows
     read, edge, act, leaf = structure(cells)
-    n, k = read.shape
-    if is_shared(weights):
-        w = weights["edges"].index_select(0, edge.flatten()).unflatten(0, (n, k))        # [N, K, H, 2H]
-    else:
-        w = weights["edges"].transpose(0, 1)
-    act = coefficients(act, dtype)
-    hidden = w.shape[2]
-    w = torch.cat([cast(w[..., :hidden]), cast(w[..., hidden:]) * act[0]], -1)           # scaled as COEFFICIENTS says
+    bank, hidden, act = weights["edges"], x.shape[-1], coefficients(act, dtype)
+    w = bank.index_select(0, edge.flatten()).unflatten(0, edge.shape) if is_shared(weights) else bank.transpose(0, 1)
+    w = torch.cat([cast(w[..., :hidden]), cast(w[..., hidden:]) * act[0]], -1)           # [N, K, H, 2H], u times slope
     mask = cast(batch.masks["hidden"]) if "hidden" in batch.masks else None
-    h = Recurrence.apply(torch.is_grad_enabled(), xw, cast(batch.state).expand(k, -1, -1), w, mask, read, leaf, *act)
+    state = cast(batch.state).expand(len(cells), -1, -1)
+    h = Recurrence.apply(torch.is_grad_enabled(), xw, state, w, mask, read, leaf, *act)
     return h, h[:, -1].detach().to(batch.state.dtype)
 
 def embed(weights, batch):
@@ -808,13 +788,11 @@ def embed(weights, batch):
 
 def unroll_lstm(weights, cells, batch, dtype=torch.float32):
     """torch.nn.LSTM in the place of unroll, one after the other for K seeds; the state is h and c side by side."""
-    x, outputs, states = embed(weights, batch), [], []
-    names = [f"{w}_l0" for w in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-    for i in range(len(x)):
-        h, c = batch.state[i if len(batch.state) > 1 else 0].chunk(2, -1)
-        flat = [weights[name][i] for name in names]
-        start = (h[None].contiguous(), c[None].contiguous())
-        out, h, c = torch.lstm(x[i], start, flat, True, 1, 0.0, torch.is_grad_enabled(), False, False)
+    outputs, states = [], []
+    for i, x in enumerate(embed(weights, batch)):
+        start = [s[None].contiguous() for s in batch.state[i if len(batch.state) > 1 else 0].chunk(2, -1)]
+        flat = [weights[f"{name}_l0"][i] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        out, h, c = torch.lstm(x, start, flat, True, 1, 0.0, torch.is_grad_enabled(), False, False)
         outputs.append(out @ weights["project"][i] if "project" in weights else out)
         states.append(torch.cat([h[0], c[0]], -1).detach())
     return torch.stack(outputs).to(dtype), torch.stack(states)
@@ -830,9 +808,7 @@ def network(weights, cells, batch, dtype=torch.float32, activation_reg=0.0, slow
     """Mean loss per token of K architectures [K], plus the activation penalties if asked for, and the next state."""
     h, state = (unroll_lstm if "weight_hh_l0" in weights else unroll)(weights, cells, batch, dtype)
     dropped = h * batch.masks["output"].to(dtype)[:, None] if "output" in batch.masks else h
-    k = len(h)
-    v, e = weights["embedding"].shape[-2:]
-    decoder, bias = weights["embedding"].expand(k, v, e), weights["bias"].expand(k, v)
+    decoder, bias = weights["embedding"].expand(len(h), -1, -1), weights["bias"].expand(len(h), -1)
     losses = CrossEntropy.apply(torch.is_grad_enabled(), dropped.flatten(1, 2), decoder, bias, batch.targets.flatten())
     if activation_reg:
         losses = losses + activation_reg * dropped.square().mean((1, 2, 3))
@@ -843,8 +819,7 @@ def network(weights, cells, batch, dtype=torch.float32, activation_reg=0.0, slow
 @torch.no_grad()
 def sgd_step(weights, grads, lr, clip, decay):
     """omega <- omega - lr (g min(1, clip / |g|) + decay omega), in place; for standalone networks each on its own.
-
-    lr: [K], or [1] for shared weights. A gradient that is not finite changes nothing. Returns |g| of the same shape."""
+    lr: [K], or [1] for shared weights. A gradient that is not finite changes nothing."""
     groups = len(lr)
     flat = {name: g.reshape(groups, -1) for name, g in grads.items()}
     norm = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat.values()]).norm(dim=0)
@@ -853,7 +828,6 @@ def sgd_step(weights, grads, lr, clip, decay):
     rate = torch.where(finite, lr * decay, 0.0)[:, None]
     for name, g in flat.items():
         weights[name].view(groups, -1).mul_(1 - rate).addcmul_(torch.nan_to_num_(g, 0.0, 0.0, 0.0), scale, value=-1)
-    return norm
 
 def gradients(losses, weights):
     """d sum(losses) / d weights, a dict; weights that play no part have zeros."""
