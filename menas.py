@@ -837,23 +837,19 @@ def gradients(losses, weights):
 
 # 5. The controller ---------------------------------------------------------------------------------------------------
 
-class Sample(NamedTuple):
-    """K architectures and what the policy says of them."""
-    rows: torch.Tensor      # [K, D]
-    log_prob: torch.Tensor  # [K] of the whole row
-    entropy: torch.Tensor   # [K] sum of the decisions' entropies along the row's path; its mean estimates the policy's
+# K architectures, rows [K, D], and what the policy says of them: log_prob [K] of the whole row; entropy [K], the sum of
+# the decisions' entropies along the row's path, whose mean estimates the policy's.
+Sample = namedtuple("Sample", "rows log_prob entropy")
 
 class Controller(nn.Module):
     """pi_theta(m): an LSTM that takes one decision after the other, each with an embedding and a head of its own.
-
     Sampling and scoring are the same walk, so the temperature and the tanh constant cannot differ between them."""
 
     def __init__(self, decisions, config):
         super().__init__()
-        size, self.decisions = config.controller_hidden, decisions
-        self.temperature, self.tanh_constant = config.temperature, config.tanh_constant
+        size, self.decisions, self.config = config.controller_hidden, decisions, config
         self.free = [column for column, d in enumerate(decisions) if len(d.choices) > 1]
-        widest = max([len(d.choices) for d in decisions])
+        widest = max(len(d.choices) for d in decisions)
         self.start = nn.Parameter(torch.empty(size))
         self.embed = nn.Parameter(torch.empty(len(self.free), widest, size))
         self.head = nn.Parameter(torch.empty(len(self.free), size, widest))
@@ -861,24 +857,21 @@ class Controller(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.data.copy_(uniform(parameter.shape, 0.1, (config.seed, "controller", name)))
         self.register_buffer("only", torch.tensor([d.choices[0] for d in decisions]))
-        self.register_buffer("values", torch.tensor([list(d.choices) + [-1] * (widest - len(d.choices))
-                                                     for d in decisions]))
+        padded = [[*d.choices, *[-1] * (widest - len(d.choices))] for d in decisions]
+        self.register_buffer("values", torch.tensor(padded))
 
     def forward(self, draws=None, rows=None):
         """Walk the decisions, sampling with uniform draws [K, D], or taking those of given rows [K, D]: a Sample."""
         k = len(draws if rows is None else rows)
-        x, state = self.start.expand(k, -1), None
-        out = self.only.repeat(k, 1)
+        x, state, out = self.start.expand(k, -1), None, self.only.repeat(k, 1)
         log_prob = entropy = self.start.new_zeros(k)
         for f, column in enumerate(self.free):
             n = len(self.decisions[column].choices)
             state = self.lstm(x, state)
-            logits = self.tanh_constant * torch.tanh(state[0] @ self.head[f, :, :n] / self.temperature)
+            logits = torch.tanh(state[0] @ self.head[f, :, :n] / self.config.temperature) * self.config.tanh_constant
             logp = F.log_softmax(logits, 1)                                              # [K, choices]
-            if rows is None:
-                choice = (logp.exp().cumsum(1) < draws[:, column, None]).sum(1).clamp(max=n - 1)
-            else:
-                choice = (rows[:, column, None] == self.values[column, :n]).long().argmax(1)
+            choice = ((logp.exp().cumsum(1) < draws[:, column, None]).sum(1).clamp(max=n - 1) if rows is None
+                      else (rows[:, column, None] == self.values[column, :n]).long().argmax(1))
             log_prob = log_prob + logp.gather(1, choice[:, None])[:, 0]
             entropy = entropy - (logp.exp() * logp).sum(1)
             out[:, column] = self.values[column][choice]
