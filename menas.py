@@ -1123,18 +1123,17 @@ def commit():
 
 class Run:
     """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json; owned by one process.
-
     Killed at any instant, the same command goes on from the last checkpoint, which also knows how long metrics.jsonl
     was; as every random draw depends only on its key, the result is that of an undisturbed run."""
 
     def __init__(self, study, config):
         self.study, self.config, self.commit = study, config, commit()  # the file may change while the run goes on
         self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}")
-        self.metrics = self.folder / "metrics.jsonl"
+        files = "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt"
+        self.metrics, self.newest, self.previous = (self.folder / name for name in files)
         self.good, self.good_bytes = None, 0  # the last good state, and how long metrics.jsonl was then
         self.started = self.saved_at = self.spoke_at = time.time()
-        self.first_line = None  # (time, done, words) at this process's first line of metrics
-        self.stop = 0  # the signal that asked to stop
+        self.first_line, self.stop = None, 0  # (time, done, words) at the first line of metrics; the signal to stop
 
     def __enter__(self):
         try:
@@ -1172,27 +1171,26 @@ class Run:
 
     def restore(self):
         """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to what it was then."""
-        newest, refusals = self.folder / "checkpoint.pt", []
-        for path in filter(Path.exists, (newest, self.folder / "checkpoint.previous.pt")):
+        refusal = None  # of the newest
+        for path in filter(Path.exists, (self.newest, self.previous)):
             try:
                 saved = read_tensors(path, device_of(self.config))
                 if not isinstance(saved, dict) or (saved.get("format"), saved.get("study")) != (FORMAT, self.study):
                     raise UserError(f"{path} is refused: it is not a checkpoint of menas {self.study}")
             except UserError as error:
-                refusals.append(error)
+                refusal = refusal or error
                 continue
-            if refusals:  # of the newest
-                self.say(f"{refusals[0]}; going on from {path.name}")
-                os.replace(newest, newest.with_name("checkpoint.refused.pt"))
+            if refusal:
+                self.say(f"{refusal}; going on from {path.name}")
+                os.replace(self.newest, self.folder / "checkpoint.refused.pt")
             self.good, self.good_bytes = saved["state"], saved["metrics_bytes"]
             self.started -= saved["seconds"]
             with open(self.metrics, "ab") as file:
                 file.truncate(self.good_bytes)
             return copy.deepcopy(self.good)
-        if refusals:
-            raise UserError(f"{refusals[0]}; there is none before it: delete it to start again")
+        if refusal:
+            raise UserError(f"{refusal}; there is none before it: delete it to start again")
         self.metrics.write_bytes(b"")
-        return None
 
     def keep(self, state):
         """Remember a state known to be good; write it if the last checkpoint is old."""
@@ -1202,11 +1200,10 @@ class Run:
 
     def save(self):
         """Write the good state; the checkpoint before it stays as checkpoint.previous.pt."""
-        path = self.folder / "checkpoint.pt"
-        if path.exists():
-            os.replace(path, path.with_name("checkpoint.previous.pt"))
-        write_tensors(path, {"format": FORMAT, "study": self.study, "state": self.good,
-                             "seconds": time.time() - self.started, "metrics_bytes": self.good_bytes})
+        if self.newest.exists():
+            os.replace(self.newest, self.previous)
+        write_tensors(self.newest, {"format": FORMAT, "study": self.study, "state": self.good,
+                                    "seconds": time.time() - self.started, "metrics_bytes": self.good_bytes})
         self.saved_at = time.time()
 
     def obey(self):
@@ -1222,7 +1219,6 @@ class Run:
 
     def log(self, line, done, total, words):
         """A line of metrics.jsonl, and now and then one for the person who waits: done of total, words read so far.
-
         There is no time in metrics.jsonl: it is the same for every run of a configuration."""
         with open(self.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
