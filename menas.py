@@ -1265,21 +1265,19 @@ def zero_state(weights, batch):
     width = 2 * weights["weight_hh_l0"].shape[-1] if "weight_hh_l0" in weights else weights["embedding"].shape[-1]
     return weights["embedding"].new_zeros(1, batch, width)
 
-WARM_UP = 70  # words read before a stream's first scored one, so that cutting the text in streams hardly matters
-
 @torch.no_grad()
-def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32):
-    """Mean loss [K] over a whole split: every token but the first exactly once, no dropout. Its exp() is perplexity."""
-    n = len(tokens) - 1                                                                  # targets
-    batch = min(batch, max(1, n // WARM_UP))
+def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32, warm=70):
+    """Mean loss [K] over a whole split: every token but the first exactly once, no dropout. Its exp() is perplexity.
+    warm: words read before a stream's first scored one, so that cutting the text in streams hardly matters."""
+    n, total = len(tokens) - 1, 0.0                                                      # targets
+    batch = min(batch, max(1, n // warm))
     length = math.ceil(n / batch)
+    warm = min(warm, length)
     start = torch.arange(batch, device=tokens.device) * length
-    at = start + torch.arange(-min(WARM_UP, length), length, device=tokens.device)[:, None]
-    inputs = tokens[at.clamp(0, n - 1)]                                                  # [warm-up + length, B]
+    at = start + torch.arange(-warm, length, device=tokens.device)[:, None]              # [warm-up + length, B]
+    inputs = tokens[at.clamp(0, n - 1)]
     targets = torch.where((at >= start) & (at < n), tokens[(at + 1).clamp(0, n)], -1)
-    warm = len(at) - length
-    state, total = zero_state(weights, batch), 0.0
-    state = network(weights, cells, Batch(inputs[:warm], targets[:warm], state, {}), dtype)[1]
+    state = network(weights, cells, Batch(inputs[:warm], targets[:warm], zero_state(weights, batch), {}), dtype)[1]
     state[:, 0] = 0  # the first stream has no words before it
     for lo in range(warm, len(at), bptt):
         part = Batch(inputs[lo:lo + bptt], targets[lo:lo + bptt], state, {})
@@ -1292,7 +1290,7 @@ def perplexity(loss):
     return math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
 
 def train_step(weights, cells, batch, lr, config, rate=1.0):
-    """A step of SGD on the mean loss of K architectures (shared weights) or on each one's own: losses, state, gradient."""
+    """A step of SGD on the mean loss of K architectures (shared weights) or on each's own: losses, state, gradient."""
     for w in weights.values():
         w.requires_grad_()
     losses, state = network(weights, cells, batch, DTYPES[config.dtype], config.activation_reg, config.slowness_reg)
@@ -1307,22 +1305,18 @@ SCHEDULES = {"constant": lambda epoch, epochs: 1.0,
 
 def train_networks(config, run, corpus, weights, cells, seeds):
     """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging, stopping, failure.
-
     Returns the best weights of each by validation and a dict of lists: best_loss, best_epoch, epochs, failed. A
     network that has stopped leaves the batch. Segment lengths are common to all. cells: rows [K, D]; None: LSTMs."""
-    device, dtype, schedule = device_of(config), DTYPES[config.dtype], SCHEDULES[config.schedule]
+    device, k = device_of(config), len(seeds)
     stream = Stream(corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt).to(device)
-    valid, words, k = corpus.valid.to(device), len(corpus.words), len(seeds)
-    cells = None if cells is None else cells.to(device)
+    valid, cells = corpus.valid.to(device), None if cells is None else cells.to(device)
     s = run.restore()
     if s is None:
-        weights = to_device(weights, device)
-        full = lambda value: torch.full((k,), value, device=device)
-        s = {"step": 0, "where": stream.where(), "weights": weights, "best": copy.deepcopy(weights),
-             "mean": copy.deepcopy(weights) if config.average else {}, "averaged": full(0), "lr": full(config.lr),
-             "alive": torch.arange(k, device=device), "best_loss": full(math.inf), "best_epoch": full(0),
-             "epochs": full(0), "bad": full(0), "failed": full(False), "state": zero_state(weights, config.batch),
-             "loss": full(0.0), "steps": 0, "words": 0}
+        weights, full = to_device(weights, device), lambda value: torch.full((k,), value, device=device)
+        s = {"step": 0, "steps": 0, "words": 0, "where": stream.where(), "state": zero_state(weights, config.batch),
+             "weights": weights, "best": copy.deepcopy(weights), "mean": copy.deepcopy(weights) if config.average else {},
+             "alive": torch.arange(k, device=device), "lr": full(config.lr), "loss": full(0.0), "failed": full(False),
+             "best_loss": full(math.inf), **{name: full(0) for name in ("averaged", "best_epoch", "epochs", "bad")}}
         run.keep(s)
     stream.seek(s["where"])
     own_seeds = ()
@@ -1331,13 +1325,12 @@ def train_networks(config, run, corpus, weights, cells, seeds):
         if len(own_seeds) != len(alive):  # a network has left; only then does the host ask which
             own_seeds = [seeds[i] for i in alive.tolist()]
         # one step of SGD on the next segment
-        at = stream.epoch + stream.at / stream.length
+        factor = SCHEDULES[config.schedule](stream.epoch + stream.at / stream.length, config.epochs)
         segment = stream.next()
+        lr = s["lr"][alive] * (len(segment.inputs) / config.bptt) * factor  # another length under --random_bptt
         state = zero_state(s["weights"], config.batch) if segment.before is None else s["state"]
-        masks = draw_masks(config, words, config.batch, own_seeds, s["step"])
-        batch = Batch(segment.inputs, segment.targets, state, to_device(masks, device))
-        length = len(segment.inputs) / config.bptt  # not 1 only under --random_bptt
-        lr = s["lr"][alive] * length * schedule(at, config.epochs)
+        masks = to_device(draw_masks(config, len(corpus.words), config.batch, own_seeds, s["step"]), device)
+        batch = Batch(segment.inputs, segment.targets, state, masks)
         losses, state, _ = train_step(s["weights"], None if cells is None else cells[alive], batch, lr, config)
         finite = torch.isfinite(losses)
         s["failed"][alive] |= ~finite
@@ -1345,20 +1338,18 @@ def train_networks(config, run, corpus, weights, cells, seeds):
         s["loss"][alive] += losses
         s["step"], s["steps"] = s["step"] + 1, s["steps"] + 1
         s["words"] += len(alive) * segment.inputs.numel()
-        # running mean of the weights, for those whose validation has stopped improving
         if config.average:
             update_mean(s, alive)
-        # at the end of an epoch: validate
         if segment.ends:
-            validate(config, s, cells, valid, dtype, stream.epoch)
+            validate(config, s, cells, valid, stream.epoch)
+        # a line of metrics, after which the state may be a checkpoint
         if segment.ends or s["steps"] >= config.log_every:
             s["where"] = stream.where()
             loss = (s["loss"][alive] / s["steps"]).nanmean().item()  # of the networks that have not failed
             line = dict(step=s["step"], epoch=stream.epoch, loss=loss, perplexity=perplexity(loss))
             if segment.ends:
                 line.update(networks=alive.tolist(), valid_perplexity=[perplexity(x) for x in s["valid"].tolist()])
-            s["loss"].zero_()
-            s["steps"] = 0
+            s["loss"], s["steps"] = torch.zeros_like(s["loss"]), 0
             run.log(line, stream.epoch + stream.at / stream.length, config.epochs, s["words"])
             run.keep(s)
         run.obey()
@@ -1374,28 +1365,26 @@ def update_mean(s, alive):
     s["averaged"][alive] = torch.where(n > 0, n + 1, n)
 
 @torch.no_grad()
-def validate(config, s, cells, valid, dtype, epoch):
+def validate(config, s, cells, valid, epoch):
     """Score the alive networks; keep the best weights; start averaging, lower lr, or let go where nothing improves."""
-    alive = s["alive"]
-    averaging = s["averaged"][alive] > 0
-    pick = lambda yes, a, b: torch.where(yes.view(-1, *[1] * (a.dim() - 1)), a, b)
-    current = {name: pick(averaging, s["mean"][name], w) if s["mean"] else w for name, w in s["weights"].items()}
-    loss = evaluate(current, None if cells is None else cells[alive], valid, config.eval_batch, dtype=dtype).float()
-    s["valid"] = loss
+    alive, current, dtype = s["alive"], dict(s["weights"]), DTYPES[config.dtype]
+    for name, mean in s["mean"].items():
+        averaging = s["averaged"][alive].view(-1, *[1] * (mean.dim() - 1)) > 0
+        current[name] = torch.where(averaging, mean, current[name])
+    cells = None if cells is None else cells[alive]
+    loss = s["valid"] = evaluate(current, cells, valid, config.eval_batch, dtype=dtype).float()
     better = (loss < s["best_loss"][alive]) & torch.isfinite(loss)
+    won, lost = alive[better], alive[~better]
     for name, w in current.items():
-        s["best"][name][alive] = pick(better, w, s["best"][name][alive])
-    s["best_loss"][alive] = torch.where(better, loss, s["best_loss"][alive])
-    s["best_epoch"][alive] = torch.where(better, epoch, s["best_epoch"][alive])
-    s["bad"][alive] = torch.where(better, 0, s["bad"][alive] + 1)
-    s["epochs"][alive] = epoch
-    s["lr"][alive] = torch.where(better, s["lr"][alive], s["lr"][alive] / config.plateau)
+        s["best"][name][won] = w[better]
+    s["best_loss"][won], s["best_epoch"][won], s["bad"][won], s["epochs"][alive] = loss[better], epoch, 0, epoch
+    s["bad"][lost] += 1
+    s["lr"][lost] /= config.plateau
     if config.average:
-        s["averaged"][alive] = torch.where(~better & ~averaging, 1, s["averaged"][alive])
+        s["averaged"][lost] = s["averaged"][lost].clamp(min=1)
     stay = (s["bad"][alive] < config.patience) & ~s["failed"][alive]
     if not stay.all():
-        s["alive"] = alive[stay]
-        s["state"] = s["state"][stay]
+        s["alive"], s["state"] = alive[stay], s["state"][stay]
         for part in ("weights", "mean"):
             s[part] = {name: w[stay].clone() for name, w in s[part].items()}
 
