@@ -152,12 +152,12 @@ PRESETS = {"smoke": {
     "extra": dict(hidden=64, nodes=8, epochs=5, batch=20, shared_steps=120, controller_steps=12, replicas=3,
                   controller_samples=8, controller_lr=.02, warm_epochs=1, settle=1, derive_samples=8),
     "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35, schedule="cosine"),
-}, "paper": {  # the corrected code of ENAS's authors, search and final training. Its two masks on the input are one here,
-    # of rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the gradient is twice the weight.
+}, "paper": {  # the corrected code of ENAS's authors, search and final training. Its two masks on the input are one
+    # here, of rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the gradient is twice the weight.
     "all": dict(data="ptb", dtype="bfloat16", init=.04, batch=64, random_bptt=True, clip=.25, controller_hidden=64,
                 controller_lr=5e-5, entropy=1e-5, tanh_constant=2.25),
-    "search": dict(nodes=10, hidden=200, epochs=600, batch=128, word_dropout=.1, input_dropout=.8, clip=.1,
-                   hidden_dropout=.25, output_dropout=.75, weight_decay=1.6e-6, controller_steps=25, baseline_decay=.999),
+    "search": dict(nodes=10, hidden=200, epochs=600, batch=128, word_dropout=.1, input_dropout=.8, hidden_dropout=.25,
+                   output_dropout=.75, clip=.1, weight_decay=1.6e-6, controller_steps=25, baseline_decay=.999),
     "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775, hidden_dropout=.225,
                   output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100),
 }}
