@@ -366,10 +366,8 @@ OUTPUTS = ("leaves", "all")  # h_t is the mean of the leaves (nodes nobody reads
 LEAVES, ALL = range(2)
 INPUT = 0  # slot 0 is the input pair (x_t, h_{t-1}); node i's value is slot i + 1
 
-class Cell(NamedTuple):
-    """A recurrent cell as people write it; encode() makes it a row of integers."""
-    nodes: tuple            # of (slot read, activation's name)
-    output: str = "leaves"
+# A recurrent cell as people write it: a tuple of (slot read, activation's name), and one of OUTPUTS; see encode().
+Cell = namedtuple("Cell", "nodes output", defaults=("leaves",))
 
 def named(pairs, output):
     """A published cell from 'activation<-predecessor' of nodes 1, 2, ...; node 0 is tanh on the input pair."""
@@ -417,8 +415,7 @@ def cell_from_json(cell):
 # A row of integers [D] is a cell: its number of nodes, its output, then for each node the slot read and the activation.
 def encode(cells, nodes=0):
     """Cells as rows [K, 2 + 2N]; N is the largest cell's, or more. Nodes a cell does not have are unused entries."""
-    nodes = max([nodes] + [len(cell.nodes) for cell in cells])
-    rows = torch.zeros(len(cells), 2 + 2 * nodes, dtype=torch.long)
+    rows = torch.zeros(len(cells), 2 + 2 * max([nodes, *(len(cell.nodes) for cell in cells)]), dtype=torch.long)
     for row, cell in zip(rows, cells):
         flat = [x for slot, act in cell.nodes for x in (slot, list(ACTIVATIONS).index(act))]
         row[:2 + len(flat)] = torch.tensor([len(cell.nodes), OUTPUTS.index(cell.output)] + flat)
