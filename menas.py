@@ -501,9 +501,8 @@ def initial(config, shapes, seeds):
     """K networks' weights, [K, *shape], uniform, each from its own seed, on the CPU; the decoder's bias is 0.
     paper: +-.04, at 800 units; at 200 the ENAS cell learns slowly from there."""
     bound = config.init or math.sqrt(3 / config.hidden)
-    weights = {name: torch.stack([uniform(shape, bound, (seed, "init", name)) for seed in seeds])
-               for name, shape in shapes.items()}
-    return {**weights, "bias": torch.zeros(len(seeds), shapes["embedding"][0])}
+    draw = lambda name: torch.stack([uniform(shapes[name], bound, (seed, "init", name)) for seed in seeds])
+    return {**{name: draw(name) for name in shapes}, "bias": torch.zeros(len(seeds), shapes["embedding"][0])}
 
 def shared_weights(config, words):
     """Weights of the supernet: tied embedding [V, H], x_t -> node 0 [H, 2H], and the bank [edges, H, 2H]."""
@@ -536,8 +535,8 @@ def structure(cells):
     leaf = exists & torch.where(output == ALL, (node > 0) | (count == 1), ~is_read)      # paper: DARTS omits node 0
     return read, edge_index(read, node), act, leaf.double() / leaf.sum(0)
 
-# One step's input to the network: inputs and targets [T, B], -1 where there is nothing to predict; state [K or 1, B, H],
-# h before the first token; masks, a dict of dropout's, see draw_masks, {} in evaluation.
+# One step's input to the network: inputs [T, B]; targets [T, B], -1 where there is nothing to predict; state
+# [K or 1, B, H], h before the first token; masks, a dict of dropout's, see draw_masks, {} in evaluation.
 Batch = namedtuple("Batch", "inputs targets state masks")
 
 def draw_masks(config, words, batch, seeds, step):
@@ -552,13 +551,12 @@ def reference_losses(weights, row, batch, k=0):
     """The network as the peers write it, for ONE architecture: the mean loss, and the states [T, B, H].
     Highway node (Pham et al. 2018): [c, u] = s_p W;  s_i = s_p + sigmoid(c) * (act(u) - s_p)."""
     mine = weights if is_shared(weights) else {name: w[k] for name, w in weights.items()}
-    mask = {name: m[k if len(m) > 1 else 0] for name, m in batch.masks.items()}
-    cell, h, states = decode(row), batch.state[k if len(batch.state) > 1 else 0], []
+    mask = {name: m[k % len(m)] for name, m in batch.masks.items()}
+    cell, h, states = decode(row), batch.state[k % len(batch.state)], []
     hidden, times = h.shape[-1], lambda x, name: x * mask[name] if name in mask else x
     halves = lambda w: (w[:, :hidden].contiguous(), w[:, hidden:].contiguous())          # gate, candidate
-    wx = halves(mine["input"])
-    ws = [halves(mine["edges"][edge_index(read, i) if is_shared(weights) else i])
-          for i, (read, _) in enumerate(cell.nodes)]
+    rows = [edge_index(read, i) if is_shared(weights) else i for i, (read, _) in enumerate(cell.nodes)]
+    wx, *ws = [halves(w) for w in (mine["input"], *(mine["edges"][row] for row in rows))]
     for tokens in batch.inputs:
         x = F.embedding(tokens, mine["embedding"])                                       # [B, H]
         x = times(x * mask["word"][tokens][:, None] if "word" in mask else x, "input")
@@ -612,7 +610,6 @@ def coefficient_table(dtype, device):
 
 class Recurrence(torch.autograd.Function):
     """All nodes, steps and architectures of the recurrence, with a backward pass through time written by hand.
-
     xw [K or 1, T, B, 2H] is x_t times the input weights; h0 [K, B, H]; w [N, K, H, 2H] each node's weights, its
     candidate half scaled by slope; mask [K or 1, B, H] or None; read, leaf [N, K]; act the coefficients. Returns h
     [K, T, B, H]. Only node 0 reads the input pair. Buffers are filled in place, with no graph per step; each node's
@@ -717,7 +714,6 @@ class Recurrence(torch.autograd.Function):
 
 class CrossEntropy(torch.autograd.Function):
     """Mean loss [K] of h [K, R, H] for targets [R], -1 for none, under decoders [K, V, H] and biases [K, V].
-
     Log-probabilities are in h's dtype, their sum in float32 or better, the gradients of decoder and bias in theirs. The
     softmax goes by chunks that stay in the cache, the products by blocks of chunks: all logits never exist at once. If
     a gradient is wanted, forward computes it for dL = 1, since the softmax is at hand; backward only scales it."""
@@ -787,7 +783,7 @@ def unroll_lstm(weights, cells, batch, dtype=torch.float32):
     """torch.nn.LSTM in the place of unroll, one after the other for K seeds; the state is h and c side by side."""
     outputs, states = [], []
     for i, x in enumerate(embed(weights, batch)):
-        start = [s[None].contiguous() for s in batch.state[i if len(batch.state) > 1 else 0].chunk(2, -1)]
+        start = [s[None].contiguous() for s in batch.state[i % len(batch.state)].chunk(2, -1)]           # h, c
         flat = [weights[f"{name}_l0"][i] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         out, h, c = torch.lstm(x, start, flat, True, 1, 0.0, torch.is_grad_enabled(), False, False)
         outputs.append(out @ weights["project"][i] if "project" in weights else out)
