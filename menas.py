@@ -1084,8 +1084,7 @@ def read_json(path):
 
 def write_tensors(path, value):
     """torch.save, atomic."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(value, buffer := io.BytesIO())
     write_atomically(path, buffer.getvalue())
 
 def read_tensors(path, device="cpu"):
@@ -1100,9 +1099,9 @@ def tensorboard(folder):
     """add_scalar(name, value, step) of a TensorBoard writer, or of nobody where that is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(str(folder / "tensorboard")).add_scalar
     except ImportError:
         return lambda name, value, step: None
-    return SummaryWriter(str(folder / "tensorboard")).add_scalar
 
 def commit():
     """The commit that this file is at, '+' if it has been changed since; '' outside a repository."""
