@@ -1306,9 +1306,10 @@ def train_networks(config, run, corpus, weights, cells, seeds):
     if s is None:
         weights, full = to_device(weights, device), lambda value: torch.full((k,), value, device=device)
         s = {"step": 0, "steps": 0, "words": 0, "where": stream.where(), "state": zero_state(weights, config.batch),
-             "weights": weights, "best": copy.deepcopy(weights), "mean": copy.deepcopy(weights) if config.average else {},
-             "alive": torch.arange(k, device=device), "lr": full(config.lr), "loss": full(0.0), "failed": full(False),
-             "best_loss": full(math.inf), **{name: full(0) for name in ("averaged", "best_epoch", "epochs", "bad")}}
+             "weights": weights, "best": copy.deepcopy(weights), "alive": torch.arange(k, device=device),
+             "mean": copy.deepcopy(weights) if config.average else {}, "lr": full(config.lr), "loss": full(0.0),
+             "failed": full(False), "best_loss": full(math.inf),
+             **{name: full(0) for name in ("averaged", "best_epoch", "epochs", "bad")}}
         run.keep(s)
     stream.seek(s["where"])
     own_seeds = ()
