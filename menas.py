@@ -44,6 +44,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -107,8 +108,8 @@ class Config:
     controller_samples: int = option(10, "architectures in one controller step, on one validation minibatch", ">= 1")
     controller_hidden: int = option(100, "units of the controller's LSTM", ">= 1")
     controller_lr: float = option(3.5e-3, "of Adam on the controller", ">= 0")
-    lookahead: str = option("none", "weights that rewards are taken at: none (omega), momentum, recent or fresh (omega')")
-    response: str = option("none", "what the shared weights' answer adds to the reward: none (ENAS), unrolled, neumann, sampled")
+    lookahead: str = option("none", "weights that rewards are taken at: none (omega), momentum, recent, fresh (omega')")
+    response: str = option("none", "the shared weights' answer in the reward: none (ENAS), unrolled, neumann, sampled")
     fold: int = option(2, "architectures that omega' is made from, and as many others for the response's v", ">= 1")
     task: str = option("none", "none, or frozen: a constructed task in which only the response knows what is good")
     settle: int = option(0, "rounds at the end in which only the shared weights learn, to fit the policy", ">= 0")
@@ -132,40 +133,37 @@ class Config:
     checkpoint_seconds: float = option(30.0, "least time between two checkpoints", ">= 0")
 
 # preset -> study -> settings; "all" holds for every study and comes first.
-PRESETS = {
-    "smoke": {
-        "all": dict(data="toy", hidden=16, batch=64, bptt=20, nodes=4, epochs=2, controller_samples=8, log_every=10,
-                    controller_steps=5, shared_steps=20, derive_samples=10, lr=5.0),
-        "extra": dict(epochs=1, shared_steps=5, replicas=2, settle=1, derive_samples=4, retrain=True), "similarity": dict(replicas=2)},
-    "tiny": {
-        "all": dict(data="toy", hidden=32, batch=16, bptt=35, nodes=6, lr=10.0, eval_batch=16, controller_samples=16),
-        "search": dict(epochs=8, shared_steps=60, shared_samples=4, controller_steps=20, warm_epochs=2, retrain=True),
-        "train": dict(epochs=8, schedule="cosine"),
-        "extra": dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=2, derive_samples=24,
-                      replicas=10, retrain=True),
-        "similarity": dict(epochs=8, shared_steps=60, warm_epochs=2, log_every=10, replicas=5),
-        "cost": dict(shared_steps=200, controller_steps=40)},
-    "ptb": {
-        "all": dict(data="ptb", hidden=200, dtype="bfloat16", weight_decay=1.2e-6),
-        "search": dict(epochs=4, batch=20, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine",
-                       controller_steps=80),
-        "extra": dict(hidden=64, nodes=8, epochs=5, batch=20, shared_steps=120, controller_steps=12, controller_samples=8,
-                      controller_lr=.02, warm_epochs=1, settle=1, derive_samples=8, replicas=3),
-        "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35,
-                      schedule="cosine")},
-    # paper: the corrected code of ENAS's authors, search and final training. Its two masks on the input are one here,
-    # of rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the gradient is twice the weight.
-    "paper": {
-        "all": dict(data="ptb", dtype="bfloat16", init=.04, batch=64, random_bptt=True, clip=.25, controller_hidden=64,
-                    controller_lr=5e-5, entropy=1e-5, tanh_constant=2.25),
-        "search": dict(nodes=10, hidden=200, epochs=600, batch=128, word_dropout=.1, input_dropout=.8, clip=.1,
-                       hidden_dropout=.25, output_dropout=.75, weight_decay=1.6e-6, controller_steps=25,
-                       baseline_decay=.999),
-        "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775, hidden_dropout=.225,
-                      output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100),
-        "extra": dict(nodes=8, hidden=200, epochs=20, shared_steps=200, controller_lr=3.5e-3, warm_epochs=2, settle=2,
-                      derive_samples=32, replicas=10)},
-}
+PRESETS = {"smoke": {
+    "all": dict(data="toy", hidden=16, batch=64, bptt=20, nodes=4, epochs=2, controller_samples=8, log_every=10,
+                controller_steps=5, shared_steps=20, derive_samples=10, lr=5.0),
+    "extra": dict(epochs=1, shared_steps=5, replicas=2, settle=1, derive_samples=4, retrain=True),
+    "similarity": dict(replicas=2),
+}, "tiny": {
+    "all": dict(data="toy", hidden=32, batch=16, bptt=35, nodes=6, lr=10.0, eval_batch=16, controller_samples=16),
+    "search": dict(epochs=8, shared_steps=60, shared_samples=4, controller_steps=20, warm_epochs=2, retrain=True),
+    "train": dict(epochs=8, schedule="cosine"),
+    "extra": dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=2, derive_samples=24,
+                  replicas=10, retrain=True),
+    "similarity": dict(epochs=8, shared_steps=60, warm_epochs=2, log_every=10, replicas=5),
+    "cost": dict(shared_steps=200, controller_steps=40),
+}, "ptb": {
+    "all": dict(data="ptb", hidden=200, dtype="bfloat16", weight_decay=1.2e-6),
+    "search": dict(epochs=4, batch=20, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine",
+                   controller_steps=80),
+    "extra": dict(hidden=64, nodes=8, epochs=5, batch=20, shared_steps=120, controller_steps=12, replicas=3,
+                  controller_samples=8, controller_lr=.02, warm_epochs=1, settle=1, derive_samples=8),
+    "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35, schedule="cosine"),
+}, "paper": {  # the corrected code of ENAS's authors, search and final training. Its two masks on the input are one
+    # here, of rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the gradient is twice the weight.
+    "all": dict(data="ptb", dtype="bfloat16", init=.04, batch=64, random_bptt=True, clip=.25, controller_hidden=64,
+                controller_lr=5e-5, entropy=1e-5, tanh_constant=2.25),
+    "search": dict(nodes=10, hidden=200, epochs=600, batch=128, word_dropout=.1, input_dropout=.8, hidden_dropout=.25,
+                   output_dropout=.75, clip=.1, weight_decay=1.6e-6, controller_steps=25, baseline_decay=.999),
+    "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775, hidden_dropout=.225,
+                  output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100),
+    "extra": dict(nodes=8, hidden=200, epochs=20, shared_steps=200, controller_lr=3.5e-3, warm_epochs=2, settle=2,
+                  derive_samples=32, replicas=10),
+}}
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
@@ -202,14 +200,8 @@ PTB_SHA256 = {"train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9
               "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}
 SPLITS = ("train", "valid", "test")
 
-@dataclass
-class Corpus:
-    """Token ids of the three splits, [tokens] each, the vocabulary, and the best possible perplexities if known."""
-    train: torch.Tensor
-    valid: torch.Tensor
-    test: torch.Tensor
-    words: list
-    floor: dict  # split -> perplexity under the true grammar; empty for real text
+# Token ids [tokens] of each split, the vocabulary, and split -> perplexity under the true grammar, empty for real text.
+Corpus = namedtuple("Corpus", "train valid test words floor")
 
 def write_atomically(path, content):
     """The file appears whole or not at all, also when the process is killed in between."""
@@ -274,12 +266,10 @@ def toy_words(kind):
     return [(f"{kind}{'abcdefghij'[i]}", 1 / (i + 1) / total, i) for i in range(TOY_WORDS)]
 
 def toy_next(state):
-    """[(word, probability, next state)] under the true grammar.
-
-    A state is (topic, due, phase): the class of the last main noun, (class, letter) of the nouns whose verbs are still
-    to come, outermost first, and what was written last: 'start' (a noun is next), 'noun', 'verb', or 'adverb'. A main
-    noun keeps the topic with TOY_TOPIC; a clause follows a noun with TOY_NEST, an adverb a verb with TOY_ADVERB; a verb
-    has its noun's class, and its letter with TOY_ECHO."""
+    """[(word, probability, next state)] under the true grammar. A state is (topic, due, phase): the last main noun's
+    class, (class, letter) of the nouns whose verbs are still to come, outermost first, and what was written last:
+    'start' (a noun is next), 'noun', 'verb' or 'adverb'. A main noun keeps the topic with TOY_TOPIC; a clause follows a
+    noun with TOY_NEST, an adverb a verb with TOY_ADVERB; a verb has its noun's class, and its letter with TOY_ECHO."""
     topic, due, phase = state
     if phase == "start":
         keeps = lambda c: TOY_TOPIC if c == topic else (1 - TOY_TOPIC) / (TOY_CLASSES - 1)
@@ -289,8 +279,8 @@ def toy_next(state):
     if phase == "noun" and len(due) < TOY_DEPTH:
         moves, left = [("that", TOY_NEST, (topic, due, "start"))], 1 - TOY_NEST
     if phase == "verb":
-        moves = [(word, TOY_ADVERB * q, (topic, due, "adverb")) for word, q, _ in toy_words("adv")]
         left = 1 - TOY_ADVERB
+        moves = [(word, TOY_ADVERB * q, (topic, due, "adverb")) for word, q, _ in toy_words("adv")]
     if not due:
         return moves + [("<eos>", left, (topic, (), "start"))]
     c, letter = due[-1]
@@ -308,8 +298,7 @@ def toy_corpus(sizes=(60000, 6000, 6000)):
             word, p, state = random_.choices(moves, weights=[m[1] for m in moves])[0]
             words.append(word)
             nats.append(-math.log(p))
-        texts[split] = words
-        floor[split] = math.exp(sum(nats[1:]) / len(nats[1:]))  # as a model is scored: all tokens but the first
+        texts[split], floor[split] = words, math.exp(sum(nats[1:]) / len(nats[1:]))  # all but the first, as a model
     return texts, floor
 
 def load_corpus(config):
@@ -330,12 +319,9 @@ def load_corpus(config):
         ids[split] = torch.tensor([index.get(word, index.get("<unk>")) for word in text])
     return Corpus(**ids, words=words, floor=floor)
 
-class Segment(NamedTuple):
-    """One step's text. targets are the inputs one token later, -1 where there is nothing to predict."""
-    inputs: torch.Tensor   # [T, B]
-    targets: torch.Tensor  # [T, B]
-    before: object         # [T', B] inputs of the segment before, None at the start of the text
-    ends: bool             # is it the text's last
+# One step's text: inputs [T, B]; targets [T, B], the inputs one token later, -1 where there is nothing to predict;
+# before: the inputs [T', B] of the segment before, None at the start of the text; ends: is it the text's last.
+Segment = namedtuple("Segment", "inputs targets before ends")
 
 class Stream:
     """B parallel readings of a split, cut into segments: every token but the first is a target once per epoch."""
@@ -344,13 +330,10 @@ class Stream:
         length = math.ceil((len(tokens) - 1) / batch)
         if length < 2:
             raise UserError(f"--batch {batch} is larger than the corpus allows: a split has {len(tokens)} tokens")
-        padded = math.ceil(length / bptt) * bptt  # full segments have one shape; what is beyond the text is -1
-
-        def columns(words, fill):  # [padded, B]
-            rows = F.pad(words, (0, batch * length - len(words)), value=fill).view(batch, length)
-            return F.pad(rows, (0, padded - length), value=fill).t().contiguous()
-
-        self.inputs, self.targets = columns(tokens[:-1], 0), columns(tokens[1:], -1)
+        step = torch.arange(math.ceil(length / bptt) * bptt)[:, None]  # padded: full segments have one shape
+        at = step + length * torch.arange(batch)                                         # [padded, B]
+        real, at = (step < length) & (at < len(tokens) - 1), at.clamp(max=len(tokens) - 2)
+        self.inputs, self.targets = torch.where(real, tokens[at], 0), torch.where(real, tokens[at + 1], -1)
         self.length, self.bptt, self.key, self.vary = length, bptt, key, vary
         self.epoch, self.at, self.last = 0, 0, 0  # at: the next segment's start; last: the length of the one before
 
@@ -358,23 +341,18 @@ class Stream:
         self.inputs, self.targets = self.inputs.to(device), self.targets.to(device)
         return self
 
-    def size(self):
-        """paper: the corrected ENAS draws a segment's length from a normal around bptt, 5 % of the time half of it."""
-        if not self.vary:
-            return self.bptt
-        draw = rng(*self.key, "bptt", self.epoch, self.at)
-        mean = self.bptt if torch.rand((), generator=draw).item() < 0.95 else self.bptt / 2
-        return min(max(5, round(mean + 5 * torch.randn((), generator=draw).item())), self.bptt + 20)
-
     def next(self):
-        """The next Segment; after the last one the text starts again."""
-        size, start = self.size(), self.at
-        before = self.inputs[start - self.last:start] if start else None
-        self.at, self.last = start + size, size
-        ends = self.at >= self.length
-        if ends:
-            self.epoch, self.at, self.last = self.epoch + 1, 0, 0
-        return Segment(self.inputs[start:start + size], self.targets[start:start + size], before, ends)
+        """The next Segment; after the last one the text starts again.
+        paper: the corrected ENAS draws its length from a normal around bptt, 5 % of the time around half of it."""
+        start, size = self.at, self.bptt
+        if self.vary:
+            draw = rng(*self.key, "bptt", self.epoch, start)
+            mean = size if torch.rand((), generator=draw).item() < 0.95 else size / 2
+            size = min(max(5, round(mean + 5 * torch.randn((), generator=draw).item())), size + 20)
+        end, before = start + size, self.inputs[start - self.last:start] if start else None
+        ends = end >= self.length
+        self.epoch, self.at, self.last = (self.epoch + 1, 0, 0) if ends else (self.epoch, end, size)
+        return Segment(self.inputs[start:end], self.targets[start:end], before, ends)
 
     def where(self):
         """The reading position, for a checkpoint."""
@@ -391,10 +369,8 @@ OUTPUTS = ("leaves", "all")  # h_t is the mean of the leaves (nodes nobody reads
 LEAVES, ALL = range(2)
 INPUT = 0  # slot 0 is the input pair (x_t, h_{t-1}); node i's value is slot i + 1
 
-class Cell(NamedTuple):
-    """A recurrent cell as people write it; encode() makes it a row of integers."""
-    nodes: tuple            # of (slot read, activation's name)
-    output: str = "leaves"
+# A recurrent cell as people write it: a tuple of (slot read, activation's name), and one of OUTPUTS; see encode().
+Cell = namedtuple("Cell", "nodes output", defaults=("leaves",))
 
 def named(pairs, output):
     """A published cell from 'activation<-predecessor' of nodes 1, 2, ...; node 0 is tanh on the input pair."""
@@ -407,8 +383,7 @@ CELLS = {
     "darts_v2": named("sigmoid<-0 relu<-1 relu<-1 identity<-1 tanh<-2 sigmoid<-5 tanh<-3 relu<-5", "all"),
     "enas_lm": named("sigmoid<-0 tanh<-1 relu<-2 sigmoid<-2 tanh<-4 tanh<-5 sigmoid<-3 sigmoid<-6", "all"),
     "chain": named(" ".join(f"tanh<-{i}" for i in range(11)), "leaves"),
-    "tree": named(" ".join(f"tanh<-{i // 2}" for i in range(11)), "leaves"),
-}
+    "tree": named(" ".join(f"tanh<-{i // 2}" for i in range(11)), "leaves")}
 
 def cell_to_json(cell):
     """The cell as a dict that json.dumps prints and a person can edit."""
@@ -419,8 +394,7 @@ def cell_from_json(cell):
     """The Cell of such a dict. Nodes may stand in any order; they are sorted so that each reads an earlier one."""
     if not isinstance(cell, dict) or not isinstance(cell.get("nodes"), list) or not cell["nodes"]:
         raise UserError('a cell is {"output": "leaves", "nodes": [{"from": "input", "activation": "tanh"}, ...]}')
-    output, nodes = cell.get("output", "leaves"), cell["nodes"]
-    choose("output", output, OUTPUTS)
+    output, nodes = choose("output", cell.get("output", "leaves"), OUTPUTS), cell["nodes"]
     for i, node in enumerate(nodes):
         if not isinstance(node, dict) or "from" not in node or "activation" not in node:
             raise UserError(f"node {i} needs 'from' and 'activation'")
@@ -444,8 +418,7 @@ def cell_from_json(cell):
 # A row of integers [D] is a cell: its number of nodes, its output, then for each node the slot read and the activation.
 def encode(cells, nodes=0):
     """Cells as rows [K, 2 + 2N]; N is the largest cell's, or more. Nodes a cell does not have are unused entries."""
-    nodes = max([nodes] + [len(cell.nodes) for cell in cells])
-    rows = torch.zeros(len(cells), 2 + 2 * nodes, dtype=torch.long)
+    rows = torch.zeros(len(cells), 2 + 2 * max([nodes, *(len(cell.nodes) for cell in cells)]), dtype=torch.long)
     for row, cell in zip(rows, cells):
         flat = [x for slot, act in cell.nodes for x in (slot, list(ACTIVATIONS).index(act))]
         row[:2 + len(flat)] = torch.tensor([len(cell.nodes), OUTPUTS.index(cell.output)] + flat)
@@ -454,20 +427,16 @@ def encode(cells, nodes=0):
 def decode(row):
     """The Cell of one row [D]."""
     count, output, *flat = row.tolist()
-    nodes = zip(flat[0:2 * count:2], flat[1:2 * count:2])
+    nodes = zip(flat[:2 * count:2], flat[1:2 * count:2])
     return Cell(tuple((slot, list(ACTIVATIONS)[act]) for slot, act in nodes), OUTPUTS[output])
 
-class Decision(NamedTuple):
-    """One column of a row: its name and the values it may take. With a single value there is nothing to decide."""
-    name: str
-    choices: tuple
+# One column of a row: its name and the tuple of values it may take. With a single value there is nothing to decide.
+Decision = namedtuple("Decision", "name choices")
 
 def search_space(config):
     """The list of Decisions, a column each. ENAS: every node but the first reads an earlier one, any activation."""
     names = config.activations.split(",")
-    for name in names:
-        choose("activation", name, ACTIVATIONS)
-    activations = tuple(map(list(ACTIVATIONS).index, names))
+    activations = tuple(list(ACTIVATIONS).index(choose("activation", name, ACTIVATIONS)) for name in names)
     if len(set(names)) < len(names):
         raise UserError(f"--activations {config.activations} has one of them twice")
     if config.nodes < 1:
@@ -487,8 +456,6 @@ def leaves(cell):
     n, read = len(cell.nodes), {slot for slot, _ in cell.nodes}
     return [i for i in range(n) if (i > 0 or n == 1 if cell.output == "all" else i + 1 not in read)]
 
-NODE_COLOURS = {"tanh": "#7fb3d5", "relu": "#f5b041", "identity": "#d5d8dc", "sigmoid": "#82e0aa"}
-
 def draw_cell(cell, title="", axes=None):
     """The cell as a picture, input at the bottom, h_t at the top; returns matplotlib's axes."""
     depth = [0]  # of each slot: the nodes between it and the input
@@ -499,23 +466,21 @@ def draw_cell(cell, title="", axes=None):
     width = max(map(len, rows))
     place = {slot: (j - (len(row) - 1) / 2, depth[slot]) for row in rows for j, slot in enumerate(row)}
     axes = axes or Figure(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained").subplots()
+    colours = {"tanh": "#7fb3d5", "relu": "#f5b041", "identity": "#d5d8dc", "sigmoid": "#82e0aa"}
 
-    def box(xy, text, colour="white"):
-        axes.text(*xy, text, ha="center", va="center", fontsize=11, zorder=3,
-                  bbox=dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour))
-
-    def arrow(start, end, **style):  # from the top of one box to the bottom of another
-        (x, y), (x_end, y_end) = start, end
-        axes.annotate("", (x_end, y_end - 0.22), (x, y + 0.22), zorder=1,
-                      arrowprops=dict(arrowstyle="-|>", shrinkA=0, shrinkB=0, **{"color": "#333333", **style}))
-
-    box(place[0], "$x_t,\\ h_{t-1}$")
+    box = lambda x, y, text, colour="white": axes.text(
+        x, y, text, ha="center", va="center", fontsize=11, zorder=3,
+        bbox=dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour))
+    arrow = lambda x, y, x_end, y_end, **style: axes.annotate(  # from the top of one box to the bottom of another
+        "", (x_end, y_end - 0.22), (x, y + 0.22), zorder=1,
+        arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "color": "#333333", **style})
+    box(*place[0], "$x_t,\\ h_{t-1}$")
     for i, (slot, act) in enumerate(cell.nodes):
-        arrow(place[slot], place[i + 1])
-        box(place[i + 1], f"{i}: {act}", NODE_COLOURS[act])
+        arrow(*place[slot], *place[i + 1])
+        box(*place[i + 1], f"{i}: {act}", colours[act])
     for i in leaves(cell):
-        arrow(place[i + 1], (0, top), color="#aaaaaa", linestyle=":")
-    box((0, top), "$h_t$ = mean")
+        arrow(*place[i + 1], 0, top, color="#aaaaaa", linestyle=":")
+    box(0, top, "$h_t$ = mean")
     axes.set(xlim=(-width / 2, width / 2), ylim=(-0.5, top + 0.5), title=title)
     axes.axis("off")
     return axes
@@ -537,12 +502,10 @@ def uniform(shape, bound, key):
 
 def initial(config, shapes, seeds):
     """K networks' weights, [K, *shape], uniform, each from its own seed, on the CPU; the decoder's bias is 0.
-
     paper: +-.04, at 800 units; at 200 the ENAS cell learns slowly from there."""
     bound = config.init or math.sqrt(3 / config.hidden)
-    weights = {name: torch.stack([uniform(shape, bound, (seed, "init", name)) for seed in seeds])
-               for name, shape in shapes.items()}
-    return {**weights, "bias": torch.zeros(len(seeds), shapes["embedding"][0])}
+    draw = lambda name: torch.stack([uniform(shapes[name], bound, (seed, "init", name)) for seed in seeds])
+    return {**{name: draw(name) for name in shapes}, "bias": torch.zeros(len(seeds), shapes["embedding"][0])}
 
 def shared_weights(config, words):
     """Weights of the supernet: tied embedding [V, H], x_t -> node 0 [H, 2H], and the bank [edges, H, 2H]."""
@@ -558,9 +521,8 @@ def standalone_weights(config, words, cells, seeds):
 
 def inherit(shared, cells):
     """Standalone weights that start from the shared ones: each network gets its own copy."""
-    k, edges = len(cells), structure(cells)[1]
-    copies = {name: shared[name].expand(k, *shared[name].shape).clone() for name in ("embedding", "input", "bias")}
-    return {**copies, "edges": shared["edges"][edges].transpose(0, 1).contiguous()}
+    copies = {name: w.expand(len(cells), *w.shape).clone() for name, w in shared.items() if name != "edges"}
+    return {**copies, "edges": shared["edges"][structure(cells)[1]].transpose(0, 1).contiguous()}
 
 def is_shared(weights):
     """Is it the supernet, or K networks each with its own?"""
@@ -576,36 +538,28 @@ def structure(cells):
     leaf = exists & torch.where(output == ALL, (node > 0) | (count == 1), ~is_read)      # paper: DARTS omits node 0
     return read, edge_index(read, node), act, leaf.double() / leaf.sum(0)
 
-class Batch(NamedTuple):
-    """One step's input to the network."""
-    inputs: torch.Tensor   # [T, B]
-    targets: torch.Tensor  # [T, B], -1 where there is nothing to predict
-    state: torch.Tensor    # [K or 1, B, H] h before the first token
-    masks: dict            # of dropout, see draw_masks; {} in evaluation
+# One step's input to the network: inputs [T, B]; targets [T, B], -1 where there is nothing to predict; state
+# [K or 1, B, H], h before the first token; masks, a dict of dropout's, see draw_masks, {} in evaluation.
+Batch = namedtuple("Batch", "inputs targets state masks")
 
 def draw_masks(config, words, batch, seeds, step):
     """Variational dropout: a mask per segment, scaled by 1 / (1 - rate), for each of K seeds; one seed, shared masks.
-
     word [K, V], input, hidden, output [K, B, H]; a rate of 0 has no mask."""
-    shapes = {"word": (words,), "input": (batch, config.hidden), "hidden": (batch, config.hidden),
-              "output": (batch, config.hidden)}
+    shapes = {"word": (words,), **dict.fromkeys(("input", "hidden", "output"), (batch, config.hidden))}
     rates = {name: getattr(config, f"{name}_dropout") for name in shapes}
-    keep = lambda seed, name: torch.rand(shapes[name], generator=rng(seed, name, step)) >= rates[name]
-    return {name: torch.stack([keep(seed, name) for seed in seeds]) / (1 - rate)
-            for name, rate in rates.items() if rate > 0}
+    return {name: torch.stack([torch.rand(shapes[name], generator=rng(seed, name, step)) >= rate for seed in seeds])
+            / (1 - rate) for name, rate in rates.items() if rate > 0}
 
 def reference_losses(weights, row, batch, k=0):
     """The network as the peers write it, for ONE architecture: the mean loss, and the states [T, B, H].
-
     Highway node (Pham et al. 2018): [c, u] = s_p W;  s_i = s_p + sigmoid(c) * (act(u) - s_p)."""
     mine = weights if is_shared(weights) else {name: w[k] for name, w in weights.items()}
-    mask = {name: m[k if len(m) > 1 else 0] for name, m in batch.masks.items()}
-    cell, h, states = decode(row), batch.state[k if len(batch.state) > 1 else 0], []
+    mask = {name: m[k % len(m)] for name, m in batch.masks.items()}
+    cell, h, states = decode(row), batch.state[k % len(batch.state)], []
     hidden, times = h.shape[-1], lambda x, name: x * mask[name] if name in mask else x
     halves = lambda w: (w[:, :hidden].contiguous(), w[:, hidden:].contiguous())          # gate, candidate
-    wx = halves(mine["input"])
-    row_of = lambda i, read: edge_index(read, i) if is_shared(weights) else i
-    ws = [halves(mine["edges"][row_of(i, read)]) for i, (read, _) in enumerate(cell.nodes)]
+    rows = [edge_index(read, i) if is_shared(weights) else i for i, (read, _) in enumerate(cell.nodes)]
+    wx, *ws = [halves(w) for w in (mine["input"], *(mine["edges"][row] for row in rows))]
     for tokens in batch.inputs:
         x = F.embedding(tokens, mine["embedding"])                                       # [B, H]
         x = times(x * mask["word"][tokens][:, None] if "word" in mask else x, "input")
@@ -659,22 +613,14 @@ def coefficient_table(dtype, device):
 
 class Recurrence(torch.autograd.Function):
     """All nodes, steps and architectures of the recurrence, with a backward pass through time written by hand.
-
     xw [K or 1, T, B, 2H] is x_t times the input weights; h0 [K, B, H]; w [N, K, H, 2H] each node's weights, its
     candidate half scaled by slope; mask [K or 1, B, H] or None; read, leaf [N, K]; act the coefficients. Returns h
-    [K, T, B, H]. Only node 0 reads the input pair. Buffers are filled in place and there is no graph per step; each
-    node's weight gradient is ONE product over all T * B rows. A second backward fills the buffers again; it has no
-    second derivatives, the reference has."""
+    [K, T, B, H]. Only node 0 reads the input pair. Buffers are filled in place, with no graph per step; each node's
+    weight gradient is ONE product over all T * B rows. It has no second derivatives; reference_losses has."""
 
     @staticmethod
     def forward(ctx, training, *inputs):
-        h, ctx.buffers = Recurrence.run(training, *inputs)
-        ctx.inputs = inputs
-        return h
-
-    @staticmethod
-    def run(training, xw, h0, w, mask, read, leaf, *act):
-        """h, and what backward needs, or None if not training."""
+        xw, h0, w, mask, read, leaf, *act = ctx.inputs = inputs
         (n, k, hidden, _), (t_, b) = w.shape, xw.shape[1:3]
         kept = t_ if training else 1  # the backward pass needs the values of all steps
         slots = Workspace.take(w, n + 1, k, kept, b, hidden)
@@ -711,15 +657,18 @@ class Recurrence(torch.autograd.Function):
             shrink[:, t] = (STATE_BOUND / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)).clamp(max=1)
             torch.mul(mean, shrink[:, t], out=h[:, t])
         if training:
-            return h, (index, leaf, slots, gates, h.detach(), shrink)  # detached: else h would refer to itself
-        Workspace.give(slots, gates)
-        return h, None
+            ctx.buffers = index, leaf, slots, gates, h.detach(), shrink  # detached: else h would refer to itself
+        else:
+            Workspace.give(slots, gates)
+        return h
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         xw, _, w, mask, _, _, *act = ctx.inputs
-        (index, leaf, slots, gates, h, shrink), ctx.buffers = ctx.buffers or Recurrence.run(True, *ctx.inputs)[1], None
+        if ctx.buffers is None:  # a second backward: the first one has used them up
+            Recurrence.forward(ctx, True, *ctx.inputs)
+        (index, leaf, slots, gates, h, shrink), ctx.buffers = ctx.buffers, None
         (n, k, hidden, _), (t_, b) = w.shape, h.shape[1:3]
         slope, (square, line, constant, step) = act[0], act[5:]
         flat, alone = slots.view((n + 1) * k, t_, b, hidden), k == 1 and w.device.type == "cpu"
@@ -756,7 +705,6 @@ class Recurrence(torch.autograd.Function):
                 dp.addcmul_(d, stay[:, t])
                 ds[where].add_(dp) if alone else ds_flat.index_add_(0, where, dp)
             dh = ds[0]
-        dh = dh.clone()
         dw = torch.empty_like(w)
         for i in range(n):
             read = values(wheres[i]) if mask is None else values(wheres[i]) * mask[:, None]
@@ -765,15 +713,13 @@ class Recurrence(torch.autograd.Function):
         dxw[..., 1, :] *= slope[0][:, None]
         dxw = dxw.view(k, t_, b, 2 * hidden)
         Workspace.give(slots, gates, keep)
-        return None, dxw if len(xw) == k else dxw.sum(0, keepdim=True), dh, dw, *[None] * (3 + len(act))
+        return None, dxw if len(xw) == k else dxw.sum(0, keepdim=True), dh.clone(), dw, *[None] * (3 + len(act))
 
 class CrossEntropy(torch.autograd.Function):
-    """Mean loss [K] of h [K, R, H] for targets [R] under decoders [K, V, H] and biases [K, V].
-
-    Log-probabilities are in h's dtype, their sum in float32 or better, the gradients of decoder and bias in theirs. All
-    logits never exist at once: the softmax goes by chunks that stay in the cache, the products by blocks of chunks. If
-    a gradient is wanted, forward computes it there and then for dL = 1, since the softmax is at hand; backward only
-    scales it. Target -1 is none."""
+    """Mean loss [K] of h [K, R, H] for targets [R], -1 for none, under decoders [K, V, H] and biases [K, V].
+    Log-probabilities are in h's dtype, their sum in float32 or better, the gradients of decoder and bias in theirs. The
+    softmax goes by chunks that stay in the cache, the products by blocks of chunks: all logits never exist at once. If
+    a gradient is wanted, forward computes it for dL = 1, since the softmax is at hand; backward only scales it."""
 
     @staticmethod
     def forward(ctx, training, h, decoder, bias, targets, chunk=0, block=1024):
@@ -798,9 +744,8 @@ class CrossEntropy(torch.autograd.Function):
                 at, end = r % block, min(r + chunk, rows)
                 d[at:at + len(p)] = p
                 if end == rows or end % block == 0:
-                    start = r - at
-                    torch.mm(d[:end - start], low[i], out=dh[i, start:end])
-                    dw[i] += d[:end - start].t() @ h[i, start:end]
+                    torch.mm(d[:at + len(p)], low[i], out=dh[i, r - at:end])
+                    dw[i] += d[:at + len(p)].t() @ h[i, r - at:end]
         if training:
             ctx.save_for_backward(dh, dw, db)
         return losses
@@ -819,16 +764,12 @@ def unroll(weights, cells, batch, dtype=torch.float32):
     w_x = cast(weights["input"]).view(-1, *weights["input"].shape[-2:])                  # [K or 1, H, 2H]
     xw = (x.flatten(1, 2) @ w_x).unflatten(1, x.shape[1:3])                              # one product over T * B rows
     read, edge, act, leaf = structure(cells)
-    n, k = read.shape
-    if is_shared(weights):
-        w = weights["edges"].index_select(0, edge.flatten()).unflatten(0, (n, k))        # [N, K, H, 2H]
-    else:
-        w = weights["edges"].transpose(0, 1)
-    act = coefficients(act, dtype)
-    hidden = w.shape[2]
-    w = torch.cat([cast(w[..., :hidden]), cast(w[..., hidden:]) * act[0]], -1)           # scaled as COEFFICIENTS says
+    bank, hidden, act = weights["edges"], x.shape[-1], coefficients(act, dtype)
+    w = bank.index_select(0, edge.flatten()).unflatten(0, edge.shape) if is_shared(weights) else bank.transpose(0, 1)
+    w = torch.cat([cast(w[..., :hidden]), cast(w[..., hidden:]) * act[0]], -1)           # [N, K, H, 2H], u times slope
     mask = cast(batch.masks["hidden"]) if "hidden" in batch.masks else None
-    h = Recurrence.apply(torch.is_grad_enabled(), xw, cast(batch.state).expand(k, -1, -1), w, mask, read, leaf, *act)
+    state = cast(batch.state).expand(len(cells), -1, -1)
+    h = Recurrence.apply(torch.is_grad_enabled(), xw, state, w, mask, read, leaf, *act)
     return h, h[:, -1].detach().to(batch.state.dtype)
 
 def embed(weights, batch):
@@ -843,13 +784,11 @@ def embed(weights, batch):
 
 def unroll_lstm(weights, cells, batch, dtype=torch.float32):
     """torch.nn.LSTM in the place of unroll, one after the other for K seeds; the state is h and c side by side."""
-    x, outputs, states = embed(weights, batch), [], []
-    names = [f"{w}_l0" for w in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-    for i in range(len(x)):
-        h, c = batch.state[i if len(batch.state) > 1 else 0].chunk(2, -1)
-        flat = [weights[name][i] for name in names]
-        start = (h[None].contiguous(), c[None].contiguous())
-        out, h, c = torch.lstm(x[i], start, flat, True, 1, 0.0, torch.is_grad_enabled(), False, False)
+    outputs, states = [], []
+    for i, x in enumerate(embed(weights, batch)):
+        start = [s[None].contiguous() for s in batch.state[i % len(batch.state)].chunk(2, -1)]           # h, c
+        flat = [weights[f"{name}_l0"][i] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        out, h, c = torch.lstm(x, start, flat, True, 1, 0.0, torch.is_grad_enabled(), False, False)
         outputs.append(out @ weights["project"][i] if "project" in weights else out)
         states.append(torch.cat([h[0], c[0]], -1).detach())
     return torch.stack(outputs).to(dtype), torch.stack(states)
@@ -865,9 +804,7 @@ def network(weights, cells, batch, dtype=torch.float32, activation_reg=0.0, slow
     """Mean loss per token of K architectures [K], plus the activation penalties if asked for, and the next state."""
     h, state = (unroll_lstm if "weight_hh_l0" in weights else unroll)(weights, cells, batch, dtype)
     dropped = h * batch.masks["output"].to(dtype)[:, None] if "output" in batch.masks else h
-    k = len(h)
-    v, e = weights["embedding"].shape[-2:]
-    decoder, bias = weights["embedding"].expand(k, v, e), weights["bias"].expand(k, v)
+    decoder, bias = weights["embedding"].expand(len(h), -1, -1), weights["bias"].expand(len(h), -1)
     losses = CrossEntropy.apply(torch.is_grad_enabled(), dropped.flatten(1, 2), decoder, bias, batch.targets.flatten())
     if activation_reg:
         losses = losses + activation_reg * dropped.square().mean((1, 2, 3))
@@ -878,8 +815,7 @@ def network(weights, cells, batch, dtype=torch.float32, activation_reg=0.0, slow
 @torch.no_grad()
 def sgd_step(weights, grads, lr, clip, decay):
     """omega <- omega - lr (g min(1, clip / |g|) + decay omega), in place; for standalone networks each on its own.
-
-    lr: [K], or [1] for shared weights. A gradient that is not finite changes nothing. Returns |g| of the same shape."""
+    lr: [K], or [1] for shared weights. A gradient that is not finite changes nothing."""
     groups = len(lr)
     flat = {name: g.reshape(groups, -1) for name, g in grads.items()}
     norm = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat.values()]).norm(dim=0)
@@ -888,7 +824,6 @@ def sgd_step(weights, grads, lr, clip, decay):
     rate = torch.where(finite, lr * decay, 0.0)[:, None]
     for name, g in flat.items():
         weights[name].view(groups, -1).mul_(1 - rate).addcmul_(torch.nan_to_num_(g, 0.0, 0.0, 0.0), scale, value=-1)
-    return norm
 
 def gradients(losses, weights):
     """d sum(losses) / d weights, a dict; weights that play no part have zeros."""
@@ -898,23 +833,19 @@ def gradients(losses, weights):
 
 # 5. The controller ---------------------------------------------------------------------------------------------------
 
-class Sample(NamedTuple):
-    """K architectures and what the policy says of them."""
-    rows: torch.Tensor      # [K, D]
-    log_prob: torch.Tensor  # [K] of the whole row
-    entropy: torch.Tensor   # [K] sum of the decisions' entropies along the row's path; its mean estimates the policy's
+# K architectures, rows [K, D], and what the policy says of them: log_prob [K] of the whole row; entropy [K], the sum of
+# the decisions' entropies along the row's path, whose mean estimates the policy's.
+Sample = namedtuple("Sample", "rows log_prob entropy")
 
 class Controller(nn.Module):
     """pi_theta(m): an LSTM that takes one decision after the other, each with an embedding and a head of its own.
-
     Sampling and scoring are the same walk, so the temperature and the tanh constant cannot differ between them."""
 
     def __init__(self, decisions, config):
         super().__init__()
-        size, self.decisions = config.controller_hidden, decisions
-        self.temperature, self.tanh_constant = config.temperature, config.tanh_constant
+        size, self.decisions, self.config = config.controller_hidden, decisions, config
         self.free = [column for column, d in enumerate(decisions) if len(d.choices) > 1]
-        widest = max([len(d.choices) for d in decisions])
+        widest = max(len(d.choices) for d in decisions)
         self.start = nn.Parameter(torch.empty(size))
         self.embed = nn.Parameter(torch.empty(len(self.free), widest, size))
         self.head = nn.Parameter(torch.empty(len(self.free), size, widest))
@@ -922,24 +853,21 @@ class Controller(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.data.copy_(uniform(parameter.shape, 0.1, (config.seed, "controller", name)))
         self.register_buffer("only", torch.tensor([d.choices[0] for d in decisions]))
-        self.register_buffer("values", torch.tensor([list(d.choices) + [-1] * (widest - len(d.choices))
-                                                     for d in decisions]))
+        padded = [[*d.choices, *[-1] * (widest - len(d.choices))] for d in decisions]
+        self.register_buffer("values", torch.tensor(padded))
 
     def forward(self, draws=None, rows=None):
         """Walk the decisions, sampling with uniform draws [K, D], or taking those of given rows [K, D]: a Sample."""
         k = len(draws if rows is None else rows)
-        x, state = self.start.expand(k, -1), None
-        out = self.only.repeat(k, 1)
+        x, state, out = self.start.expand(k, -1), None, self.only.repeat(k, 1)
         log_prob = entropy = self.start.new_zeros(k)
         for f, column in enumerate(self.free):
             n = len(self.decisions[column].choices)
             state = self.lstm(x, state)
-            logits = self.tanh_constant * torch.tanh(state[0] @ self.head[f, :, :n] / self.temperature)
+            logits = torch.tanh(state[0] @ self.head[f, :, :n] / self.config.temperature) * self.config.tanh_constant
             logp = F.log_softmax(logits, 1)                                              # [K, choices]
-            if rows is None:
-                choice = (logp.exp().cumsum(1) < draws[:, column, None]).sum(1).clamp(max=n - 1)
-            else:
-                choice = (rows[:, column, None] == self.values[column, :n]).long().argmax(1)
+            choice = ((logp.exp().cumsum(1) < draws[:, column, None]).sum(1).clamp(max=n - 1) if rows is None
+                      else (rows[:, column, None] == self.values[column, :n]).long().argmax(1))
             log_prob = log_prob + logp.gather(1, choice[:, None])[:, 0]
             entropy = entropy - (logp.exp() * logp).sum(1)
             out[:, column] = self.values[column][choice]
@@ -1158,8 +1086,7 @@ def read_json(path):
 
 def write_tensors(path, value):
     """torch.save, atomic."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(value, buffer := io.BytesIO())
     write_atomically(path, buffer.getvalue())
 
 def read_tensors(path, device="cpu"):
@@ -1174,9 +1101,9 @@ def tensorboard(folder):
     """add_scalar(name, value, step) of a TensorBoard writer, or of nobody where that is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(str(folder / "tensorboard")).add_scalar
     except ImportError:
         return lambda name, value, step: None
-    return SummaryWriter(str(folder / "tensorboard")).add_scalar
 
 def commit():
     """The commit that this file is at, '+' if it has been changed since; '' outside a repository."""
@@ -1190,18 +1117,17 @@ def commit():
 
 class Run:
     """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json; owned by one process.
-
     Killed at any instant, the same command goes on from the last checkpoint, which also knows how long metrics.jsonl
     was; as every random draw depends only on its key, the result is that of an undisturbed run."""
 
     def __init__(self, study, config):
         self.study, self.config, self.commit = study, config, commit()  # the file may change while the run goes on
         self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}")
-        self.metrics = self.folder / "metrics.jsonl"
+        files = "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt"
+        self.metrics, self.newest, self.previous = (self.folder / name for name in files)
         self.good, self.good_bytes = None, 0  # the last good state, and how long metrics.jsonl was then
         self.started = self.saved_at = self.spoke_at = time.time()
-        self.first_line = None  # (time, done, words) at this process's first line of metrics
-        self.stop = 0  # the signal that asked to stop
+        self.first_line, self.stop = None, 0  # (time, done, words) at the first line of metrics; the signal to stop
 
     def __enter__(self):
         try:
@@ -1239,27 +1165,26 @@ class Run:
 
     def restore(self):
         """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to what it was then."""
-        newest, refusals = self.folder / "checkpoint.pt", []
-        for path in filter(Path.exists, (newest, self.folder / "checkpoint.previous.pt")):
+        refusal = None  # of the newest
+        for path in filter(Path.exists, (self.newest, self.previous)):
             try:
                 saved = read_tensors(path, device_of(self.config))
                 if not isinstance(saved, dict) or (saved.get("format"), saved.get("study")) != (FORMAT, self.study):
                     raise UserError(f"{path} is refused: it is not a checkpoint of menas {self.study}")
             except UserError as error:
-                refusals.append(error)
+                refusal = refusal or error
                 continue
-            if refusals:  # of the newest
-                self.say(f"{refusals[0]}; going on from {path.name}")
-                os.replace(newest, newest.with_name("checkpoint.refused.pt"))
+            if refusal:
+                self.say(f"{refusal}; going on from {path.name}")
+                os.replace(self.newest, self.folder / "checkpoint.refused.pt")
             self.good, self.good_bytes = saved["state"], saved["metrics_bytes"]
             self.started -= saved["seconds"]
             with open(self.metrics, "ab") as file:
                 file.truncate(self.good_bytes)
             return copy.deepcopy(self.good)
-        if refusals:
-            raise UserError(f"{refusals[0]}; there is none before it: delete it to start again")
+        if refusal:
+            raise UserError(f"{refusal}; there is none before it: delete it to start again")
         self.metrics.write_bytes(b"")
-        return None
 
     def keep(self, state):
         """Remember a state known to be good; write it if the last checkpoint is old."""
@@ -1269,11 +1194,10 @@ class Run:
 
     def save(self):
         """Write the good state; the checkpoint before it stays as checkpoint.previous.pt."""
-        path = self.folder / "checkpoint.pt"
-        if path.exists():
-            os.replace(path, path.with_name("checkpoint.previous.pt"))
-        write_tensors(path, {"format": FORMAT, "study": self.study, "state": self.good,
-                             "seconds": time.time() - self.started, "metrics_bytes": self.good_bytes})
+        if self.newest.exists():
+            os.replace(self.newest, self.previous)
+        write_tensors(self.newest, {"format": FORMAT, "study": self.study, "state": self.good,
+                                    "seconds": time.time() - self.started, "metrics_bytes": self.good_bytes})
         self.saved_at = time.time()
 
     def obey(self):
@@ -1289,7 +1213,6 @@ class Run:
 
     def log(self, line, done, total, words):
         """A line of metrics.jsonl, and now and then one for the person who waits: done of total, words read so far.
-
         There is no time in metrics.jsonl: it is the same for every run of a configuration."""
         with open(self.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -1336,21 +1259,19 @@ def zero_state(weights, batch):
     width = 2 * weights["weight_hh_l0"].shape[-1] if "weight_hh_l0" in weights else weights["embedding"].shape[-1]
     return weights["embedding"].new_zeros(1, batch, width)
 
-WARM_UP = 70  # words read before a stream's first scored one, so that cutting the text in streams hardly matters
-
 @torch.no_grad()
-def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32):
-    """Mean loss [K] over a whole split: every token but the first exactly once, no dropout. Its exp() is perplexity."""
-    n = len(tokens) - 1                                                                  # targets
-    batch = min(batch, max(1, n // WARM_UP))
+def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32, warm=70):
+    """Mean loss [K] over a whole split: every token but the first exactly once, no dropout. Its exp() is perplexity.
+    warm: words read before a stream's first scored one, so that cutting the text in streams hardly matters."""
+    n, total = len(tokens) - 1, 0.0                                                      # targets
+    batch = min(batch, max(1, n // warm))
     length = math.ceil(n / batch)
+    warm = min(warm, length)
     start = torch.arange(batch, device=tokens.device) * length
-    at = start + torch.arange(-min(WARM_UP, length), length, device=tokens.device)[:, None]
-    inputs = tokens[at.clamp(0, n - 1)]                                                  # [warm-up + length, B]
+    at = start + torch.arange(-warm, length, device=tokens.device)[:, None]              # [warm-up + length, B]
+    inputs = tokens[at.clamp(0, n - 1)]
     targets = torch.where((at >= start) & (at < n), tokens[(at + 1).clamp(0, n)], -1)
-    warm = len(at) - length
-    state, total = zero_state(weights, batch), 0.0
-    state = network(weights, cells, Batch(inputs[:warm], targets[:warm], state, {}), dtype)[1]
+    state = network(weights, cells, Batch(inputs[:warm], targets[:warm], zero_state(weights, batch), {}), dtype)[1]
     state[:, 0] = 0  # the first stream has no words before it
     for lo in range(warm, len(at), bptt):
         part = Batch(inputs[lo:lo + bptt], targets[lo:lo + bptt], state, {})
@@ -1363,7 +1284,7 @@ def perplexity(loss):
     return math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
 
 def train_step(weights, cells, batch, lr, config, rate=1.0):
-    """A step of SGD on the mean loss of K architectures (shared weights) or each one's own: losses, state, gradient."""
+    """A step of SGD on the mean loss of K architectures (shared weights) or on each's own: losses, state, gradient."""
     for w in weights.values():
         w.requires_grad_()
     losses, state = network(weights, cells, batch, DTYPES[config.dtype], config.activation_reg, config.slowness_reg)
@@ -1378,22 +1299,19 @@ SCHEDULES = {"constant": lambda epoch, epochs: 1.0,
 
 def train_networks(config, run, corpus, weights, cells, seeds):
     """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging, stopping, failure.
-
     Returns the best weights of each by validation and a dict of lists: best_loss, best_epoch, epochs, failed. A
     network that has stopped leaves the batch. Segment lengths are common to all. cells: rows [K, D]; None: LSTMs."""
-    device, dtype, schedule = device_of(config), DTYPES[config.dtype], SCHEDULES[config.schedule]
+    device, k = device_of(config), len(seeds)
     stream = Stream(corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt).to(device)
-    valid, words, k = corpus.valid.to(device), len(corpus.words), len(seeds)
-    cells = None if cells is None else cells.to(device)
+    valid, cells = corpus.valid.to(device), None if cells is None else cells.to(device)
     s = run.restore()
     if s is None:
-        weights = to_device(weights, device)
-        full = lambda value: torch.full((k,), value, device=device)
-        s = {"step": 0, "where": stream.where(), "weights": weights, "best": copy.deepcopy(weights),
-             "mean": copy.deepcopy(weights) if config.average else {}, "averaged": full(0), "lr": full(config.lr),
-             "alive": torch.arange(k, device=device), "best_loss": full(math.inf), "best_epoch": full(0),
-             "epochs": full(0), "bad": full(0), "failed": full(False), "state": zero_state(weights, config.batch),
-             "loss": full(0.0), "steps": 0, "words": 0}
+        weights, full = to_device(weights, device), lambda value: torch.full((k,), value, device=device)
+        s = {"step": 0, "steps": 0, "words": 0, "where": stream.where(), "state": zero_state(weights, config.batch),
+             "weights": weights, "best": copy.deepcopy(weights), "alive": torch.arange(k, device=device),
+             "mean": copy.deepcopy(weights) if config.average else {}, "lr": full(config.lr), "loss": full(0.0),
+             "failed": full(False), "best_loss": full(math.inf),
+             **{name: full(0) for name in ("averaged", "best_epoch", "epochs", "bad")}}
         run.keep(s)
     stream.seek(s["where"])
     own_seeds = ()
@@ -1402,13 +1320,12 @@ def train_networks(config, run, corpus, weights, cells, seeds):
         if len(own_seeds) != len(alive):  # a network has left; only then does the host ask which
             own_seeds = [seeds[i] for i in alive.tolist()]
         # one step of SGD on the next segment
-        at = stream.epoch + stream.at / stream.length
+        factor = SCHEDULES[config.schedule](stream.epoch + stream.at / stream.length, config.epochs)
         segment = stream.next()
+        lr = s["lr"][alive] * (len(segment.inputs) / config.bptt) * factor  # another length under --random_bptt
         state = zero_state(s["weights"], config.batch) if segment.before is None else s["state"]
-        masks = draw_masks(config, words, config.batch, own_seeds, s["step"])
-        batch = Batch(segment.inputs, segment.targets, state, to_device(masks, device))
-        length = len(segment.inputs) / config.bptt  # not 1 only under --random_bptt
-        lr = s["lr"][alive] * length * schedule(at, config.epochs)
+        masks = to_device(draw_masks(config, len(corpus.words), config.batch, own_seeds, s["step"]), device)
+        batch = Batch(segment.inputs, segment.targets, state, masks)
         losses, state, _ = train_step(s["weights"], None if cells is None else cells[alive], batch, lr, config)
         finite = torch.isfinite(losses)
         s["failed"][alive] |= ~finite
@@ -1416,20 +1333,18 @@ def train_networks(config, run, corpus, weights, cells, seeds):
         s["loss"][alive] += losses
         s["step"], s["steps"] = s["step"] + 1, s["steps"] + 1
         s["words"] += len(alive) * segment.inputs.numel()
-        # running mean of the weights, for those whose validation has stopped improving
         if config.average:
             update_mean(s, alive)
-        # at the end of an epoch: validate
         if segment.ends:
-            validate(config, s, cells, valid, dtype, stream.epoch)
+            validate(config, s, cells, valid, stream.epoch)
+        # a line of metrics, after which the state may be a checkpoint
         if segment.ends or s["steps"] >= config.log_every:
             s["where"] = stream.where()
             loss = (s["loss"][alive] / s["steps"]).nanmean().item()  # of the networks that have not failed
             line = dict(step=s["step"], epoch=stream.epoch, loss=loss, perplexity=perplexity(loss))
             if segment.ends:
                 line.update(networks=alive.tolist(), valid_perplexity=[perplexity(x) for x in s["valid"].tolist()])
-            s["loss"].zero_()
-            s["steps"] = 0
+            s["loss"], s["steps"] = torch.zeros_like(s["loss"]), 0
             run.log(line, stream.epoch + stream.at / stream.length, config.epochs, s["words"])
             run.keep(s)
         run.obey()
@@ -1445,28 +1360,26 @@ def update_mean(s, alive):
     s["averaged"][alive] = torch.where(n > 0, n + 1, n)
 
 @torch.no_grad()
-def validate(config, s, cells, valid, dtype, epoch):
+def validate(config, s, cells, valid, epoch):
     """Score the alive networks; keep the best weights; start averaging, lower lr, or let go where nothing improves."""
-    alive = s["alive"]
-    averaging = s["averaged"][alive] > 0
-    pick = lambda yes, a, b: torch.where(yes.view(-1, *[1] * (a.dim() - 1)), a, b)
-    current = {name: pick(averaging, s["mean"][name], w) if s["mean"] else w for name, w in s["weights"].items()}
-    loss = evaluate(current, None if cells is None else cells[alive], valid, config.eval_batch, dtype=dtype).float()
-    s["valid"] = loss
+    alive, current, dtype = s["alive"], dict(s["weights"]), DTYPES[config.dtype]
+    for name, mean in s["mean"].items():
+        averaging = s["averaged"][alive].view(-1, *[1] * (mean.dim() - 1)) > 0
+        current[name] = torch.where(averaging, mean, current[name])
+    cells = None if cells is None else cells[alive]
+    loss = s["valid"] = evaluate(current, cells, valid, config.eval_batch, dtype=dtype).float()
     better = (loss < s["best_loss"][alive]) & torch.isfinite(loss)
+    won, lost = alive[better], alive[~better]
     for name, w in current.items():
-        s["best"][name][alive] = pick(better, w, s["best"][name][alive])
-    s["best_loss"][alive] = torch.where(better, loss, s["best_loss"][alive])
-    s["best_epoch"][alive] = torch.where(better, epoch, s["best_epoch"][alive])
-    s["bad"][alive] = torch.where(better, 0, s["bad"][alive] + 1)
-    s["epochs"][alive] = epoch
-    s["lr"][alive] = torch.where(better, s["lr"][alive], s["lr"][alive] / config.plateau)
+        s["best"][name][won] = w[better]
+    s["best_loss"][won], s["best_epoch"][won], s["bad"][won], s["epochs"][alive] = loss[better], epoch, 0, epoch
+    s["bad"][lost] += 1
+    s["lr"][lost] /= config.plateau
     if config.average:
-        s["averaged"][alive] = torch.where(~better & ~averaging, 1, s["averaged"][alive])
+        s["averaged"][lost] = s["averaged"][lost].clamp(min=1)
     stay = (s["bad"][alive] < config.patience) & ~s["failed"][alive]
     if not stay.all():
-        s["alive"] = alive[stay]
-        s["state"] = s["state"][stay]
+        s["alive"], s["state"] = alive[stay], s["state"][stay]
         for part in ("weights", "mean"):
             s[part] = {name: w[stay].clone() for name, w in s[part].items()}
 
