@@ -1762,6 +1762,7 @@ def study_extra(config, run, cells=4, epochs=4):
 
 def policy_gradient(controller, sample, rewards):
     """The flat leave-one-out estimate of dE[reward]/dtheta, without the entropy's part."""
+    rewards = worst_for_failures(rewards.detach())
     loss = policy_loss(sample, rewards, leave_one_out(rewards, None, None)[0], 0.0)
     grads = torch.autograd.grad(-loss, list(controller.parameters()), retain_graph=True)
     return torch.cat([g.flatten() for g in grads])
@@ -1794,9 +1795,11 @@ def study_similarity(config, run):
         lines = []
         for game in alternate(replace(config, seed=seed), corpus, run):
             weights, draw = game.s["weights"], lambda n, i: game.controller.sample(n, *game.key("similarity", i))
-            gradient = lambda sample, values: policy_gradient(game.controller, sample, values.detach())
-            rewards = [game.rewards_on(game.streams["valid"].next()) for _ in range(2)]
-            samples = [draw(config.controller_samples, i) for i in range(2)]
+            gradient = lambda sample, values: policy_gradient(game.controller, sample, values)
+            samples, rewards = [draw(config.controller_samples, i) for i in range(2)], []
+            for sample in samples:
+                rewards.append(game.rewards_on(game.streams["valid"].next()))
+                rewards[-1](weights, sample.rows)  # whose h the next segment starts from
             ahead, fold = draw(2 * config.fold, 2).rows.split(config.fold)
             step, grads = game.foresee(0.0, ahead), {}
             for name, (look, respond, factor) in ARMS.items():

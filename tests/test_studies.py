@@ -32,6 +32,7 @@ def test_extra_pairs_seeds_and_is_made_again(tmp_path):
     alone = menas.replace(config, seed=2, replicas=1, out=str(tmp_path / "alone"))
     metrics = run_study("search", menas.study_search, alone)["metrics"]
     assert arms["none, none"]["expected"][1] == metrics["expected_valid_loss"]
+    assert "fresh, unrolled" in menas.summary(record)
     assert differences(record, "expected")["none, none"] == [0.0, 0.0] and not differences(record, "scratch")
     steps = [json.loads(line)["step"] for line in (tmp_path / "none, none, 4x steps, 1/metrics.jsonl").open()]
     assert steps[-1] == 2 * 4 + 4 * 2  # shared steps of both rounds, controller steps of the first
@@ -76,7 +77,7 @@ def test_frozen_cells_train_nothing():
         assert any(not torch.equal(w, before[name]) for name, w in game.s["weights"].items()) == moves
 
 
-@pytest.mark.parametrize("study", ["extra", "similarity", "cost"])
+@pytest.mark.parametrize("study", ["similarity", "cost"])
 def test_the_commands_run(tmp_path, study, capsys):
     settings = [x for name, value in TINY.items() for x in (f"--{name}", str(value))]
     assert main([study, "--preset", "smoke", *settings, "--retrain", "false", "--out", str(tmp_path / "run")]) == 0
