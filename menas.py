@@ -885,16 +885,17 @@ def uniform_rows(decisions, k, *key):
 
 
 # 6. Architecture gradients -------------------------------------------------------------------------------------------
-# The controller climbs F(theta) = E_m R(omega*(theta); m), where omega* are the weights that training on architectures
-# of pi_theta ends in. With R the reward, m and m' architectures of pi_theta:
+# The controller should climb F(theta) = E_m R(omega*(theta); m), where omega* are the weights that training on
+# architectures of pi_theta ends in. Within reach is the objective one step of SGD ahead, omega' = omega - lr clip(g):
 #
-#     dF/dtheta =   E_m [ R(omega; m) dlog pi(m)/dtheta ]                          direct: all that ENAS has
-#                 - E_m'[ <grad L_T(omega; m'), u> dlog pi(m')/dtheta ]            response: what it leaves out
+#     F_1(theta) = E_m R(omega'; m),   g = E_m' grad L_T(omega; m')
+#     dF_1/dtheta =   E_m [ R(omega'; m) dlog pi(m)/dtheta ]                       direct: ENAS has it, at omega
+#                   - E_m'[ <grad L_T(omega; m'), u> dlog pi(m')/dtheta ]          response: what ENAS leaves out
+#     u = lr J^T v,   v = grad_omega' E_m R(omega'; m),   J = d clip(g) / dg
 #
-# Theta moves omega* only through which architectures it is trained on, so the response is a REINFORCE gradient too: an
-# architecture is rewarded by what a step of training on it does to everyone's R. u is what v = grad_omega E_m R becomes
-# on its way back through training. For ONE step of SGD, omega' = omega - lr J(E_m' grad L_T(omega; m')) with J the
-# clipping, R and v are taken at omega' and u = lr J'^T v: LOOKAHEAD says where R is evaluated, RESPONSE what v becomes.
+# Theta moves omega' only through which architectures it is trained on, so the response is a REINFORCE gradient too: an
+# architecture is rewarded by what a step of training on it does to everyone's R. With u = H^-1 v at the converged omega*,
+# H the Hessian of E L_T, the same formula is dF/dtheta. LOOKAHEAD says where R is evaluated, RESPONSE what v becomes.
 # The functions below know nothing of RNNs; toy_enas.py holds the same functions to closed forms.
 
 # losses [K], nats per token -> rewards [K]. paper: ENAS's is 80 / perplexity.
@@ -927,7 +928,7 @@ def mean_gradient(values, weights):
         return gradients(values / len(values), leaf)
 
 def nudge(u):
-    """The length eps = .01 / |u| of a finite difference along u; if u is 0 any will do."""
+    """eps such that a finite difference's step eps u has length .01; if u is 0 any will do."""
     return 0.01 / dot(u, u).sqrt().clamp(min=1e-30)
 
 @torch.no_grad()
@@ -950,11 +951,11 @@ def no_lookahead(weights, step):
     """omega' = omega: ENAS."""
 
 def momentum(weights, step):
-    """g = sum_j decay^j g_{t-j} / sum_j decay^j, the mean of past shared steps' gradients: least noise, most lag."""
+    """g = sum_j decay^j g_{t-j} / sum_j decay^j, the mean of the shared steps' past gradients, before clipping."""
     return {name: x / step.past["weight"] for name, x in step.past["sum"].items()}
 
 def recent(weights, step):
-    """g = g_t, of the last shared step: an extrapolation from the past; noisy, and one step old."""
+    """g = g_t, of the last shared step: an extrapolation from the past, one step old."""
     return step.past["recent"]
 
 def fresh(weights, step):
@@ -965,7 +966,7 @@ def fresh(weights, step):
 LOOKAHEAD = {"none": no_lookahead, "momentum": momentum, "recent": recent, "fresh": fresh}
 
 def look_ahead(weights, g, step):
-    """omega' by the very step that training takes; the weights themselves stay."""
+    """omega' by the rule of training's step, for g instead of the sampled architecture's; the weights stay."""
     if g is None:
         return weights
     ahead, g = ({name: x.detach().clone() for name, x in y.items()} for y in (weights, g))
@@ -986,7 +987,7 @@ def through_clip(v, g, step):
 def unrolled(v, weights, g, step, cells):
     """- <grad L_T(omega; m), u>, u = lr J^T v: one step on the policy's MEAN gradient, clipped as a whole.
 
-    With the lookahead 'fresh' the exact gradient of that one-step objective (DARTS's second order, sampled)."""
+    With 'fresh' over the whole policy the exact dF_1/dtheta (DARTS's second order, for a sampled controller)."""
     return -directional(step, weights, cells, through_clip(v, g, step))
 
 def neumann(v, weights, g, step, cells, terms=3):
@@ -1021,10 +1022,10 @@ RESPONSE = {"none": no_response, "unrolled": unrolled, "neumann": neumann, "samp
 def extra_rewards(look, respond, weights, cells, fold, rewards, step):
     """The rewards R(omega'; m) [K] and the responses [K], whose sum REINFORCE climbs.
 
-    rewards: (weights, cells) -> [K]. cells, fold and step.cells must be three disjoint samples of the policy: omega' is
-    made from step.cells, v from fold; scoring those again would bias both terms. Given omega' and v the mean is exact.
-    Over the folds of an unclipped step the response is too where rewards are quadratic in omega, the direct term only
-    where they curve alike: half the curvature times the variance of omega' is added to each."""
+    rewards: (weights, cells) -> [K]. cells, fold and step.cells are independent draws from the policy: omega' is made
+    from step.cells, v from fold; scoring those very draws again would bias both terms. Given omega' and v the mean is
+    exact. Over the folds of an unclipped step 'unrolled' is too where rewards are quadratic in omega, the direct term
+    only where they curve alike: half the curvature times the variance of omega' is added to each."""
     g = LOOKAHEAD[look](weights, step)
     ahead = look_ahead(weights, g, step)
     with torch.no_grad():
@@ -1962,16 +1963,17 @@ def student_t(df):
     density = torch.exp(log_c - (df + 1) / 2 * torch.log1p(t * t / df))
     return t, 0.5 + F.pad(torch.cumulative_trapezoid(density, t), (1, 0))
 
-def t_test(values):
-    """Of a sample [n]: mean, half of its 95 % interval, p of the mean being 0, and the smallest true mean that such a
-    test finds in 80 of 100 cases."""
+def t_test(values, tests=1):
+    """Of a sample [n]: mean, half of its 95 % interval, p of the mean being 0, Bonferroni-corrected for so many tests,
+    and the smallest true mean that this corrected test finds in about 80 of 100 cases."""
     if len(values) < 2:
         return values[0], math.nan, math.nan, math.nan
     values = torch.tensor(values, dtype=torch.float64)
     mean, error, (t, p) = values.mean().item(), values.std().item() / math.sqrt(len(values)), student_t(len(values) - 1)
     quantile = lambda q: t[torch.searchsorted(p, q)].item()
     at = min(int(abs(mean) / max(error, 1e-300) / 500 * 1000000), len(p) - 1)
-    return mean, quantile(.975) * error, 2 * (1 - p[at].item()), (quantile(.975) + quantile(.8)) * error
+    least = (quantile(1 - .025 / tests) + quantile(.8)) * error
+    return mean, quantile(.975) * error, min(1.0, tests * 2 * (1 - p[at].item())), least
 
 def differences(record, outcome):
     """{arm: its difference to plain ENAS, a value for each seed} of a record of extra; {} if it was not measured."""
@@ -1986,8 +1988,7 @@ def table_extra(records):
     for record, outcome in ((r, o) for r in records for o in OUTCOMES):
         found = differences(record, outcome)
         for i, arm in enumerate(found):
-            values, (mean, half, p, least) = record["metrics"]["arms"][arm][outcome], t_test(found[arm])
-            p = min(1.0, p * (len(found) - 1))  # Bonferroni: one test for each other arm
+            values, (mean, half, p, least) = record["metrics"]["arms"][arm][outcome], t_test(found[arm], len(found) - 1)
             shown = (f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}") if i else ("", "", "")
             rows.append((OUTCOMES[outcome], arm, f"{sum(values) / len(values):.3f}", *shown, len(values)))
     return table(("outcome", "lookahead, response", "mean", "difference", "p, corrected", "detectable", "seeds"), rows)
@@ -1999,10 +2000,14 @@ def cosines(record):
             for i, title in enumerate(("same samples", "other samples", "of the change"))}
 
 def table_similarity(records):
-    """Mean cosine over the seeds, +- its 95 % interval."""
-    shown = [[f"{mean:.3f} +- {half:.3f}" for mean, half, *_ in map(t_test, found.values())]
-             for found in cosines(records[0]).values()]
-    return table(("gradient at t", *cosines(records[0])), list(zip(records[0]["metrics"]["seeds"][0], *shown)))
+    """Mean cosine over the seeds, and its paired difference to the plain gradient's with the 95 % interval."""
+    rows = []
+    for name in records[0]["metrics"]["seeds"][0]:
+        rows.append([name])
+        for found in cosines(records[0]).values():
+            mean, half, *_ = t_test([x - y for x, y in zip(found[name], found["none, none"])])
+            rows[-1] += [f"{t_test(found[name])[0]:.3f}", f"{mean:+.3f} +- {half:.3f}" if name != "none, none" else ""]
+    return table(("gradient at t", *(x for title in cosines(records[0]) for x in (title, "difference"))), rows)
 
 def table_cost(records):
     """Cost and noise of a controller step's gradient, divided by the plain one's."""
