@@ -894,9 +894,9 @@ def uniform_rows(decisions, k, *key):
 #     u = lr J^T v,   v = grad_omega' E_m R(omega'; m),   J = d clip(g) / dg
 #
 # Theta moves omega' only through which architectures it is trained on, so the response is a REINFORCE gradient too: an
-# architecture is rewarded by what a step of training on it does to everyone's R. With u = H^-1 v at the converged omega*,
-# H the Hessian of E L_T, the same formula is dF/dtheta. LOOKAHEAD says where R is evaluated, RESPONSE what v becomes.
-# The functions below know nothing of RNNs; toy_enas.py holds the same functions to closed forms.
+# architecture is rewarded by what a step of training on it does to everyone's R. With u = H^-1 v at a converged
+# omega*, H the Hessian of E L_T, the same formula is dF/dtheta. LOOKAHEAD says where R is evaluated, RESPONSE what v
+# becomes. The functions know nothing of RNNs; toy_enas.py holds the same functions to closed forms.
 
 # losses [K], nats per token -> rewards [K]. paper: ENAS's is 80 / perplexity.
 REWARDS = {"perplexity": lambda losses: 80 * torch.exp(-losses), "loss": torch.neg}
