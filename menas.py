@@ -1719,7 +1719,6 @@ def study_search(config, run):
         metrics[f"{name}best_cell"] = cell_to_json(decode(rows[0]))
         metrics[f"{name}valid_perplexity"] = perplexities[0]
         metrics[f"{name}median_valid_perplexity"] = perplexities[len(perplexities) // 2]
-        metrics[f"{name}expected_valid_loss"] = sum(map(math.log, perplexities)) / len(perplexities)
         write_json(run.folder / f"{name}cell.json", metrics[f"{name}best_cell"])
     (run.folder / "derived.json").write_text(json.dumps(derived))  # each a row of integers, then its perplexity
     write_tensors(run.folder / "weights.pt", to_device(weights, "cpu"))
@@ -1742,22 +1741,24 @@ def study_extra(config, run, cells=4, epochs=4):
     """Does the extra gradient help? Whole searches of every arm, --replicas seeds, everything else alike.
 
     Two outcomes a search: F itself, the mean validation loss of the controller's samples once the shared weights have
-    been trained on for the fixed controller (--settle), and, with --retrain, that of a few of them from scratch."""
-    found = {name: {outcome: [] for outcome in OUTCOMES} for name in ARMS}
+    been trained on for the fixed controller (--settle), and, with --retrain, that of a few of them from scratch. A cell
+    that is worse than guessing counts as guessing, log of the vocabulary's size, so that one which diverged has a mean."""
+    found, guess = {name: {outcome: [] for outcome in OUTCOMES} for name in ARMS}, len(load_corpus(config).words)
+    mean_loss = lambda perplexities: sum(math.log(min(p, guess)) for p in perplexities) / len(perplexities)
     for seed, name in ((config.seed + i, name) for i in range(config.replicas) for name in ARMS):
         (look, respond, factor), folder = ARMS[name], run.folder / f"{name}, {seed}"
         sub = replace(config, seed=seed, replicas=1, retrain=False, lookahead=look, response=respond, out=str(folder),
                       controller_steps=factor * config.controller_steps)
-        found[name]["expected"].append(run_study("search", study_search, sub)["metrics"]["expected_valid_loss"])
+        run_study("search", study_search, sub)
         derived = read_json(folder / "derived.json")["cells"]
+        found[name]["expected"].append(mean_loss([row[-1] for row in derived]))
         learns = TASKS[config.task](torch.tensor([row[:-1] for row in derived]))[0]
         found[name]["frozen"].append(1 - learns.mean().item())
         if config.retrain:
             some = torch.randperm(len(derived), generator=rng(seed, "scratch"))[:cells].tolist()
             names = ",".join(row_name(derived[i]) for i in some)
-            losses = [math.log(network["valid_perplexity"])
-                      for network in retrain(sub, names, folder / "scratch", epochs=epochs)["networks"]]
-            found[name]["scratch"].append(sum(losses) / len(losses))
+            networks = retrain(sub, names, folder / "scratch", epochs=epochs)["networks"]
+            found[name]["scratch"].append(mean_loss([network["valid_perplexity"] for network in networks]))
         run.obey()
     return {"arms": found}
 
