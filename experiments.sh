@@ -48,7 +48,7 @@ run similarity similarity --preset $tiny
 # Does it find better cells? Expected: no, but for a task made so that it must. Half an hour, an hour, and ten minutes.
 run extra-toy extra --preset $tiny
 run extra-$preset extra --preset $preset --retrain false
-run extra-frozen extra --preset $tiny --task frozen --lr 2 --clip 1000 --retrain false --replicas 4
+run extra-frozen extra --preset $tiny --task frozen --lr 2 --clip 1 --retrain false --replicas 4
 
 # How fast? Ratios to the plain loop. Expected: above 1, but for scoring at 1000 units in float32.
 run bench bench --preset $preset --hidden $([ -z "${SMOKE:-}" ] && echo 1000 || echo 32)
