@@ -1742,7 +1742,7 @@ def study_extra(config, run, cells=4, epochs=4):
 
     Two outcomes a search: F itself, the mean validation loss of the controller's samples once the shared weights have
     been trained on for the fixed controller (--settle), and, with --retrain, that of a few of them from scratch. A cell
-    that is worse than guessing counts as guessing, log of the vocabulary's size, so that one which diverged has a mean."""
+    that is worse than guessing counts as guessing, log of the vocabulary's size, so one that diverged has a mean."""
     found, guess = {name: {outcome: [] for outcome in OUTCOMES} for name in ARMS}, len(load_corpus(config).words)
     mean_loss = lambda perplexities: sum(math.log(min(p, guess)) for p in perplexities) / len(perplexities)
     for seed, name in ((config.seed + i, name) for i in range(config.replicas) for name in ARMS):

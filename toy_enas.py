@@ -10,8 +10,8 @@ One logit theta chooses between two architectures, pi = (1 - p, p) with p = sigm
                             + v [a_1 (t_1 - omega*) - a_0 (t_0 - omega*)] / sum_m pi_m a_m },    the response;
     v = sum_m pi_m b_m omega*
 
-F is a loss here: the controller descends. Architecture 1 scores a little worse at ANY omega (c_1 > c_0), but training on
-it makes omega good for everyone (t_1 = 0), while 0 spoils it (t_0 = 2). The direct term alone therefore always leads to
+F is a loss here: the controller descends. Architecture 1 scores a little worse at ANY omega (c_1 > c_0), but training
+on it makes omega good for everyone (t_1 = 0), while 0 spoils it (t_0 = 2). The direct term alone therefore always leads to
 architecture 0; F is best near 1.
 
 What is checked are the functions of menas.py, by their own interface. A row of cells is a mixture of architectures, so
@@ -456,9 +456,9 @@ def check_all(path):
     if failed:
         print(f"\nFAILED: {'; '.join(failed)}")
         return 1
-    print(f"\nShown: the direct term alone, wherever it is evaluated, trains the wrong architecture; with the response it "
-          f"trains the\nright one, and is the exact gradient where the fold is the whole policy (all {len(rows)} checks and "
-          f"{len(sampled)} intervals hold; {path}).")
+    print("\nShown: the direct term alone, wherever it is evaluated, trains the wrong architecture; with the response it "
+          "trains the\nright one, and is the exact gradient where the fold is the whole policy "
+          f"(all {len(rows)} checks and {len(sampled)} intervals hold; {path}).")
     return 0
 
 
