@@ -2069,7 +2069,7 @@ def report(folder="results", readme="README.md"):
     if not records:
         raise UserError(f"no records in {folder}/")
     group = lambda *wanted: [r for r in records if (r["study"], label(r))[:len(wanted)] == wanted]
-    text = Path(readme).read_text() if Path(readme).exists() else ""
+    text = Path(readme).read_text() if Path(readme).is_file() else ""
     for study, on in sorted({(r["study"], label(r)) for r in records}):
         made = TABLES[study](group(study, on))
         print(f"{study} {on}\n{made}\n")
@@ -2128,7 +2128,7 @@ def main(arguments=None):
     try:
         study, config = parse(arguments)
         if study == "report":
-            report(config.out or "results")
+            report(config.out or "results", "README.md" if config.out in ("", "results") else "")
         else:
             print(f"\n{summary(run_study(study, STUDIES[study], config))}")
     except UserError as error:

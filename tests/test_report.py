@@ -45,6 +45,15 @@ def test_found_cells_in_the_records_are_cells():
         assert cell_from_json(json.loads(path.read_text())).nodes
 
 
+def test_other_records_leave_the_readme_alone(tmp_path, monkeypatch):
+    """The smoke pass reports its own folder, whose tables have the same names."""
+    shutil.copytree(ROOT / "results/cost", tmp_path / "smoke/cost", ignore=shutil.ignore_patterns("lock"))
+    (tmp_path / "README.md").write_text("<!-- cost toy -->\n<!-- end -->")
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "--out", "smoke"]) == 0
+    assert (tmp_path / "README.md").read_text() == "<!-- cost toy -->\n<!-- end -->"
+
+
 def test_table_is_markdown_and_aligned():
     made = table(("a", "long name"), [(1234, 1.5), ("x", "y")]).splitlines()
     assert made == ["| a     | long name |", "| ----- | --------- |", "| 1,234 | 1.50      |", "| x     | y         |"]
