@@ -120,11 +120,11 @@ class Config:
     baseline: str = option("leave_one_out", "leave_one_out or moving_average")
     baseline_decay: float = option(0.95, "of the moving average", "in [0, 1)")
     derive_samples: int = option(100, "architectures scored on the whole validation split at the end", ">= 1")
-    retrain: bool = option(False, "search: train the found cell and an LSTM from scratch when it ends")
+    retrain: bool = option(False, "search: train the cell found and an LSTM from scratch; extra: a few sampled cells")
     # train
     cell: str = option("enas", "names, JSON files or search runs, comma-separated, trained in one batch; or lstm")
     weights: str = option("", "a search run whose shared weights to start from (default: from scratch)")
-    replicas: int = option(1, "networks of each cell, seeded --seed, --seed + 1, ...", ">= 1")
+    replicas: int = option(1, "networks of each cell, or searches of a study, seeded --seed, --seed + 1, ...", ">= 1")
     patience: int = option(5, "epochs without improvement before training stops", ">= 1")
     average: bool = option(False, "evaluate the mean of the weights since validation first stopped improving")
     eval_batch: int = option(64, "parallel streams of an evaluation", ">= 1")
@@ -951,12 +951,13 @@ def no_lookahead(weights, step):
     """omega' = omega: ENAS."""
 
 def momentum(weights, step):
-    """g = sum_j decay^j g_{t-j} / sum_j decay^j, the mean of the shared steps' past gradients, before clipping."""
-    return {name: x / step.past["weight"] for name, x in step.past["sum"].items()}
+    """g = sum_j decay^j g_{t-j} / sum_j decay^j, the mean of the shared steps' past gradients, before clipping.
+    None, so omega' = omega, before the first of them."""
+    return {name: x / step.past["weight"] for name, x in step.past["sum"].items()} if step.past else None
 
 def recent(weights, step):
-    """g = g_t, of the last shared step: an extrapolation from the past, one step old."""
-    return step.past["recent"]
+    """g = g_t, of the last shared step: an extrapolation from the past, one step old; None before the first."""
+    return step.past["recent"] if step.past else None
 
 def fresh(weights, step):
     """g = d/domega mean_m L_T(omega; m) over the fold's architectures: extrapolation; the only unbiased g."""
@@ -1031,7 +1032,7 @@ def extra_rewards(look, respond, weights, cells, fold, rewards, step):
     with torch.no_grad():
         direct = rewards(ahead, cells)
     if respond == "none":  # spares the passes for v
-        return direct, torch.zeros_like(direct)
+        return direct, no_response(None, weights, g, step, cells)
     v = mean_gradient(lambda w: rewards(w, fold), ahead)
     return direct, RESPONSE[respond](v, weights, fresh(weights, step) if g is None else g, step, cells)
 
@@ -1285,7 +1286,8 @@ def perplexity(loss):
     return math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
 
 def train_step(weights, cells, batch, lr, config, rate=1.0):
-    """A step of SGD on the mean loss of K architectures (shared weights) or on each's own: losses, state, gradient."""
+    """A step of SGD on the mean loss of K architectures (shared weights) or on each's own: losses, state, gradient.
+    rate [K]: factors of the losses that the shared weights learn from, see TASKS."""
     for w in weights.values():
         w.requires_grad_()
     losses, state = network(weights, cells, batch, DTYPES[config.dtype], config.activation_reg, config.slowness_reg)
@@ -1443,6 +1445,7 @@ class Search:
                 "valid": (corpus.valid, config.batch, config.bptt),
                 "ahead": (corpus.train, config.batch, config.bptt)}  # training text that the controller looks ahead on
         self.streams = {name: Stream(*how).to(self.device) for name, how in text.items()}
+        self.shared_steps = config.shared_steps or math.ceil(self.streams["train"].length / config.bptt)  # of a round
         zeros = torch.zeros(1, config.batch, config.hidden, device=self.device)
         self.s = {"step": 0, "weights": to_device(shared_weights(config, self.words), self.device), "past": {},
                   "state": {name: zeros for name in text}, "memory": torch.zeros(2, device=self.device),
@@ -1546,8 +1549,9 @@ class Search:
         self.adam.zero_grad(set_to_none=False)
         policy_loss(sample, rewards, baseline, config.entropy).backward()
         self.adam.step()
+        direct, response = worst_for_failures(direct), worst_for_failures(response)
         spread = response.std(correction=0) / direct.std(correction=0).clamp(min=1e-12)
-        s["sums"][1:] += torch.stack([worst_for_failures(direct).mean(), sample.entropy.detach().mean(), spread])
+        s["sums"][1:] += torch.stack([direct.mean(), sample.entropy.detach().mean(), spread])
         s["counts"][1] += 1
 
     def line(self, epoch):
@@ -1565,7 +1569,7 @@ class Search:
 def search(config, run, corpus):
     """ENAS: rounds of SGD on the shared weights, then of REINFORCE on the controller. Returns both."""
     game = Search(config, corpus)
-    shared_steps = config.shared_steps or math.ceil(game.streams["train"].length / config.bptt)
+    shared_steps = game.shared_steps
     round_ = shared_steps + (config.controller_steps if config.controller == "trained" else 0)
     total = (config.epochs + config.settle) * round_
     saved = run.restore()
@@ -1772,14 +1776,16 @@ def policy_gradient(controller, sample, rewards):
 def alternate(config, corpus, run):
     """A search of one shared and one controller step in turn; it stops before every --log_every-th shared step, which
     the caller then takes."""
-    game, steps = Search(config, corpus), config.epochs * config.shared_steps
-    game.remembers = True
+    game = Search(config, corpus)
+    game.remembers, steps = True, config.epochs * game.shared_steps
+    if steps < config.log_every:
+        raise UserError(f"--log_every {config.log_every} is more than the {steps} steps: nothing would be measured")
     while game.s["step"] < steps:
         if game.s["step"] % config.log_every == config.log_every - 1:
             yield game
         else:
             game.shared_step(0.0)
-        if game.s["step"] >= config.warm_epochs * config.shared_steps:
+        if game.s["step"] >= config.warm_epochs * game.shared_steps:
             game.controller_step(0.0)
         game.s["step"] += 1
         run.obey()
@@ -1789,15 +1795,15 @@ def study_similarity(config, run):
 
     At every --log_every-th step t: the cosine between an estimator's gradient at omega_t and the plain one at
     omega_(t+1), after the real shared step, theta as it was: on the same architectures and validation segment, and on
-    others (then the plain gradient at t + 1 against itself is the most that can be had). And of the changes since the
+    others (where the last row is what the next gradient itself reaches with as many). And of the changes since the
     plain gradient at t, the predicted and the real one."""
     corpus = load_corpus(config)
     saved = run.restore() or {"seeds": []}
     for seed in range(config.seed + len(saved["seeds"]), config.seed + config.replicas):
         lines = []
         for game in alternate(replace(config, seed=seed), corpus, run):
-            weights, draw = game.s["weights"], lambda n, i: game.controller.sample(n, *game.key("similarity", i))
-            gradient = lambda sample, values: policy_gradient(game.controller, sample, values)
+            weights, gradient = game.s["weights"], lambda *scored: policy_gradient(game.controller, *scored)
+            draw = lambda n, i: game.controller.sample(n, *game.key("similarity", i))
             samples, rewards = [draw(config.controller_samples, i) for i in range(2)], []
             for sample in samples:
                 rewards.append(game.rewards_on(game.streams["valid"].next()))
@@ -1825,7 +1831,7 @@ def study_cost(config, run):
     squared deviation, a median."""
     game = Search(config, load_corpus(config))
     game.remembers = True
-    for _ in range(config.shared_steps):  # to where the weights are no longer random
+    for _ in range(game.shared_steps):  # to where the weights are no longer random
         game.shared_step(0.0)
         game.s["step"] += 1
     arms = [(look, respond, fold) for look, respond, _ in list(ARMS.values())[:-1] for fold in (1, 2, 4)

@@ -11,8 +11,8 @@ One logit theta chooses between two architectures, pi = (1 - p, p) with p = sigm
     v = sum_m pi_m b_m omega*
 
 F is a loss here: the controller descends. Architecture 1 scores a little worse at ANY omega (c_1 > c_0), but training
-on it makes omega good for everyone (t_1 = 0), while 0 spoils it (t_0 = 2). The direct term alone therefore always leads to
-architecture 0; F is best near 1.
+on it makes omega good for everyone (t_1 = 0), while 0 spoils it (t_0 = 2). The direct term alone therefore always
+leads to architecture 0; F is best near 1.
 
 What is checked are the functions of menas.py, by their own interface. A row of cells is a mixture of architectures, so
 the row (1, 0) is an architecture and the row pi their mean over the policy. Where a clipped step or K-FAC would be
@@ -103,11 +103,13 @@ def objective(theta, train, valid):
 
 
 def by_autograd(f, theta):
+    """df/dtheta."""
     theta = torch.tensor(theta, requires_grad=True)
     return torch.autograd.grad(f(theta), theta)[0].item()
 
 
 def by_differences(f, theta, eps=1e-5):
+    """df/dtheta, central."""
     return ((f(theta + eps) - f(theta - eps)) / (2 * eps)).item()
 
 
@@ -160,6 +162,7 @@ def kfac(v, weights, g, step, cells, damping=1e-12):
 # 4. Checks: rows of (name, exact, estimate, error, tolerance) --------------------------------------------------------
 
 def compare(name, exact, got, tolerance=1e-7):
+    """A row of the table."""
     return name, exact, got, abs(got - exact), tolerance
 
 
@@ -456,8 +459,8 @@ def check_all(path):
     if failed:
         print(f"\nFAILED: {'; '.join(failed)}")
         return 1
-    print("\nShown: the direct term alone, wherever it is evaluated, trains the wrong architecture; with the response it "
-          "trains the\nright one, and is the exact gradient where the fold is the whole policy "
+    print("\nShown: the direct term alone, wherever it is evaluated, trains the wrong architecture; with the response "
+          "it trains the\nright one, and is the exact gradient where the fold is the whole policy "
           f"(all {len(rows)} checks and {len(sampled)} intervals hold; {path}).")
     return 0
 

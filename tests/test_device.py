@@ -56,8 +56,8 @@ def test_a_training_step_and_a_reward(dtype, state):
 
 @pytest.mark.parametrize("look, respond", [(look, "unrolled") for look in LOOKAHEAD] + [("fresh", x) for x in RESPONSE])
 def test_the_extra_gradient(look, respond, task="frozen"):
-    config = configure("search", "smoke", hidden=8, batch=3, bptt=5, nodes=4, hidden_dropout=.1, state="warm", task=task,
-                       dtype="bfloat16")
+    config = configure("search", "smoke", hidden=8, batch=3, bptt=5, nodes=4, hidden_dropout=.1, state="warm",
+                       task=task, dtype="bfloat16")
     game = Search(config, load_corpus(config))
     game.device = META
     game.s.update(weights=to_meta(game.s["weights"]), state=to_meta(game.s["state"]))

@@ -149,7 +149,7 @@ MUTANTS = {"wrong sign": ("extra_rewards", "direct, RESPONSE", "direct, -RESPONS
            "v at omega": ("extra_rewards", "rewards(w, fold), ahead)", "rewards(w, fold), weights)"),
            "response at omega'": ("extra_rewards", "](v, weights,", "](v, ahead,"),
            "no decay ahead": ("look_ahead", "step.decay)", "0.0)"),
-           "v of the loss": ("extra_rewards", "lambda w: rewards(w, fold)", "lambda w: -step.losses(w, fold, step.batch)")}
+           "v of the loss": ("extra_rewards", "w: rewards(w, fold)", "w: -step.losses(w, fold, step.batch)")}
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -227,7 +227,9 @@ def test_lookaheads_are_what_they_say():
     for name, expected in (("recent", gs[2]), ("momentum", mean)):
         got = LOOKAHEAD[name](World.omega, step)
         assert all(torch.allclose(got[n], expected[n]) for n in expected)
-    assert LOOKAHEAD["none"](World.omega, step) is None and look_ahead(World.omega, None, step) is World.omega
+    for name in ("none", "recent", "momentum"):  # without a past there is nowhere to look
+        assert LOOKAHEAD[name](World.omega, a_step()) is None
+    assert look_ahead(World.omega, None, step) is World.omega
 
 
 def enumerated_mean(folds, step, share=False):

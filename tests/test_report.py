@@ -77,4 +77,5 @@ def test_the_readmes_snippet_runs(tmp_path, monkeypatch):
 
 def test_the_quick_start_shows_its_record():
     """Oracle: what a finished `python menas.py search` prints, made again from the committed record of one."""
-    assert summary(json.loads((ROOT / "results/tiny-search/result.json").read_text())) in (ROOT / "README.md").read_text()
+    record = json.loads((ROOT / "results/tiny-search/result.json").read_text())
+    assert summary(record) in (ROOT / "README.md").read_text()

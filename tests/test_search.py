@@ -77,6 +77,18 @@ def test_a_loss_that_is_not_finite_rolls_back_and_says_so(tmp_path, monkeypatch,
     assert all(torch.isfinite(w).all() for w in (*weights.values(), *controller.parameters()))
 
 
+def test_a_failed_architecture_does_not_roll_the_search_back(tmp_path, monkeypatch):
+    """One NaN among the scored, in the reward and in the response: it gets the worst, the search goes on as it is."""
+    real = menas.extra_rewards
+    def fails(*args):
+        direct, response = real(*args)
+        return direct.index_fill(0, torch.tensor(0), math.nan), response.index_fill(0, torch.tensor(1), math.inf)
+    monkeypatch.setattr(menas, "extra_rewards", fails)
+    _, controller, lines = run_search(smoke(tmp_path, lookahead="fresh", response="unrolled"))
+    assert any("response" in line for line in lines) and not any("rolled_back_to" in line for line in lines)
+    assert all(torch.isfinite(w).all() for w in controller.parameters())
+
+
 def test_the_states_at_a_segments_start():
     """Oracle: carry gives back what it is given; zero is 0; warm is the plain loop over the segment before, from 0."""
     config = smoke("unused", dtype="float32")

@@ -86,3 +86,8 @@ def test_the_commands_run(tmp_path, study, capsys):
     assert main([study, "--preset", "smoke", *settings, "--retrain", "false", "--out", str(tmp_path / "run")]) == 0
     assert "fresh, unrolled" in capsys.readouterr().out
     menas.report(str(tmp_path), str(tmp_path / "none.md"))
+
+
+def test_a_similarity_that_would_measure_nothing_is_refused(tmp_path, capsys):
+    command = ["similarity", "--preset", "smoke", "--shared_steps", "2", "--epochs", "1", "--out", str(tmp_path)]
+    assert main(command) == 2 and "nothing would be measured" in capsys.readouterr().err
