@@ -43,6 +43,7 @@ run $preset-uniform-best train --preset $preset --cell "$out/$preset-search/unif
 ${LAUNCH:-} python toy_enas.py "$out/toy_enas.png"
 # What does it cost, and how noisy is it? Expected: unrolled below 5 times the plain controller step.
 run cost cost --preset $tiny --threads 1
+run cost-$preset cost --preset $preset --batch 20 --shared_steps 20 --controller_steps 5 --threads 1
 # Is the gradient that looks ahead closer to the next one? Expected: no.
 run similarity similarity --preset $tiny
 # Does it find better cells? Expected: no, but for a task made so that it must. Half an hour, an hour, and ten minutes.

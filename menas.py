@@ -149,7 +149,7 @@ PRESETS = {"smoke": {
 }, "ptb": {
     "all": dict(data="ptb", hidden=200, dtype="bfloat16", weight_decay=1.2e-6),
     "search": dict(epochs=4, batch=20, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine",
-                   controller_steps=80),
+                   controller_steps=80, fold=1),
     "extra": dict(hidden=64, nodes=8, epochs=5, batch=20, shared_steps=120, controller_steps=12, replicas=3,
                   controller_samples=8, controller_lr=.02, warm_epochs=1, settle=1, derive_samples=8),
     "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35, schedule="cosine"),
