@@ -46,9 +46,9 @@ run cost cost --preset $tiny --threads 1
 run cost-$preset cost --preset $preset --batch 20 --shared_steps 20 --controller_steps 5 --threads 1
 # Is the gradient that looks ahead closer to the next one? Expected: no.
 run similarity similarity --preset $tiny
-# Does it find better cells? Expected: no, but for a task made so that it must. Half an hour, an hour, and ten minutes.
+# Does it find better cells? Expected: no, but for a task made so that it must. Half an hour, two hours, and ten minutes.
 run extra-toy extra --preset $tiny
-run extra-$preset extra --preset $preset --retrain false
+run extra-$preset extra --preset $preset
 run extra-frozen extra --preset $tiny --task frozen --lr 2 --clip 1 --retrain false --replicas 4
 
 # How fast? Ratios to the plain loop. Expected: above 1, but for scoring at 1000 units in float32.

@@ -121,6 +121,8 @@ class Config:
     baseline_decay: float = option(0.95, "of the moving average", "in [0, 1)")
     derive_samples: int = option(100, "architectures scored on the whole validation split at the end", ">= 1")
     retrain: bool = option(False, "search: train the cell found and an LSTM from scratch; extra: a few sampled cells")
+    retrain_epochs: int = option(0, "of these trainings (0: as --epochs of train)", ">= 0")
+    retrain_cells: int = option(4, "extra: how many sampled cells these are, per search", ">= 1")
     # train
     cell: str = option("enas", "names, JSON files or search runs, comma-separated, trained in one batch; or lstm")
     weights: str = option("", "a search run whose shared weights to start from (default: from scratch)")
@@ -143,7 +145,7 @@ PRESETS = {"smoke": {
     "search": dict(epochs=8, shared_steps=60, shared_samples=4, controller_steps=20, warm_epochs=2, retrain=True),
     "train": dict(epochs=8, schedule="cosine"),
     "extra": dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=2, derive_samples=24,
-                  replicas=10, retrain=True),
+                  replicas=10, retrain=True, retrain_epochs=4),
     "similarity": dict(epochs=8, shared_steps=60, warm_epochs=2, log_every=10, replicas=5),
     "cost": dict(shared_steps=200, controller_steps=40),
 }, "ptb": {
@@ -151,7 +153,8 @@ PRESETS = {"smoke": {
     "search": dict(epochs=4, batch=20, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine",
                    controller_steps=80, fold=1),
     "extra": dict(hidden=64, nodes=8, epochs=5, batch=20, shared_steps=120, controller_steps=12, replicas=3,
-                  controller_samples=8, controller_lr=.02, warm_epochs=1, settle=1, derive_samples=8),
+                  controller_samples=8, controller_lr=.02, warm_epochs=1, settle=1, derive_samples=8, retrain=True,
+                  retrain_epochs=1, retrain_cells=2),
     "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35, schedule="cosine"),
 }, "paper": {  # the corrected code of ENAS's authors, search and final training. Its two masks on the input are one
     # here, of rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the gradient is twice the weight.
@@ -1145,9 +1148,9 @@ class Run:
         path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
         if not path.exists():
             write_json(path, mine)
-        theirs = read_json(path)
+        theirs, defaults = read_json(path), asdict(Config())  # a setting newer than the run had its default
         for name in mine:
-            if name not in WHEREABOUTS and theirs.get(name) != mine[name]:
+            if name not in WHEREABOUTS and theirs.get(name, defaults.get(name)) != mine[name]:
                 raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, not {mine[name]!r}; "
                                 "give this one another --out")
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -1703,10 +1706,12 @@ def row_name(entry):
     """The name, as --cell takes it, of an entry of derived.json: a row, then its perplexity."""
     return "-".join(map(str, entry[:-1]))
 
-def retrain(config, cell, folder, **settings):
+def retrain(config, cell, folder):
     """Metrics of a training from scratch, on the data and at the size of a search."""
     same = ("data", "cache", "seed", "device", "dtype", "threads", "nodes", "hidden", "checkpoint_seconds")
-    settings.update({name: getattr(config, name) for name in same}, cell=cell, out=str(folder))
+    settings = dict({name: getattr(config, name) for name in same}, cell=cell, out=str(folder))
+    if config.retrain_epochs:
+        settings["epochs"] = config.retrain_epochs
     return run_study("train", study_train, configure("train", config.preset, **settings))["metrics"]
 
 def study_search(config, run):
@@ -1741,7 +1746,7 @@ ARMS["none, none, 4x steps"] = "none", "none", 4
 
 OUTCOMES = {"expected": "F", "scratch": "from scratch", "frozen": "fraction frozen"}
 
-def study_extra(config, run, cells=4, epochs=4):
+def study_extra(config, run):
     """Does the extra gradient help? Whole searches of every arm, --replicas seeds, everything else alike.
 
     Two outcomes a search: F itself, the mean validation loss of the controller's samples once the shared weights have
@@ -1759,9 +1764,9 @@ def study_extra(config, run, cells=4, epochs=4):
         learns = TASKS[config.task](torch.tensor([row[:-1] for row in derived]))[0]
         found[name]["frozen"].append(1 - learns.mean().item())
         if config.retrain:
-            some = torch.randperm(len(derived), generator=rng(seed, "scratch"))[:cells].tolist()
+            some = torch.randperm(len(derived), generator=rng(seed, "scratch"))[:config.retrain_cells].tolist()
             names = ",".join(row_name(derived[i]) for i in some)
-            networks = retrain(sub, names, folder / "scratch", epochs=epochs)["networks"]
+            networks = retrain(sub, names, folder / "scratch")["networks"]
             found[name]["scratch"].append(mean_loss([network["valid_perplexity"] for network in networks]))
         run.obey()
     return {"arms": found}
