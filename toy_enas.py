@@ -30,7 +30,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from menas import (RESPONSE, Sample, Step, directional, extra_rewards, fresh, leave_one_out, look_ahead, neumann,
-                   policy_loss, remember, table)
+                   policy_loss, remember)
+from results.report import table
 
 DTYPE = torch.float64  # of the constants here, and torch's default while main runs
 PAIRS = [("none", "none"), ("momentum", "none"), ("recent", "none"), ("fresh", "none"), ("fresh", "unrolled"),

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from menas import UserError, cell_from_json, label, main, report, summary, table
+from menas import UserError, cell_from_json, main
+from results.report import label, report, summary, table
 
 ROOT = Path(__file__).parent.parent
 

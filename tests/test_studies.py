@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import menas
-from menas import (ARMS, Batch, Search, configure, differences, frozen, load_corpus, main, run_study, study_extra,
-                   study_similarity, t_test)
+from menas import (ARMS, Batch, Search, configure, frozen, load_corpus, main, run_study, study_extra,
+                   study_similarity)
+from results.report import differences, report, summary, t_test
 
 TINY = dict(hidden=8, nodes=3, epochs=1, shared_steps=4, controller_steps=2, controller_samples=3, derive_samples=3,
             log_every=2, replicas=2, batch=8, settle=1)
@@ -35,7 +36,7 @@ def test_extra_pairs_seeds_and_is_made_again(tmp_path):
     guess = len(load_corpus(config).words)
     expected = torch.tensor(perplexities, dtype=torch.float64).clamp(max=guess).log().mean().item()
     assert arms["none, none"]["expected"][1] == pytest.approx(expected)
-    assert "fresh, unrolled" in menas.summary(record)
+    assert "fresh, unrolled" in summary(record)
     assert differences(record, "expected")["none, none"] == [0.0, 0.0] and not differences(record, "scratch")
     steps = [json.loads(line)["step"] for line in (tmp_path / "none, none, 4x steps, 1/metrics.jsonl").open()]
     assert steps[-1] == 2 * 4 + 4 * 2  # shared steps of both rounds, controller steps of the first
@@ -85,7 +86,7 @@ def test_the_commands_run(tmp_path, study, capsys):
     settings = [x for name, value in TINY.items() for x in (f"--{name}", str(value))]
     assert main([study, "--preset", "smoke", *settings, "--retrain", "false", "--out", str(tmp_path / "run")]) == 0
     assert "fresh, unrolled" in capsys.readouterr().out
-    menas.report(str(tmp_path), str(tmp_path / "none.md"))
+    report(str(tmp_path), str(tmp_path / "none.md"))
 
 
 def test_a_similarity_that_would_measure_nothing_is_refused(tmp_path, capsys):

@@ -1,0 +1,194 @@
+"""Statistics, tables and figures of the records: what `python menas.py report` makes, and what a finished study prints.
+
+menas.py writes a record for every run, RUN/result.json; here they are only read. Each table of the README stands between
+two comments, and each figure beside the records, so all of them are made again by that one command.
+"""
+import json
+import math
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from menas import OUTCOMES, ROW, UserError, cell_from_json, draw_cell, read_json
+
+PUBLISHED = {"enas": "- / 56.3 (first: 55.8)", "darts_v1": "60.2 / 57.6", "darts_v2": "58.1 / 55.7",
+             "enas_lm": "- / 57.3"}
+
+def table(headers, rows):
+    """A Markdown table whose columns are also aligned as plain text; floats to two decimals."""
+    show = lambda x: f"{x:.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
+    text = [list(map(show, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(headers, *text)]
+    lines = [headers, ["-" * width for width in widths], *text]
+    return "\n".join("| " + " | ".join(x.ljust(width) for x, width in zip(line, widths)) + " |" for line in lines)
+
+def short(name):
+    """A cell's name; of a JSON file the run that it came from; a row of integers is what a search found."""
+    if re.fullmatch(ROW, name):
+        return "the cell found"
+    return f"{Path(name).stem} of {Path(name).parent.name}" if name.endswith(".json") else name
+
+def table_train(records):
+    """Networks trained from scratch, best first, beside the valid / test published for the cell at 800-850 units."""
+    networks = sorted((n for r in records for n in r["metrics"]["networks"]), key=lambda n: n["test_perplexity"])
+    return table(("cell", "seed", "recurrent weights", "epochs", "train", "valid", "test", "published"),
+                 [(short(n["cell"]), n["seed"], n["recurrent_parameters"], n["epochs"], n["train_perplexity"],
+                   n["valid_perplexity"], n["test_perplexity"], PUBLISHED.get(n["cell"], "")) for n in networks])
+
+def table_search(records):
+    """Validation perplexity under the shared weights of the best and the median architecture, by their source."""
+    sources = [(r, f"the {r['config']['controller']} controller", "") for r in records]
+    sources += [(r, "the uniform distribution", "uniform_") for r in records]
+    return table(("architectures from", "supernet trained by", "best", "median"),
+                 [(name, f"{r['config']['controller']}, seed {r['seed']}", r["metrics"][f"{prefix}valid_perplexity"],
+                   r["metrics"][f"{prefix}median_valid_perplexity"]) for r, name, prefix in sources])
+
+def table_bench(records):
+    """How many times faster, or smaller, than the plain loop."""
+    return table(("", "ms an architecture", "plain loop / this"),
+                 [(x["name"], f"{1e3 * x['seconds']:.1f}" if x["seconds"] else "", x["ratio"])
+                  for r in records for x in r["metrics"]["ratios"] if "plain" not in x["name"]])
+
+@lru_cache
+def student_t(df):
+    """Student's distribution on a grid from 0: t and its cumulative probability."""
+    t = torch.linspace(0, 500, 1000001, dtype=torch.float64)
+    log_c = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+    density = torch.exp(log_c - (df + 1) / 2 * torch.log1p(t * t / df))
+    return t, 0.5 + F.pad(torch.cumulative_trapezoid(density, t), (1, 0))
+
+def t_test(values, tests=1):
+    """Of a sample [n]: mean, half of its 95 % interval, p of the mean being 0, Bonferroni-corrected for so many tests,
+    and the smallest true mean that this corrected test finds in about 80 of 100 cases."""
+    if len(values) < 2:
+        return values[0], math.nan, math.nan, math.nan
+    values = torch.tensor(values, dtype=torch.float64)
+    mean, error, (t, p) = values.mean().item(), values.std().item() / math.sqrt(len(values)), student_t(len(values) - 1)
+    quantile = lambda q: t[torch.searchsorted(p, q)].item()
+    at = min(int(abs(mean) / max(error, 1e-300) / 500 * 1000000), len(p) - 1)
+    least = (quantile(1 - .025 / tests) + quantile(.8)) * error
+    return mean, quantile(.975) * error, min(1.0, tests * 2 * (1 - p[at].item())), least
+
+def differences(record, outcome):
+    """{arm: its difference to plain ENAS, a value for each seed} of a record of extra; {} if it was not measured."""
+    arms = record["metrics"]["arms"]
+    base = arms["none, none"][outcome]
+    measured = len(base) > 1 and (outcome != "frozen" or record["config"]["task"] != "none")
+    return {arm: [x - y for x, y in zip(found[outcome], base)] for arm, found in arms.items()} if measured else {}
+
+def table_extra(records):
+    """Means over the seeds, and paired differences to plain ENAS: of losses, less is better."""
+    rows = []
+    for record, outcome in ((r, o) for r in records for o in OUTCOMES):
+        found = differences(record, outcome)
+        for i, arm in enumerate(found):
+            values, (mean, half, p, least) = record["metrics"]["arms"][arm][outcome], t_test(found[arm], len(found) - 1)
+            shown = (f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}") if i else ("", "", "")
+            rows.append((OUTCOMES[outcome], arm, f"{sum(values) / len(values):.3f}", *shown, len(values)))
+    return table(("outcome", "lookahead, response", "mean", "difference", "p, corrected", "detectable", "seeds"), rows)
+
+def cosines(record):
+    """{cosine: {estimator: its mean over the search, a value for each seed}}."""
+    seeds = record["metrics"]["seeds"]
+    return {title: {name: [seed[name][i] for seed in seeds] for name in seeds[0]}
+            for i, title in enumerate(("same samples", "other samples", "of the change"))}
+
+def table_similarity(records):
+    """Mean cosine over the seeds, and its paired difference to the plain gradient's with the 95 % interval."""
+    rows = []
+    for name in records[0]["metrics"]["seeds"][0]:
+        rows.append([name])
+        for found in cosines(records[0]).values():
+            mean, half, *_ = t_test([x - y for x, y in zip(found[name], found["none, none"])])
+            rows[-1] += [f"{t_test(found[name])[0]:.3f}", f"{mean:+.3f} +- {half:.3f}" if name != "none, none" else ""]
+    return table(("gradient at t", *(x for title in cosines(records[0]) for x in (title, "difference"))), rows)
+
+def table_cost(records):
+    """Cost and noise of a controller step's gradient, divided by the plain one's."""
+    return table(("lookahead, response", "fold", "ms", "cost", "variance", "typical"),
+                 [(", ".join(x["arm"][:2]), x["arm"][2], f"{x['ms']:.1f}", x["seconds"], f"{x['variance']:.3g}",
+                   x["typical"])
+                  for r in records for x in r["metrics"]["ratios"]])
+
+TABLES = {"train": table_train, "search": table_search, "bench": table_bench, "extra": table_extra,
+          "similarity": table_similarity, "cost": table_cost}
+
+def summary(record):
+    """What a finished study prints."""
+    metrics = record["metrics"]
+    lines = [TABLES[record["study"]]([record])]
+    if "found" in metrics:
+        made = table_train([{"metrics": metrics[name]} for name in ("found", "lstm")])
+        lines.append(f"trained from scratch:\n{made}")
+        metrics = metrics["found"]
+    if "floor_perplexity" in metrics:
+        split = "test" if "networks" in metrics else "validation"
+        lines.append(f"the best possible {split} perplexity, under the true grammar: {metrics['floor_perplexity']:.2f}")
+    return "\n\n".join(lines)
+
+def draw_curves(records, axes, y, scale=1):
+    """Metric y of metrics.jsonl against the step, a line per run."""
+    for record in records:
+        lines = map(json.loads, (record["folder"] / "metrics.jsonl").read_text().splitlines())
+        first = lambda value: value[0] if isinstance(value, list) else value  # of several networks
+        points = [(line["step"] / scale, first(line[y])) for line in lines if y in line]
+        if points:
+            axes.plot(*zip(*points), label=record["folder"].name, marker=".", linewidth=1)
+            axes.legend(fontsize=8)
+    axes.set(ylabel=y.replace("_", " "))
+
+def draw_intervals(path, panels):
+    """Panels (title, x label, {name: its values, one for each seed}): the values, their means and 95 % intervals."""
+    figure = Figure(figsize=(4 * len(panels) + 1.5, 3.6), layout="constrained")
+    for axes, (title, xlabel, found) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+        for y, values in enumerate(found.values()):
+            mean, half = t_test(values)[:2]
+            axes.plot(values, [y] * len(values), ".", color="#999999", label="" if y else "a seed")
+            axes.errorbar(mean, y, xerr=half, fmt="o", color="tab:blue", capsize=4, label="" if y else "mean, 95 %")
+        axes.set(yticks=range(len(found)), yticklabels=list(found), title=title, xlabel=xlabel)
+        axes.axvline(0, color="black", linewidth=1)
+    axes.invert_yaxis()  # of all, as they share it
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+def label(record):
+    """The corpus, or the constructed task, of a record."""
+    task = record["config"].get("task", "none")
+    return record["config"]["data"] if task == "none" else task
+
+def report(folder="results", readme="README.md"):
+    """Make every table and figure again from the committed records; tables go between their marks in the README."""
+    records = [{**read_json(path), "folder": path.parent} for path in sorted(Path(folder).glob("*/result.json"))]
+    if not records:
+        raise UserError(f"no records in {folder}/")
+    group = lambda *wanted: [r for r in records if (r["study"], label(r))[:len(wanted)] == wanted]
+    text = Path(readme).read_text() if Path(readme).is_file() else ""
+    for study, on in sorted({(r["study"], label(r)) for r in records}):
+        made = TABLES[study](group(study, on))
+        print(f"{study} {on}\n{made}\n")
+        between = rf"(<!-- {study} {on} -->\n).*?(<!-- end -->)"
+        text = re.sub(between, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
+    if text:
+        Path(readme).write_text(text)
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    train, reward, entropy = figure.subplots(1, 3)
+    draw_curves(group("train", "ptb"), train, "valid_perplexity", 1000)
+    train.set(ylim=(None, 220), xlabel="thousand steps of SGD", title="training from scratch")
+    draw_curves(group("search", "ptb"), reward, "reward")
+    reward.set(xlabel="step of the search", title="reward, 80 / perplexity")
+    draw_curves(group("search", "ptb"), entropy, "entropy")
+    entropy.set(xlabel="step of the search", title="the policy's entropy, nats")
+    figure.savefig(Path(folder) / "curves.png", dpi=110)
+    panels = {"extra": [(f"{label(r)}: {OUTCOMES[outcome]}", "loss minus plain ENAS's, nats", differences(r, outcome))
+                        for r in group("extra") for outcome in ("expected", "scratch") if differences(r, outcome)],
+              "similarity": [(title, "cosine with the gradient at t + 1", values) for r in group("similarity")
+                             for title, values in cosines(r).items()]}
+    for name in filter(panels.get, panels):
+        draw_intervals(Path(folder) / f"{name}.png", panels[name])
+    for record in group("search"):
+        cell = cell_from_json(record["metrics"]["best_cell"])
+        draw_cell(cell, "the cell found").figure.savefig(record["folder"] / "cell.png", dpi=110)
