@@ -78,7 +78,14 @@ class Config:
     threads: int = option(0, "CPU threads (0: torch decides)", ">= 0")
     # the search space
     nodes: int = option(12, "nodes of a cell", ">= 1")
+    min_nodes: int = option(0, "the controller chooses the number of nodes, from this to --nodes (0: --nodes)", ">= 0")
     activations: str = option("tanh,relu,identity,sigmoid", "activations to choose from")
+    activation_scope: str = option("node", "node, or cell: one activation for the whole cell")
+    connections: str = option("any", "any, chain, tree, or a cell whose connections are taken")
+    operations: str = option("highway", "to choose from: highway (ENAS), glu, gate, sum; the last two read two nodes")
+    memory: bool = option(False, "a node's value is carried as a memory that gate and sum can read, as an LSTM's c is")
+    widths: str = option("", "hidden sizes to choose from, such as 50,100,200 (default: --hidden)")
+    rates: str = option("", "factors of --lr to choose from, as powers of 2, such as -2,0,2; needs --response")
     # the shared network
     hidden: int = option(200, "units of the embedding and of each node", ">= 1")
     lstm_hidden: int = option(0, "units of the LSTM baseline, projected to --hidden (0: as --hidden)", ">= 0")
@@ -103,7 +110,7 @@ class Config:
     shared_steps: int = option(0, "shared steps of a round (0: one pass over the training split)", ">= 0")
     shared_samples: int = option(1, "architectures in one shared step", ">= 1")
     warm_epochs: int = option(0, "rounds before the controller learns", ">= 0")
-    controller: str = option("trained", "trained, or untrained: random search with weight sharing")
+    controller: str = option("trained", "trained; untrained or uniform: random search with weight sharing; or cells")
     controller_steps: int = option(50, "controller steps of a round", ">= 0")
     controller_samples: int = option(10, "architectures in one controller step, on one validation minibatch", ">= 1")
     controller_hidden: int = option(100, "units of the controller's LSTM", ">= 1")
@@ -368,17 +375,27 @@ class Stream:
 # 3. Cells and search spaces ------------------------------------------------------------------------------------------
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda u: u, "sigmoid": torch.sigmoid}
+# With [c, u] = s_p W, q a second predecessor, and s_p = h_{t-1} on the input pair, whose product is [x_t, h_{t-1}] W:
+OPERATIONS = ("highway",  # s = s_p + sigmoid(c) * (act(u) - s_p)      ENAS's only one (Zilly et al. 2017)
+              "glu",      # s = sigmoid(c) * act(u)                    (Dauphin et al. 2017)
+              "gate",     # s = sigmoid(c) * act(s_q)
+              "sum")      # s = s_p + s_q                              no weights, no activation
+HIGHWAY, GLU, GATE, SUM = range(4)
 OUTPUTS = ("leaves", "all")  # h_t is the mean of the leaves (nodes nobody reads), or of all nodes after node 0
 LEAVES, ALL = range(2)
-INPUT = 0  # slot 0 is the input pair (x_t, h_{t-1}); node i's value is slot i + 1
+INPUT = MEMORY = 0  # slot 0 is the input pair, but as a second predecessor the memory; node i's value is slot i + 1
 
-# A recurrent cell as people write it: a tuple of (slot read, activation's name), and one of OUTPUTS; see encode().
-Cell = namedtuple("Cell", "nodes output", defaults=("leaves",))
+# A node: the slot it reads, its activation's name, and in gated cells an operation and a second slot.
+Node = namedtuple("Node", "read activation operation second", defaults=("highway", MEMORY))
+
+# A recurrent cell as people write it: Nodes, one of OUTPUTS, the slot of the node whose value is carried to the next
+# step as the memory m_t (0: none), its units (0: as many as there are), and log2 of its factor of the learning rate.
+Cell = namedtuple("Cell", "nodes output memory width rate", defaults=("leaves", 0, 0, 0))
 
 def named(pairs, output):
     """A published cell from 'activation<-predecessor' of nodes 1, 2, ...; node 0 is tanh on the input pair."""
     nodes = [pair.split("<-") for pair in pairs.split()]
-    return Cell(((INPUT, "tanh"),) + tuple((int(p) + 1, act) for act, p in nodes), output)
+    return Cell((Node(INPUT, "tanh"),) + tuple(Node(int(p) + 1, act) for act, p in nodes), output)
 
 CELLS = {
     "enas": named("tanh<-0 relu<-1 relu<-2 tanh<-2 tanh<-2 relu<-5 tanh<-1 relu<-6 relu<-8 relu<-8 relu<-8", "leaves"),
@@ -386,88 +403,248 @@ CELLS = {
     "darts_v2": named("sigmoid<-0 relu<-1 relu<-1 identity<-1 tanh<-2 sigmoid<-5 tanh<-3 relu<-5", "all"),
     "enas_lm": named("sigmoid<-0 tanh<-1 relu<-2 sigmoid<-2 tanh<-4 tanh<-5 sigmoid<-3 sigmoid<-6", "all"),
     "chain": named(" ".join(f"tanh<-{i}" for i in range(11)), "leaves"),
-    "tree": named(" ".join(f"tanh<-{i // 2}" for i in range(11)), "leaves")}
+    "tree": named(" ".join(f"tanh<-{i // 2}" for i in range(11)), "leaves"),
+    # An LSTM without biases: f * c + i * tanh(g), carried as c; h = o * tanh(c). Equal to torch.nn.LSTM, see the tests.
+    "lstm_cell": Cell((Node(INPUT, "identity", "gate", MEMORY), Node(INPUT, "tanh", "glu"), Node(1, "tanh", "sum", 2),
+                       Node(INPUT, "tanh", "gate", 3)), memory=3),
+    # A recurrent additive network (Lee et al. 2017): f * c + i * u, which is both c and h; here u reads h as well.
+    "additive": Cell((Node(INPUT, "identity", "gate", MEMORY), Node(INPUT, "identity", "glu"),
+                      Node(1, "tanh", "sum", 2)), memory=3)}
+
+NEEDS = {"highway": ("from", "activation"), "glu": ("from", "activation"), "gate": ("from", "with", "activation"),
+         "sum": ("from", "with")}  # of a node's JSON, by its operation
 
 def cell_to_json(cell):
-    """The cell as a dict that json.dumps prints and a person can edit."""
-    return {"output": cell.output, "nodes": [{"from": "input" if slot == INPUT else slot - 1, "activation": act}
-                                             for slot, act in cell.nodes]}
+    """The cell as a dict that json.dumps prints and a person can edit; what is as in ENAS's space is left out."""
+    name_of = lambda slot, other: slot - 1 if slot else other
+    nodes = []
+    for read, act, operation, second in cell.nodes:
+        node = {"from": name_of(read, "input"), "activation": act, "with": name_of(second, "memory")}
+        nodes.append({name: node[name] for name in NEEDS[operation]})
+        nodes[-1].update({} if operation == "highway" else {"operation": operation})
+    more = {"memory": cell.memory - 1, "width": cell.width, "rate": cell.rate}
+    return {"output": cell.output, **{name: x for name, x in more.items() if getattr(cell, name)}, "nodes": nodes}
+
+def check_node(i, node, n):
+    """Node i of n as JSON, or a UserError about it; returns what it reads: numbers of nodes, 'input', 'memory'."""
+    operation = node.get("operation", "highway") if isinstance(node, dict) else "highway"
+    needs = NEEDS[choose(f"operation of node {i}", operation, OPERATIONS)]
+    if not isinstance(node, dict) or any(name not in node for name in needs):
+        raise UserError(f"node {i} needs {' and '.join(map(repr, needs))}")
+    if "activation" in needs:
+        choose(f"activation of node {i}", node["activation"], ACTIVATIONS)
+    reads = [node[name] for name in needs if name != "activation"]
+    for source, other in zip(reads, ("input", "memory")):
+        if source != other and (type(source) is not int or source not in range(n)):
+            raise UserError(f"node {i} reads node {source!r}, which is missing: nodes are 0 to {n - 1}")
+    return reads
 
 def cell_from_json(cell):
-    """The Cell of such a dict. Nodes may stand in any order; they are sorted so that each reads an earlier one."""
+    """The Cell of such a dict. Nodes may stand in any order; they are sorted so that each reads earlier ones."""
     if not isinstance(cell, dict) or not isinstance(cell.get("nodes"), list) or not cell["nodes"]:
         raise UserError('a cell is {"output": "leaves", "nodes": [{"from": "input", "activation": "tanh"}, ...]}')
-    output, nodes = choose("output", cell.get("output", "leaves"), OUTPUTS), cell["nodes"]
-    for i, node in enumerate(nodes):
-        if not isinstance(node, dict) or "from" not in node or "activation" not in node:
-            raise UserError(f"node {i} needs 'from' and 'activation'")
-        choose(f"activation of node {i}", node["activation"], ACTIVATIONS)
-        if node["from"] != "input" and (type(node["from"]) is not int or node["from"] not in range(len(nodes))):
-            raise UserError(f"node {i} reads node {node['from']!r}, which is missing: nodes are 0 to {len(nodes) - 1}")
-    order = []
-    for i in range(len(nodes)):
-        path = []  # from node i back to one already sorted, or to the input
-        while i != "input" and i not in order:
-            if i in path:
-                raise UserError(f"the cell has a cycle: {' reads '.join(map(str, path[path.index(i):] + [i]))}")
-            path.append(i)
-            i = nodes[i]["from"]
-        order += reversed(path)
-    if [nodes[i]["from"] for i in order].count("input") != 1:
-        raise UserError("exactly one node reads the input in this search space")
-    slot = {"input": INPUT, **{i: place + 1 for place, i in enumerate(order)}}
-    return Cell(tuple((slot[nodes[i]["from"]], nodes[i]["activation"]) for i in order), output)
+    nodes, n = cell["nodes"], len(cell["nodes"])
+    reads, order = [check_node(i, node, n) for i, node in enumerate(nodes)], []
 
-# A row of integers [D] is a cell: its number of nodes, its output, then for each node the slot read and the activation.
+    def visit(i, path):  # node i comes after all that it reads
+        if i in path:
+            raise UserError(f"the cell has a cycle: {' reads '.join(map(str, path[path.index(i):] + [i]))}")
+        for source in reads[i]:
+            if type(source) is int and source not in order:
+                visit(source, path + [i])
+        order.extend([] if i in order else [i])
+
+    for i in range(n):
+        visit(i, [])
+    whole = lambda name, lowest, highest: cell.get(name, 0) in range(lowest, highest + 1) and cell.get(name) is not True
+    if cell.get("memory") not in [None, *range(n)] or not whole("width", 0, 10 ** 6) or not whole("rate", -20, 20):
+        raise UserError(f"the cell's memory is a node, 0 to {n - 1}, its width and rate whole numbers")
+    if cell.get("memory") is None and any("memory" in sources for sources in reads):
+        raise UserError("a node reads the memory, but the cell has no 'memory': the node that is carried")
+    slot = {"input": INPUT, "memory": MEMORY, None: 0, **{i: place + 1 for place, i in enumerate(order)}}
+    made = [Node(slot[reads[i][0]], nodes[i].get("activation", "tanh"), nodes[i].get("operation", "highway"),
+                 slot[reads[i][1]] if len(reads[i]) > 1 else MEMORY) for i in order]
+    return Cell(tuple(made), choose("output", cell.get("output", "leaves"), OUTPUTS), slot[cell.get("memory")],
+                cell.get("width", 0), cell.get("rate", 0))
+
+# A row of integers [D] is a cell. In ENAS's space, D = 2 + 2N: its number of nodes, its output, then for each node the
+# slot read and the activation. Any other cell has 3 + 2N columns more: memory, width, rate, then for each node the
+# operation and the second slot; where they are missing they are 0.
+Columns = namedtuple("Columns", "count output memory width rate read act operation second")
+
+def columns(rows):
+    """The columns of rows [K, D] by name: five of [K], and read, act, operation, second [K, N]."""
+    if rows.shape[1] % 2 == 0:
+        rows = F.pad(rows, (0, rows.shape[1] + 1))
+    n = (rows.shape[1] - 5) // 4
+    enas, rest = rows[:, 2:2 + 2 * n], rows[:, 2 + 2 * n:]
+    return Columns(*rows[:, :2].unbind(1), *rest[:, :3].unbind(1), enas[:, ::2], enas[:, 1::2], rest[:, 3::2],
+                   rest[:, 4::2])
+
+def is_gated(cell):
+    """Is it outside ENAS's space: a cell with more than one predecessor, activation and highway a node?"""
+    enas = [Node(node.read, node.activation) for node in cell.nodes]
+    return cell != Cell(tuple(enas), cell.output) or [node.read == INPUT for node in enas].count(True) > 1
+
 def encode(cells, nodes=0):
-    """Cells as rows [K, 2 + 2N]; N is the largest cell's, or more. Nodes a cell does not have are unused entries."""
-    rows = torch.zeros(len(cells), 2 + 2 * max([nodes, *(len(cell.nodes) for cell in cells)]), dtype=torch.long)
+    """Cells as rows [K, D]; N is the largest cell's, or more. Nodes a cell does not have are unused entries."""
+    n = max([nodes, *(len(cell.nodes) for cell in cells)])
+    rows = torch.zeros(len(cells), 5 + 4 * n, dtype=torch.long)
     for row, cell in zip(rows, cells):
-        flat = [x for slot, act in cell.nodes for x in (slot, list(ACTIVATIONS).index(act))]
-        row[:2 + len(flat)] = torch.tensor([len(cell.nodes), OUTPUTS.index(cell.output)] + flat)
-    return rows
+        first = [x for node in cell.nodes for x in (node.read, list(ACTIVATIONS).index(node.activation))]
+        rest = [x for node in cell.nodes for x in (OPERATIONS.index(node.operation), node.second)]
+        row[:2 + len(first)] = torch.tensor([len(cell.nodes), OUTPUTS.index(cell.output)] + first)
+        row[2 + 2 * n:][:3 + len(rest)] = torch.tensor([cell.memory, cell.width, cell.rate] + rest)
+    return rows if any(map(is_gated, cells)) else rows[:, :2 + 2 * n]
 
 def decode(row):
     """The Cell of one row [D]."""
-    count, output, *flat = row.tolist()
-    nodes = zip(flat[:2 * count:2], flat[1:2 * count:2])
-    return Cell(tuple((slot, list(ACTIVATIONS)[act]) for slot, act in nodes), OUTPUTS[output])
+    count, output, memory, width, rate, *nodes = [x.tolist()[0] for x in columns(row[None])]
+    made = [Node(read, list(ACTIVATIONS)[act], OPERATIONS[operation], second)
+            for read, act, operation, second in list(zip(*nodes))[:count]]
+    return Cell(tuple(made), OUTPUTS[output], memory, width, rate)
 
-# One column of a row: its name and the tuple of values it may take. With a single value there is nothing to decide.
-Decision = namedtuple("Decision", "name choices")
+# Something to decide: the columns of a row that it sets, the values it may take, and when it matters: ((column, values),
+# ...) must all hold of the columns before. With a single value there is nothing to decide; what does not matter is 0.
+Decision = namedtuple("Decision", "name columns choices when", defaults=((),))
+
+def listed(config, flag, choices):
+    """The indices of the words in a comma-separated setting."""
+    names = getattr(config, flag).split(",")
+    if len(set(names)) < len(names):
+        raise UserError(f"--{flag} {getattr(config, flag)} has one of them twice")
+    return tuple(list(choices).index(choose(flag.removesuffix("s"), name, choices)) for name in names)
+
+def integers(config, flag, lowest, highest):
+    """The whole numbers of a comma-separated setting; (0,) if it is empty."""
+    text = getattr(config, flag)
+    if text and not re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        raise UserError(f"--{flag} {text} must be whole numbers with commas between")
+    found = tuple(sorted({int(x) for x in text.split(",")})) if text else (0,)
+    if text and not lowest <= found[0] <= found[-1] <= highest:
+        raise UserError(f"--{flag} {text}: from {lowest} to {highest}")
+    return found
+
+# --connections: the slot that node i > 0 reads, from i; or those of any cell.
+FAMILIES = {"chain": lambda i: i, "tree": lambda i: (i - 1) // 2 + 1}
+
+def reads_of(config, gated):
+    """For each node the slots that it may read. In ENAS's space only node 0 reads the input pair."""
+    if config.connections == "any":
+        return [((INPUT,) if gated or i == 0 else ()) + tuple(range(1, i + 1)) for i in range(config.nodes)]
+    if config.connections in FAMILIES:
+        return [(FAMILIES[config.connections](i) if i else INPUT,) for i in range(config.nodes)]
+    nodes = load_cell(config, config.connections).nodes
+    if len(nodes) < config.nodes:
+        raise UserError(f"--connections {config.connections} has {len(nodes)} nodes, fewer than --nodes {config.nodes}")
+    return [(node.read,) for node in nodes]
 
 def search_space(config):
-    """The list of Decisions, a column each. ENAS: every node but the first reads an earlier one, any activation."""
-    names = config.activations.split(",")
-    activations = tuple(list(ACTIVATIONS).index(choose("activation", name, ACTIVATIONS)) for name in names)
-    if len(set(names)) < len(names):
-        raise UserError(f"--activations {config.activations} has one of them twice")
-    if config.nodes < 1:
-        raise UserError(f"--nodes {config.nodes}: a cell has at least one node")
-    decisions = [Decision("nodes", (config.nodes,)), Decision("output", (LEAVES,))]
-    for i in range(config.nodes):
-        decisions += [Decision(f"predecessor of {i}", tuple(range(1, i + 1)) or (INPUT,)),
-                      Decision(f"activation of {i}", activations)]
+    """The list of Decisions. ENAS: every node but the first reads an earlier one, any activation. Then, if asked for:
+    several numbers of nodes; fixed connections; one activation for the whole cell; operations with a second
+    predecessor, where any node may read the input pair; a memory; widths; factors of the learning rate."""
+    n, least = config.nodes, config.min_nodes or config.nodes
+    if not 1 <= least <= n:
+        raise UserError(f"--nodes {n} must be at least 1, and --min_nodes {least} from 1 to that")
+    activations, operations = listed(config, "activations", ACTIVATIONS), listed(config, "operations", OPERATIONS)
+    widths, rates = integers(config, "widths", 1, config.hidden), integers(config, "rates", -20, 20)
+    gated, with_second, rest = operations != (HIGHWAY,), {GATE, SUM} & {*operations}, 2 + 2 * n
+    if config.memory and not with_second:
+        raise UserError("--memory needs an operation that can read it: --operations with gate or sum")
+    if not config.memory and {GATE, SUM} >= {*operations}:
+        raise UserError(f"--operations {config.operations}: without --memory there is none for node 0")
+    reads, whole_cell = reads_of(config, gated), config.activation_scope == "cell"
+    beyond = gated or widths != (0,) or rates != (0,)  # ENAS's columns
+    decisions = [Decision("nodes", (0,), tuple(range(least, n + 1))), Decision("output", (1,), (LEAVES,))]
+    if beyond:
+        choices = tuple(range(1, least + 1)) if config.memory else (0,), widths, rates
+        decisions += [Decision(name, (rest + i,), choices[i]) for i, name in enumerate(("memory", "width", "rate"))]
+    if whole_cell:
+        decisions.append(Decision("activation", tuple(range(3, rest, 2)), activations))
+    for i in range(n):
+        there, at = ((0, tuple(range(i + 1, n + 1))),) if i >= least else (), rest + 3 + 2 * i
+        seconds = tuple(range(0 if config.memory else 1, i + 1))
+        mine = tuple(o for o in operations if seconds or o not in (GATE, SUM))
+        decisions.append(Decision(f"predecessor of {i}", (2 + 2 * i,), reads[i], there))
+        if gated:
+            decisions += [Decision(f"operation of {i}", (at,), mine, there),
+                          Decision(f"second of {i}", (at + 1,), seconds or (0,), (*there, (at, (GATE, SUM))))]
+        if not whole_cell:
+            acts = there if SUM not in mine else (*there, (at, (HIGHWAY, GLU, GATE)))
+            decisions.append(Decision(f"activation of {i}", (3 + 2 * i,), activations, acts))
+    if beyond and not gated:  # a row has all columns
+        decisions.append(Decision("no gates", tuple(range(rest + 3, rest + 3 + 2 * n)), (0,)))
     return decisions
 
+def ways(decisions):
+    """A function (i, known) -> [(value, what is known then, number of different cells from there)] of decision i; known
+    are the (column, value) that a later `when` asks about. From (0, ()) the numbers add up to the space's size."""
+    asked = {column: i for i, d in enumerate(decisions) for column, _ in d.when}  # by which decision last
+
+    @lru_cache(maxsize=None)
+    def options(i, known):
+        d, found = decisions[i], []
+        for value in d.choices if all(dict(known)[column] in values for column, values in d.when) else (0,):
+            now = (*known, *((column, value) for column in d.columns))
+            then = tuple((column, x) for column, x in now if asked.get(column, -1) > i)
+            found.append((value, then, sum(n for *_, n in options(i + 1, then)) if i + 1 < len(decisions) else 1))
+        return found
+
+    return options
+
+def uniform_rows(decisions, k, *key):
+    """K rows drawn uniformly from the different cells of the space, which an untrained controller only nearly does."""
+    options, width = ways(decisions), 1 + max(column for d in decisions for column in d.columns)
+    rows = torch.zeros(k, width, dtype=torch.long)
+    for row, draws in zip(rows, torch.rand(k, len(decisions), generator=rng(*key)).tolist()):
+        known = ()
+        for i, (d, u) in enumerate(zip(decisions, draws)):
+            found, at = options(i, known), 0
+            u *= sum(n for *_, n in found)
+            while u >= found[at][2] and at + 1 < len(found):  # a value's chance is its share of the cells
+                u, at = u - found[at][2], at + 1
+            value, known, _ = found[at]
+            row[list(d.columns)] = value
+    return rows
+
 def recurrent_parameters(cell, hidden):
-    """Weights of the recurrence: [x, h] -> 2H on the input pair, H -> 2H on every other node; no biases."""
-    return sum(2 * hidden * (2 * hidden if slot == INPUT else hidden) for slot, _ in cell.nodes)
+    """Weights that the recurrence uses: a matrix for each of c and u, from [x, h] on the input pair; no biases."""
+    h, uses = cell.width or hidden, {"highway": 2, "glu": 2, "gate": 1, "sum": 0}
+    return sum(uses[node.operation] * h * (2 * h if node.read == INPUT else h) for node in cell.nodes)
+
+def slots_read(node):
+    """The slots that a node reads, None for the memory."""
+    second = (node.second or None,) if node.operation in ("gate", "sum") else ()
+    return (node.read, *second)
 
 def leaves(cell):
     """The nodes whose mean is h_t."""
-    n, read = len(cell.nodes), {slot for slot, _ in cell.nodes}
+    n, read = len(cell.nodes), {slot for node in cell.nodes for slot in slots_read(node)}
     return [i for i in range(n) if (i > 0 or n == 1 if cell.output == "all" else i + 1 not in read)]
 
+def path_count(cell):
+    """Paths from the input pair or the memory to h_t within a step: those to a node are the sum over what it reads."""
+    paths = {None: 1, INPUT: 1}
+    for i, node in enumerate(cell.nodes):
+        paths[i + 1] = sum(paths[slot] for slot in slots_read(node))
+    return sum(paths[i + 1] for i in leaves(cell))
+
+def depth_of(cell):
+    """The longest path to each slot, in nodes: a list [1 + N]; the largest is the cell's depth."""
+    depth = {None: 0, INPUT: 0}
+    for i, node in enumerate(cell.nodes):
+        depth[i + 1] = 1 + max(depth[slot] for slot in slots_read(node))
+    return [depth[slot] for slot in range(len(cell.nodes) + 1)]
+
 def draw_cell(cell, title="", axes=None):
-    """The cell as a picture, input at the bottom, h_t at the top; returns matplotlib's axes."""
-    depth = [0]  # of each slot: the nodes between it and the input
-    for slot, _ in cell.nodes:
-        depth.append(depth[slot] + 1)
+    """The cell as a picture, input at the bottom, h_t at the top, the second predecessors' arrows dashed; returns
+    matplotlib's axes."""
+    depth = depth_of(cell)
     top = max(depth) + 1
     rows = [[slot for slot, d in enumerate(depth) if d == row] for row in range(top)]
+    rows[0] += [None] if cell.memory else []  # the memory stands beside the input pair
     width = max(map(len, rows))
-    place = {slot: (j - (len(row) - 1) / 2, depth[slot]) for row in rows for j, slot in enumerate(row)}
+    place = {slot: (j - (len(row) - 1) / 2, y) for y, row in enumerate(rows) for j, slot in enumerate(row)}
     axes = axes or Figure(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained").subplots()
     colours = {"tanh": "#7fb3d5", "relu": "#f5b041", "identity": "#d5d8dc", "sigmoid": "#82e0aa"}
 
@@ -477,10 +654,15 @@ def draw_cell(cell, title="", axes=None):
     arrow = lambda x, y, x_end, y_end, **style: axes.annotate(  # from the top of one box to the bottom of another
         "", (x_end, y_end - 0.22), (x, y + 0.22), zorder=1,
         arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "color": "#333333", **style})
-    box(*place[0], "$x_t,\\ h_{t-1}$")
-    for i, (slot, act) in enumerate(cell.nodes):
-        arrow(*place[slot], *place[i + 1])
-        box(*place[i + 1], f"{i}: {act}", colours[act])
+    box(*place[INPUT], "$x_t,\\ h_{t-1}$")
+    if cell.memory:
+        box(*place[None], "$m_{t-1}$")
+    for i, node in enumerate(cell.nodes):
+        for slot, style in zip(slots_read(node), ({}, {"linestyle": "--"})):
+            arrow(*place[slot], *place[i + 1], **style)
+        text = {"highway": node.activation, "sum": "+"}.get(node.operation, f"{node.operation} {node.activation}")
+        carried = ", $m_t$" if i + 1 == cell.memory else ""
+        box(*place[i + 1], f"{i}: {text}{carried}", colours[node.activation] if node.operation != "sum" else "white")
     for i in leaves(cell):
         arrow(*place[i + 1], 0, top, color="#aaaaaa", linestyle=":")
     box(0, top, "$h_t$ = mean")
@@ -492,6 +674,7 @@ def draw_cell(cell, title="", axes=None):
 # 4. The shared network -----------------------------------------------------------------------------------------------
 # Weights are a dict of tensors. Shared by all architectures: 'edges' is the bank [edges, H, 2H], a row for each pair
 # (slot read, node). Standalone, a network per architecture: every tensor has a leading K and 'edges' is [K, N, H, 2H].
+# In gated spaces any node may read the input pair, so 'input' has a matrix for each, [N, H, 2H]: all but the first is new.
 
 STATE_BOUND = 25.0  # largest norm of h_t, as in the peers
 
@@ -512,14 +695,16 @@ def initial(config, shapes, seeds):
 
 def shared_weights(config, words):
     """Weights of the supernet: tied embedding [V, H], x_t -> node 0 [H, 2H], and the bank [edges, H, 2H]."""
-    h = config.hidden
-    shapes = {"embedding": (words, h), "input": (h, 2 * h), "edges": (edge_index(0, config.nodes), h, 2 * h)}
+    h, inputs = config.hidden, () if config.operations == "highway" else (config.nodes,)
+    shapes = {"embedding": (words, h), "input": (*inputs, h, 2 * h), "edges": (edge_index(0, config.nodes), h, 2 * h)}
     return {name: w[0] for name, w in initial(config, shapes, [config.seed]).items()}
 
 def standalone_weights(config, words, cells, seeds):
     """Weights of K networks, each with only its own edges; drawn node by node, so padding a cell changes nothing."""
-    h, nodes = config.hidden, [f"node {i}" for i in range((cells.shape[1] - 2) // 2)]
-    weights = initial(config, {"embedding": (words, h), "input": (h, 2 * h), **dict.fromkeys(nodes, (h, 2 * h))}, seeds)
+    h, n = config.hidden, columns(cells).read.shape[1]
+    inputs = () if cells.shape[1] % 2 == 0 else (n,)
+    nodes = dict.fromkeys((f"node {i}" for i in range(n)), (h, 2 * h))
+    weights = initial(config, {"embedding": (words, h), "input": (*inputs, h, 2 * h), **nodes}, seeds)
     return {"edges": torch.stack([weights.pop(node) for node in nodes], 1), **weights}
 
 def inherit(shared, cells):
@@ -531,18 +716,31 @@ def is_shared(weights):
     """Is it the supernet, or K networks each with its own?"""
     return weights["embedding"].dim() == 2
 
-def structure(cells):
-    """What the recurrence needs of rows [K, D], each [N, K]: slot read, edge, activation, weight of the node in h_t."""
-    count, output = cells[:, 0], cells[:, 1]
-    read, act = cells[:, 2::2].t(), cells[:, 3::2].t()                                   # [N, K]
+# What the recurrence needs of rows [K, D]: read, edge, act and leaf [N, K] are the slot read, the edge's row in the bank,
+# the activation, and the node's weight in h_t; takes, whether it reads the input pair; more, None in ENAS's space:
+Structure = namedtuple("Structure", "read edge act leaf takes more")
+# operation, second [N, K]; memory [K], its node's slot; live [K, H], which units there are.
+Gates = namedtuple("Gates", "operation second memory live")
+
+def structure(cells, hidden=0):
+    """The Structure of rows [K, D]; hidden is needed for its live units only."""
+    c = columns(cells)
+    read, act, operation, second = (x.t() for x in (c.read, c.act, c.operation, c.second))               # [N, K]
     node = torch.arange(len(read), device=cells.device)[:, None]
-    exists = node < count
-    is_read = ((read[None] == node[:, None] + 1) & exists[None]).any(1)                  # [node, reader, K] -> [N, K]
-    leaf = exists & torch.where(output == ALL, (node > 0) | (count == 1), ~is_read)      # paper: DARTS omits node 0
-    return read, edge_index(read, node), act, leaf.double() / leaf.sum(0)
+    exists = node < c.count
+    reads_second = exists & ((operation == GATE) | (operation == SUM))
+    reads_it = lambda slot, reads: ((slot[None] == node[:, None] + 1) & reads[None]).any(1)  # [node, reader, K] -> [N, K]
+    is_read = reads_it(read, exists) | reads_it(second, reads_second)
+    leaf = exists & torch.where(c.output == ALL, (node > 0) | (c.count == 1), ~is_read)  # paper: DARTS omits node 0
+    units = torch.arange(hidden, device=cells.device)
+    live = (units < c.width[:, None]) | (c.width[:, None] == 0)                          # [K, H]
+    more = Gates(operation, second, c.memory, live) if cells.shape[1] % 2 else None
+    return Structure(read, edge_index(read, node), act, leaf.double() / leaf.sum(0),
+                     exists & (read == INPUT), more)
 
 # One step's input to the network: inputs [T, B]; targets [T, B], -1 where there is nothing to predict; state
-# [K or 1, B, H], h before the first token; masks, a dict of dropout's, see draw_masks, {} in evaluation.
+# [K or 1, B, H], h before the first token, and beside it the memory, if there is one, [.., 2H]; masks, a dict of dropout's,
+# see draw_masks, {} in evaluation.
 Batch = namedtuple("Batch", "inputs targets state masks")
 
 def draw_masks(config, words, batch, seeds, step):
@@ -554,31 +752,39 @@ def draw_masks(config, words, batch, seeds, step):
             / (1 - rate) for name, rate in rates.items() if rate > 0}
 
 def reference_losses(weights, row, batch, k=0):
-    """The network as the peers write it, for ONE architecture: the mean loss, and the states [T, B, H].
-    Highway node (Pham et al. 2018): [c, u] = s_p W;  s_i = s_p + sigmoid(c) * (act(u) - s_p)."""
+    """The network as the peers write it, for ONE architecture: the mean loss, and the states [T, B, H or 2H].
+    Highway node (Pham et al. 2018): [c, u] = s_p W;  s_i = s_p + sigmoid(c) * (act(u) - s_p). Others: OPERATIONS."""
     mine = weights if is_shared(weights) else {name: w[k] for name, w in weights.items()}
     mask = {name: m[k % len(m)] for name, m in batch.masks.items()}
-    cell, h, states = decode(row), batch.state[k % len(batch.state)], []
-    hidden, times = h.shape[-1], lambda x, name: x * mask[name] if name in mask else x
+    cell, states, hidden = decode(row), [], mine["embedding"].shape[-1]
+    live = (torch.arange(hidden) < (cell.width or hidden)).to(mine["embedding"])         # the top-left block of weights
+    h, *m = batch.state[k % len(batch.state)].split(hidden, -1)
+    m, times = m[0] if m else torch.zeros_like(h), lambda x, name: x * mask[name] if name in mask else x
     halves = lambda w: (w[:, :hidden].contiguous(), w[:, hidden:].contiguous())          # gate, candidate
-    rows = [edge_index(read, i) if is_shared(weights) else i for i, (read, _) in enumerate(cell.nodes)]
-    wx, *ws = [halves(w) for w in (mine["input"], *(mine["edges"][row] for row in rows))]
+    rows = [edge_index(node.read, i) if is_shared(weights) else i for i, node in enumerate(cell.nodes)]
+    wxs, ws = map(halves, mine["input"].view(-1, hidden, 2 * hidden)), [halves(mine["edges"][row]) for row in rows]
+    wxs = list(wxs)
     for tokens in batch.inputs:
         x = F.embedding(tokens, mine["embedding"])                                       # [B, H]
-        x = times(x * mask["word"][tokens][:, None] if "word" in mask else x, "input")
+        x = live * times(x * mask["word"][tokens][:, None] if "word" in mask else x, "input")
         slots = [h]
-        for (read, act), (w_c, w_u) in zip(cell.nodes, ws):
-            s = times(slots[read], "hidden")
+        for i, (node, (w_c, w_u)) in enumerate(zip(cell.nodes, ws)):
+            p, q = slots[node.read], m if node.second == MEMORY else slots[node.second]
+            s = live * times(p, "hidden")
             c, u = s @ w_c, s @ w_u
-            if read == INPUT:
-                c, u = c + x @ wx[0], u + x @ wx[1]
-            slots.append(slots[read] + torch.sigmoid(c) * (ACTIVATIONS[act](u) - slots[read]))
-        h = sum(slots[i + 1] for i in leaves(cell)) / len(leaves(cell))
-        h = h * (STATE_BOUND / h.norm(dim=-1, keepdim=True)).clamp(max=1)
-        states.append(h)
+            if node.read == INPUT:
+                c, u = c + x @ wxs[i][0], u + x @ wxs[i][1]
+            act, gate = ACTIVATIONS[node.activation], torch.sigmoid(c)
+            slots.append(p + gate * (act(u) - p) if node.operation == "highway" else gate * act(u)
+                         if node.operation == "glu" else gate * act(q) if node.operation == "gate" else p + q)
+        bounded = lambda s: s * (STATE_BOUND / s.norm(dim=-1, keepdim=True).clamp(min=STATE_BOUND))
+        h = bounded(live * sum(slots[i + 1] for i in leaves(cell)) / len(leaves(cell)))
+        m = bounded(live * slots[cell.memory]) if cell.memory else torch.zeros_like(h)
+        states.append(torch.cat([h, m], -1))
     states = torch.stack(states)
-    logits = times(states, "output") @ mine["embedding"].t() + mine["bias"]              # [T, B, V]
-    return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-1), states
+    logits = times(states[..., :hidden], "output") @ mine["embedding"].t() + mine["bias"]                # [T, B, V]
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-1)
+    return loss, states if is_gated(cell) else states[..., :hidden]
 
 class Workspace:
     """Large buffers to use again, since fresh memory is slow: a forward pass takes them, its backward gives them back,
@@ -614,39 +820,62 @@ def coefficient_table(dtype, device):
     """Built once per device: a copy from the host inside a step would stop a GPU, and a CUDA graph's capture."""
     return torch.tensor([COEFFICIENTS[name] for name in ACTIVATIONS], dtype=dtype, device=device)
 
+def bound_norm(x):
+    """x min(1, bound / |x|), and that factor."""
+    shrink = (STATE_BOUND / torch.linalg.vector_norm(x, dim=-1, keepdim=True)).clamp(max=1)
+    return x * shrink, shrink
+
+def bound_norm_backward(dy, y, shrink):
+    """dL/dx from dL/dy: where the bound holds, without the part along y."""
+    radial = (y * dy).sum(-1, keepdim=True).mul_(shrink < 1).div_(STATE_BOUND ** 2)
+    return torch.addcmul(dy, radial, y, value=-1).mul_(shrink)
+
 class Recurrence(torch.autograd.Function):
     """All nodes, steps and architectures of the recurrence, with a backward pass through time written by hand.
-    xw [K or 1, T, B, 2H] is x_t times the input weights; h0 [K, B, H]; w [N, K, H, 2H] each node's weights, its
-    candidate half scaled by slope; mask [K or 1, B, H] or None; read, leaf [N, K]; act the coefficients. Returns h
-    [K, T, B, H]. Only node 0 reads the input pair. Buffers are filled in place, with no graph per step; each node's
-    weight gradient is ONE product over all T * B rows. It has no second derivatives; reference_losses has."""
+    xw [I, K or 1, T, B, 2H] is x_t times the input weights of the I nodes on_input; h0, m0 [K, B, H]; w [N, K, H, 2H]
+    each node's weights, its candidate half scaled by slope; mask [K or 1, B or 1, H] or None; a Structure, act the
+    coefficients. Returns h [K, T, B, H] and the last memory [K, B, H] or None. Buffers are filled in place, with no graph
+    per step; each node's weight gradient is ONE product over all T * B rows. No second derivatives; reference_losses has."""
 
     @staticmethod
-    def forward(ctx, training, *inputs):
-        xw, h0, w, mask, read, leaf, *act = ctx.inputs = inputs
-        (n, k, hidden, _), (t_, b) = w.shape, xw.shape[1:3]
-        kept = t_ if training else 1  # the backward pass needs the values of all steps
-        slots = Workspace.take(w, n + 1, k, kept, b, hidden)
+    def forward(ctx, training, xw, h0, m0, w, mask, on_input, cell, *act):
+        ctx.inputs = training, xw, h0, m0, w, mask, on_input, cell, *act
+        (n, k, hidden, _), (t_, b), more = w.shape, xw.shape[2:4], cell.more
+        kept, count = t_ if training else 1, n + 1 + (more is not None)  # the backward pass needs the values of all steps
+        slots = Workspace.take(w, count, k, kept, b, hidden)  # the input pair, the nodes, the memory
         gates = Workspace.take(w, n if training else 1, k, kept, b, 2, hidden)
         h, shrink = w.new_empty(k, t_, b, hidden), w.new_empty(k, t_, b, 1)
         p, pm, z = (w.new_empty(k, b, width) for width in (hidden, hidden, 2 * hidden))
-        alone = k == 1 and read.device.type == "cpu"  # then the host knows the cell: it gathers nothing
+        alone = k == 1 and w.device.type == "cpu"  # then the host knows the cell: it gathers nothing
         z_c, z_u = z.view(k, b, 2, hidden).unbind(2)
-        index = read * k + torch.arange(k, device=read.device)                           # [N, K] rows of slots, flat
-        leaf = leaf.t()[:, None].to(w.dtype).contiguous()                                # [K, 1, N]
+        flat = lambda slot: slot * k + torch.arange(k, device=w.device)                  # [.., K] rows of slots, flat
+        index, leaf = flat(cell.read), cell.leaf.t()[:, None].to(w.dtype).contiguous()   # [N, K]; [K, 1, N]
         slope, spread = act[0], lambda x: x.flatten().tolist() if alone else x.unbind()
         per_node = list(zip(w, *map(spread, (index, *act[1:5]))))
+        takes, gated = cell.takes[..., None, None].to(w.dtype), None                     # [N, K, 1, 1]
+        if more is not None:
+            is_ = [(more.operation == o)[..., None, None] for o in (HIGHWAY, GATE, SUM)]                 # [N, K, 1, 1]
+            second = flat(torch.where(more.second == MEMORY, n + 1, more.second))
+            live = more.live[:, None].to(w.dtype)                                        # [K, 1, H]
+            has, m, m_shrink = live * (more.memory > 0)[:, None, None], torch.empty_like(h), torch.empty_like(shrink)
+            gated = is_[0].to(w.dtype), is_[1], is_[2], second, flat(more.memory), live, has, m, m_shrink
         for t in range(t_):
-            now, x = (t if training else 0), xw[:, t]
-            rows = slots.view((n + 1) * k, kept, b, hidden)[:, now]                      # [(N+1) K, B, H]
-            values = slots[:, :, now].unbind()                                           # N+1 times [K, B, H]
+            now = t if training else 0
+            rows = slots.view(count * k, kept, b, hidden)[:, now]                        # [slots * K, B, H]
+            values = slots[:, :, now].unbind()                                           # of each slot [K, B, H]
             values[0].copy_(h0 if t == 0 else h[:, t - 1])
+            if gated:
+                values[-1].copy_(m0 if t == 0 else m[:, t - 1])
             for i, (w_i, where, scale, shift, linear, floor) in enumerate(per_node):
                 p = values[where] if alone else torch.index_select(rows, 0, where, out=p)
                 torch.bmm(p if mask is None else torch.mul(p, mask, out=pm), w_i, out=z)
-                if i == 0:  # the node that reads the input pair
-                    z_c.add_(x[..., :hidden])
-                    z_u.addcmul_(x[..., hidden:], slope[0])
+                if i in on_input:
+                    x = xw[on_input.index(i), :, t]
+                    z_c.addcmul_(x[..., :hidden], takes[i])
+                    z_u.addcmul_(x[..., hidden:], takes[i] * slope[i])
+                if gated:  # a gate's activation is of the second slot
+                    q = rows.index_select(0, second[i])
+                    z_u.copy_(torch.where(gated[1][i], q * slope[i], z_u))
                 g = gates[i if training else 0, :, now]                                  # [K, B, 2, H]
                 c, u = torch.sigmoid(z.view_as(g), out=g).unbind(2)
                 if not alone:
@@ -655,50 +884,69 @@ class Recurrence(torch.autograd.Function):
                     torch.clamp(z_u, min=floor, out=u)
                 elif scale != 1:
                     u.mul_(scale).add_(shift)
-                torch.lerp(p, u, c, out=values[i + 1])
-            mean = torch.bmm(leaf, slots[1:, :, now].view(n, k, b * hidden).transpose(0, 1)).view(k, b, hidden)
-            shrink[:, t] = (STATE_BOUND / torch.linalg.vector_norm(mean, dim=-1, keepdim=True)).clamp(max=1)
-            torch.mul(mean, shrink[:, t], out=h[:, t])
+                torch.lerp(p * gated[0][i] if gated else p, u, c, out=values[i + 1])     # glu and gate carry nothing
+                if gated:
+                    values[i + 1].copy_(torch.where(gated[2][i], p + q, values[i + 1]))
+            mean = torch.bmm(leaf, slots[1:n + 1, :, now].view(n, k, b * hidden).transpose(0, 1)).view(k, b, hidden)
+            h[:, t], shrink[:, t] = bound_norm(mean * live if gated else mean)
+            if gated:
+                m[:, t], m_shrink[:, t] = bound_norm(rows.index_select(0, gated[4]) * has)
         if training:
-            ctx.buffers = index, leaf, slots, gates, h.detach(), shrink  # detached: else h would refer to itself
+            ctx.buffers = index, leaf, takes, gated, slots, gates, h.detach(), shrink  # else h would refer to itself
         else:
             Workspace.give(slots, gates)
-        return h
+        if not gated:
+            return h, None
+        ctx.mark_non_differentiable(last := m[:, -1].clone())
+        return h, last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        xw, _, w, mask, _, _, *act = ctx.inputs
+    def backward(ctx, grad, _):
+        training, xw, _, _, w, mask, on_input, cell, *act = ctx.inputs
         if ctx.buffers is None:  # a second backward: the first one has used them up
-            Recurrence.forward(ctx, True, *ctx.inputs)
-        (index, leaf, slots, gates, h, shrink), ctx.buffers = ctx.buffers, None
-        (n, k, hidden, _), (t_, b) = w.shape, h.shape[1:3]
+            Recurrence.forward(ctx, *ctx.inputs)
+        (index, leaf, takes, gated, slots, gates, h, shrink), ctx.buffers = ctx.buffers, None
+        (n, k, hidden, _), (t_, b), count = w.shape, h.shape[1:3], len(slots)
         slope, (square, line, constant, step) = act[0], act[5:]
-        flat, alone = slots.view((n + 1) * k, t_, b, hidden), k == 1 and w.device.type == "cpu"
+        flat, alone = slots.view(count * k, t_, b, hidden), k == 1 and w.device.type == "cpu"
         wheres = index.flatten().tolist() if alone else index.unbind()
         values = lambda where: slots[where] if alone else flat.index_select(0, where)    # [K, T, B, H]
-        keep = Workspace.take(w, n, k, t_, b, hidden)
+        keep, passed = (Workspace.take(w, n, k, t_, b, hidden) if x else None for x in (True, gated))
         # Local derivatives of s = p + c (u - p), all steps at once: gates become ds/dc~ and ds/dz, keep ds/dp = 1 - c.
+        # passed is ds/dq; where ds/dz belongs to q's activation (gate), z has none.
         for i in range(n):
             c, u = gates[i].unbind(3)
             torch.sub(1, c, out=keep[i])
             slope_u = u.mul(square[i][:, None]).add_(line[i][:, None]).mul_(u).add_(constant[i][:, None])
             slope_u.addcmul_(step[i][:, None], (u > 0).to(u.dtype)).mul_(c)
-            u.sub_(values(wheres[i])).mul_(c).mul_(keep[i])
-            c.copy_(u)
+            p = values(wheres[i])
+            if gated:
+                highway, gate, sum_ = (x[i][:, None] for x in gated[:3])
+                torch.where(gate, slope_u * slope[i][:, None], sum_.to(w.dtype), out=passed[i])
+                slope_u, p = torch.where(gate | sum_, 0, slope_u), p * highway
+            u.sub_(p).mul_(c).mul_(keep[i])
+            c.copy_(u if not gated else torch.where(sum_, 0, u))
             u.copy_(slope_u)
-        # Back through time: ds [N+1, K, B, H] collects the gradient of every slot of one step.
-        ds, dz, dp = w.new_empty(n + 1, k, b, hidden), w.new_empty(k, b, 2 * hidden), w.new_empty(k, b, hidden)
+            if gated:
+                keep[i].mul_(highway).add_(sum_)
+        # Back through time: ds [slots, K, B, H] collects the gradient of every slot of one step.
+        ds, dz, dp = w.new_zeros(count, k, b, hidden), w.new_empty(k, b, 2 * hidden), w.new_empty(k, b, hidden)
         dh, leaf = None, leaf.permute(2, 0, 1)[..., None]                                # leaf [N, K, 1, 1]
         per_node = list(zip(ds[1:].unbind(), wheres, w.transpose(2, 3).unbind(), gates.unbind(), keep.unbind()))
-        ds_flat, dz_pair = ds.view((n + 1) * k, b, hidden), dz.view(k, b, 2, hidden)
+        ds_flat, dz_pair = ds.view(count * k, b, hidden), dz.view(k, b, 2, hidden)
         for t in reversed(range(t_)):
             dh = grad[:, t] if dh is None else grad[:, t] + dh
-            radial = (h[:, t] * dh).sum(-1, keepdim=True).mul_(shrink[:, t] < 1).div_(STATE_BOUND ** 2)
-            dm = torch.addcmul(dh, radial, h[:, t], value=-1).mul_(shrink[:, t])         # of h = m min(1, bound / |m|)
+            dm = bound_norm_backward(dh, h[:, t], shrink[:, t])
+            if gated:
+                *_, second, memory, live, has, m, m_shrink = gated
+                dm, carried = dm * live, bound_norm_backward(ds[-1], m[:, t], m_shrink[:, t]) * has
+                ds[-1] = 0
             ds[0] = 0
-            torch.mul(dm, leaf, out=ds[1:])
-            for d, where, w_t, local, stay in reversed(per_node):
+            torch.mul(dm, leaf, out=ds[1:n + 1])
+            if gated:
+                ds_flat.index_add_(0, memory, carried)
+            for i, (d, where, w_t, local, stay) in reversed(list(enumerate(per_node))):
                 now = local[:, t]                                                        # [K, B, 2, H]
                 torch.mul(now, d[:, :, None], out=dz_pair)
                 now.copy_(dz_pair)
@@ -707,16 +955,19 @@ class Recurrence(torch.autograd.Function):
                     dp.mul_(mask)
                 dp.addcmul_(d, stay[:, t])
                 ds[where].add_(dp) if alone else ds_flat.index_add_(0, where, dp)
+                if gated:
+                    ds_flat.index_add_(0, second[i], d * passed[i][:, t])
             dh = ds[0]
         dw = torch.empty_like(w)
         for i in range(n):
             read = values(wheres[i]) if mask is None else values(wheres[i]) * mask[:, None]
             torch.bmm(read.view(k, t_ * b, hidden).transpose(1, 2), gates[i].view(k, t_ * b, 2 * hidden), out=dw[i])
-        dxw = gates[0].clone()
-        dxw[..., 1, :] *= slope[0][:, None]
-        dxw = dxw.view(k, t_, b, 2 * hidden)
-        Workspace.give(slots, gates, keep)
-        return None, dxw if len(xw) == k else dxw.sum(0, keepdim=True), dh.clone(), dw, *[None] * (3 + len(act))
+        dxw = gates[on_input] * takes[on_input][..., None, None]                         # [I, K, T, B, 2, H]
+        dxw[..., 1, :] *= slope[on_input][:, :, None]
+        dxw = dxw.flatten(4)
+        Workspace.give(slots, gates, keep, *[passed] * bool(gated))
+        return (None, dxw if xw.shape[1] == k else dxw.sum(1, keepdim=True), dh.clone(), ds[-1].clone() if gated else None,
+                dw, *[None] * (3 + len(act)))
 
 class CrossEntropy(torch.autograd.Function):
     """Mean loss [K] of h [K, R, H] for targets [R], -1 for none, under decoders [K, V, H] and biases [K, V].
@@ -761,19 +1012,36 @@ class CrossEntropy(torch.autograd.Function):
         return None, dh * grad[..., None].to(dh.dtype), dw * grad[..., None], db * grad, *[None] * 3
 
 def unroll(weights, cells, batch, dtype=torch.float32):
-    """h of K architectures over a segment: [K, T, B, H] in dtype, and the state to go on with [K, B, H]."""
-    cast = lambda x: x.to(dtype)
-    x = cast(embed(weights, batch))                                                      # [K or 1, T, B, H]
-    w_x = cast(weights["input"]).view(-1, *weights["input"].shape[-2:])                  # [K or 1, H, 2H]
-    xw = (x.flatten(1, 2) @ w_x).unflatten(1, x.shape[1:3])                              # one product over T * B rows
-    read, edge, act, leaf = structure(cells)
-    bank, hidden, act = weights["edges"], x.shape[-1], coefficients(act, dtype)
-    w = bank.index_select(0, edge.flatten()).unflatten(0, edge.shape) if is_shared(weights) else bank.transpose(0, 1)
-    w = torch.cat([cast(w[..., :hidden]), cast(w[..., hidden:]) * act[0]], -1)           # [N, K, H, 2H], u times slope
-    mask = cast(batch.masks["hidden"]) if "hidden" in batch.masks else None
-    state = cast(batch.state).expand(len(cells), -1, -1)
-    h = Recurrence.apply(torch.is_grad_enabled(), xw, state, w, mask, read, leaf, *act)
-    return h, h[:, -1].detach().to(batch.state.dtype)
+    """h of K architectures over a segment: [K, T, B, H] in dtype, and the state to go on with [K, B, H or 2H]. On the
+    CPU an architecture that is alone is cut to its width; else the units beyond the widths are masked."""
+    hidden, bank, host = weights["embedding"].shape[-1], weights["edges"], cells.device.type == "cpu"
+    cell, x, mask = structure(cells, hidden), embed(weights, batch), batch.masks.get("hidden")          # [K or 1, T, B, H]
+    w = bank.index_select(0, cell.edge.flatten()).unflatten(0, cell.edge.shape) if is_shared(weights) else \
+        bank.transpose(0, 1)                                                             # [N, K, H, 2H]
+    w_x = weights["input"].reshape(len(x), -1, hidden, 2 * hidden)                       # [K or 1, N or 1, H, 2H]
+    h0, m0 = batch.state[..., :hidden], batch.state[..., hidden:]
+    h0, m0 = (s.expand(len(cells), -1, -1) for s in (h0, m0 if m0.shape[-1] else torch.zeros_like(h0)))
+    d, on_input = hidden, [0]  # units computed with; nodes that read the input pair
+    if cell.more is not None:
+        on_input = [i for i in range(min(len(w), w_x.shape[1])) if not host or cell.takes[i].any()]
+        live = cell.more.live
+        if host and len(cells) == 1:
+            d = int(live.sum())
+        elif not host or not live.all():
+            mask = live[:, None].to(x.dtype) if mask is None else mask * live[:, None]
+            x = x * live[:, None, None]
+    if d < hidden:
+        block = lambda w: torch.cat([w[..., :d, :d], w[..., :d, hidden:hidden + d]], -1)
+        w, w_x, x, h0, m0 = block(w), block(w_x), x[..., :d], h0[..., :d], m0[..., :d]
+        mask = None if mask is None else mask[..., :d]
+        cell = cell._replace(more=cell.more._replace(live=live[:, :d]))
+    cast, act = lambda x: x.to(dtype), coefficients(cell.act, dtype)
+    xw = (cast(x).flatten(1, 2)[:, None] @ cast(w_x[:, on_input])).unflatten(2, x.shape[1:3])            # over all rows
+    w = torch.cat([cast(w[..., :d]), cast(w[..., d:]) * act[0]], -1)                     # u times slope
+    h, m = Recurrence.apply(torch.is_grad_enabled(), xw.transpose(0, 1), cast(h0), cast(m0), w,
+                            None if mask is None else cast(mask), on_input, cell, *act)
+    state = [F.pad(s.detach(), (0, hidden - d)).to(batch.state.dtype) for s in (h[:, -1], m) if s is not None]
+    return h, torch.cat(state, -1)
 
 def embed(weights, batch):
     """The embedded, dropped input [K or 1, T, B, H]."""
@@ -806,13 +1074,14 @@ def lstm_weights(config, words, seeds):
 def network(weights, cells, batch, dtype=torch.float32, activation_reg=0.0, slowness_reg=0.0):
     """Mean loss per token of K architectures [K], plus the activation penalties if asked for, and the next state."""
     h, state = (unroll_lstm if "weight_hh_l0" in weights else unroll)(weights, cells, batch, dtype)
-    dropped = h * batch.masks["output"].to(dtype)[:, None] if "output" in batch.masks else h
-    decoder, bias = weights["embedding"].expand(len(h), -1, -1), weights["bias"].expand(len(h), -1)
+    units, hidden = h.shape[-1], weights["embedding"].shape[-1]  # fewer, where it was cut to its width
+    dropped = h * batch.masks["output"][..., :units].to(dtype)[:, None] if "output" in batch.masks else h
+    decoder, bias = weights["embedding"][..., :units].expand(len(h), -1, -1), weights["bias"].expand(len(h), -1)
     losses = CrossEntropy.apply(torch.is_grad_enabled(), dropped.flatten(1, 2), decoder, bias, batch.targets.flatten())
     if activation_reg:
-        losses = losses + activation_reg * dropped.square().mean((1, 2, 3))
+        losses = losses + activation_reg * dropped.square().mean((1, 2, 3)) * units / hidden
     if slowness_reg:
-        losses = losses + slowness_reg * (h[:, 1:] - h[:, :-1]).square().mean((1, 2, 3))
+        losses = losses + slowness_reg * (h[:, 1:] - h[:, :-1]).square().mean((1, 2, 3)) * units / hidden
     return losses, state
 
 @torch.no_grad()
@@ -847,7 +1116,7 @@ class Controller(nn.Module):
     def __init__(self, decisions, config):
         super().__init__()
         size, self.decisions, self.config = config.controller_hidden, decisions, config
-        self.free = [column for column, d in enumerate(decisions) if len(d.choices) > 1]
+        self.free = [i for i, d in enumerate(decisions) if len(d.choices) > 1 or d.when]
         widest = max(len(d.choices) for d in decisions)
         self.start = nn.Parameter(torch.empty(size))
         self.embed = nn.Parameter(torch.empty(len(self.free), widest, size))
@@ -855,36 +1124,53 @@ class Controller(nn.Module):
         self.lstm = nn.LSTMCell(size, size)
         for name, parameter in self.named_parameters():
             parameter.data.copy_(uniform(parameter.shape, 0.1, (config.seed, "controller", name)))
-        self.register_buffer("only", torch.tensor([d.choices[0] for d in decisions]))
+        self.register_buffer("only", torch.zeros(1 + max(column for d in decisions for column in d.columns)).long())
+        for d in decisions:
+            self.only[list(d.columns)] = d.choices[0]
         padded = [[*d.choices, *[-1] * (widest - len(d.choices))] for d in decisions]
         self.register_buffer("values", torch.tensor(padded))
 
     def forward(self, draws=None, rows=None):
-        """Walk the decisions, sampling with uniform draws [K, D], or taking those of given rows [K, D]: a Sample."""
+        """Walk the decisions, sampling with uniform draws [K, decisions], or taking those of rows [K, D]: a Sample."""
         k = len(draws if rows is None else rows)
         x, state, out = self.start.expand(k, -1), None, self.only.repeat(k, 1)
         log_prob = entropy = self.start.new_zeros(k)
-        for f, column in enumerate(self.free):
-            n = len(self.decisions[column].choices)
+        for f, i in enumerate(self.free):
+            d, n = self.decisions[i], len(self.decisions[i].choices)
             state = self.lstm(x, state)
             logits = torch.tanh(state[0] @ self.head[f, :, :n] / self.config.temperature) * self.config.tanh_constant
             logp = F.log_softmax(logits, 1)                                              # [K, choices]
-            choice = ((logp.exp().cumsum(1) < draws[:, column, None]).sum(1).clamp(max=n - 1) if rows is None
-                      else (rows[:, column, None] == self.values[column, :n]).long().argmax(1))
-            log_prob = log_prob + logp.gather(1, choice[:, None])[:, 0]
-            entropy = entropy - (logp.exp() * logp).sum(1)
-            out[:, column] = self.values[column][choice]
-            x = self.embed[f][choice]
+            choice = ((logp.exp().cumsum(1) < draws[:, i, None]).sum(1).clamp(max=n - 1) if rows is None
+                      else (rows[:, d.columns[0], None] == self.values[i, :n]).long().argmax(1))
+            matters = out.new_ones(k)  # what does not is neither probable nor uncertain
+            for column, values in d.when:
+                matters = matters * torch.stack([out[:, column] == value for value in values]).any(0)
+            log_prob = log_prob + matters * logp.gather(1, choice[:, None])[:, 0]
+            entropy = entropy - matters * (logp.exp() * logp).sum(1)
+            for column in d.columns:
+                out[:, column] = matters * self.values[i][choice]
+            x = self.embed[f][choice * matters]
         return Sample(out, log_prob, entropy)
 
     def sample(self, k, *key):
         """K architectures, drawn by rng(*key) on the CPU whatever the device."""
         return self(draws=torch.rand(k, len(self.decisions), generator=rng(*key)).to(self.start.device))
 
-def uniform_rows(decisions, k, *key):
-    """K rows drawn uniformly from the space, which an untrained controller only nearly does."""
-    draws = torch.rand(k, len(decisions), generator=rng(*key)).tolist()
-    return torch.tensor([[d.choices[int(u * len(d.choices))] for d, u in zip(decisions, row)] for row in draws])
+class Uniform(nn.Module):
+    """A policy that does not learn: uniform over the different cells of the space, or over the rows of a family."""
+
+    def __init__(self, decisions, family=None):
+        super().__init__()
+        self.decisions, self.family = decisions, family
+        self.size = sum(n for *_, n in ways(decisions)(0, ())) if family is None else len(family)
+        self.nothing = nn.Parameter(torch.zeros(()))  # an optimizer wants a parameter
+
+    def sample(self, k, *key):
+        """K architectures, drawn by rng(*key)."""
+        rows = uniform_rows(self.decisions, k, *key) if self.family is None else \
+            self.family[torch.randint(self.size, (k,), generator=rng(*key))]
+        entropy = torch.full((k,), math.log(self.size), device=self.nothing.device)
+        return Sample(rows.to(self.nothing.device), -entropy, entropy)
 
 
 # 6. Architecture gradients -------------------------------------------------------------------------------------------
@@ -913,7 +1199,8 @@ class Step(NamedTuple):
     clip: float = math.inf
     decay: float = 0.0
     past: object = ()  # gradients of the shared steps so far, see remember
-    each: object = None  # (weights, cells, batch, v) -> |grad L_T(omega; m)| and <grad L_T(omega; m), v>, both [K]
+    each: object = None  # (weights, cells, batch, v) -> |grad L_T(omega; m)| and, times the architecture's own factor
+    #                      of lr if it has one, <grad L_T(omega; m), v>, both [K]
 
 def dot(a, b):
     """<a, b> of two dicts of tensors."""
@@ -1315,7 +1602,7 @@ def train_networks(config, run, corpus, weights, cells, seeds):
         weights, full = to_device(weights, device), lambda value: torch.full((k,), value, device=device)
         s = {"step": 0, "steps": 0, "words": 0, "where": stream.where(), "state": zero_state(weights, config.batch),
              "weights": weights, "best": copy.deepcopy(weights), "alive": torch.arange(k, device=device),
-             "mean": copy.deepcopy(weights) if config.average else {}, "lr": full(config.lr), "loss": full(0.0),
+             "mean": copy.deepcopy(weights) if config.average else {}, "lr": full(config.lr) * (1 if cells is None else rates_of(cells)), "loss": full(0.0),
              "failed": full(False), "best_loss": full(math.inf),
              **{name: full(0) for name in ("averaged", "best_epoch", "epochs", "bad")}}
         run.keep(s)
@@ -1430,6 +1717,21 @@ def frozen(cells):
 
 TASKS = {"none": lambda cells: (torch.ones_like(cells[:, 0], dtype=torch.float32), 0.0), "frozen": frozen}
 
+POLICIES = ("trained", "untrained", "uniform")
+
+def policy_of(config, decisions):
+    """The policy that --controller names; all have sample(k, *key)."""
+    if config.controller in POLICIES:
+        return Uniform(decisions) if config.controller == "uniform" else Controller(decisions, config)
+    names = config.controller.split(",")
+    if names[0] not in CELLS and not re.search(r"[:/.\d]", names[0]):  # neither a cell nor a file's name
+        choose("controller", names[0], (*POLICIES, *CELLS))
+    return Uniform(decisions, encode([load_cell(config, name) for name in names], config.nodes))
+
+def rates_of(cells):
+    """The factor [K] of the learning rate that each architecture has chosen for a step on it."""
+    return 2.0 ** columns(cells).rate
+
 class Search:
     """ENAS's two players between their steps: shared weights (SGD) and controller (Adam), their places in the text.
 
@@ -1441,7 +1743,7 @@ class Search:
         if config.controller == "trained" and all(len(d.choices) == 1 for d in decisions):
             raise UserError("the search space has a single architecture: there is nothing to decide")
         self.remembers = config.lookahead in ("momentum", "recent")  # past gradients
-        self.controller = Controller(decisions, config).to(self.device)
+        self.controller = policy_of(config, decisions).to(self.device)
         self.adam = torch.optim.Adam(self.controller.parameters(), lr=config.controller_lr,
                                      capturable=self.device.type == "cuda")
         text = {"train": (corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt),
@@ -1490,7 +1792,7 @@ class Search:
             cells = self.controller.sample(config.shared_samples, *self.key("shared")).rows
         segment = self.streams["train"].next()
         batch = start_batch(config, s["weights"], cells, segment, s["state"]["train"], self.masks(s["step"]))
-        lr = torch.full((1,), self.lr(progress, segment), device=self.device)
+        lr = self.lr(progress, segment) * rates_of(cells)[:1]  # with --rates there is one
         losses, state, g = train_step(s["weights"], cells, batch, lr, config, TASKS[config.task](cells)[0])
         s["state"]["train"] = mean_state(losses, state)
         if self.remembers:
@@ -1504,18 +1806,22 @@ class Search:
         omega, masks = self.s["weights"], self.masks(("ahead", self.s["step"]))
         strict = torch.promote_types(DTYPES[config.dtype], torch.float32)  # bfloat16 would round a difference away
 
-        def losses(weights, cells, segment):
+        def own_losses(weights, cells, segment):
             batch = start_batch(config, omega, cells, segment, carried, masks)
             losses, state = network(weights, cells, batch, strict, config.activation_reg, config.slowness_reg)
             self.s["state"]["ahead"] = mean_state(losses.detach(), state)
             return losses * TASKS[config.task](cells)[0]
 
+        def losses(weights, cells, segment):  # whose gradient a step at the common rate is along
+            return own_losses(weights, cells, segment) * rates_of(cells)
+
         def each(weights, cells, segment, v):
             own = inherit(weights, cells)
-            grads = mean_gradient(lambda w: losses(w, cells, segment) * len(cells), own)
+            grads = mean_gradient(lambda w: own_losses(w, cells, segment) * len(cells), own)
             v = {**v, "edges": v["edges"][structure(cells)[1]].transpose(0, 1)}
             square = sum(x.flatten(1).square().sum(1) for x in grads.values())
-            return square.sqrt(), sum((grads[name] * v[name]).flatten(1).sum(1) for name in grads)
+            along = sum((grads[name] * v[name]).flatten(1).sum(1) for name in grads)
+            return square.sqrt(), rates_of(cells) * along
 
         lr, past = self.lr(progress, segment), self.s["past"]
         return Step(losses, segment, cells, lr, config.clip, config.weight_decay, past, each)
@@ -1636,8 +1942,8 @@ def load_cell(config, name):
 def check(config):
     """Wrong settings, each with its name, before any work is done."""
     for name, choices in (("preset", PRESETS), ("dtype", DTYPES), ("schedule", SCHEDULES), ("state", STATES),
-                          ("reward", REWARDS), ("baseline", BASELINES), ("controller", ("trained", "untrained")),
-                          ("lookahead", LOOKAHEAD), ("response", RESPONSE), ("task", TASKS)):
+                          ("reward", REWARDS), ("baseline", BASELINES), ("lookahead", LOOKAHEAD), ("response", RESPONSE),
+                          ("task", TASKS), ("activation_scope", ("node", "cell"))):
         choose(name, getattr(config, name), choices)
     for f in fields(config):
         value, must_be = getattr(config, f.name), f.metadata["must_be"]
@@ -1645,6 +1951,11 @@ def check(config):
             raise UserError(f"--{f.name} {value} must be {must_be}: {f.metadata['help']}")
     if config.baseline == "leave_one_out" and config.controller_samples == 1:
         raise UserError("--controller_samples 1: leave_one_out needs at least 2; or --baseline moving_average")
+    if config.rates and config.shared_samples > 1:
+        raise UserError(f"--rates {config.rates}: a shared step has one architecture's rate; use --shared_samples 1")
+    if config.rates and (config.controller, config.response) == ("trained", "none"):
+        raise UserError(f"--rates {config.rates}: without a --response the controller has no gradient for them: the loss "
+                        "at any common omega' is the same for every rate")
     device_of(config)
 
 def run_study(study, work, config):

@@ -322,3 +322,32 @@ def test_every_pair_searches_and_moves_the_controller(look, respond):
     line = game.line(0)
     assert ("response" in line) == (respond != "none") and all(map(torch.isfinite, map(torch.tensor, line.values())))
     assert any(not torch.equal(w, before[name]) for name, w in game.controller.state_dict().items())
+
+
+@pytest.mark.parametrize("respond, clip", [("unrolled", 1000.0), ("neumann", 1000.0), ("sampled", 1000.0), ("sampled", .1)])
+def test_a_learning_rate_as_a_decision(respond, clip):
+    """Three architectures that differ in nothing but their rate. The direct term is blind to it; oracle of the response:
+    a finite difference of the mean reward after the steps that training takes, in their probabilities."""
+    config = configure("search", "smoke", hidden=8, batch=8, nodes=1, activations="tanh", rates="-1,0,1", lr=.02,
+                       weight_decay=0.0, lookahead="none" if respond == "sampled" else "fresh", response=respond, clip=clip)
+    game = Search(config, load_corpus(config))
+    cells = game.controller.sample(64, 1).rows.unique(dim=0)
+    assert cells.shape == (3, 9)
+    omega, step = game.s["weights"], game.foresee(0.0, cells)
+    rewards = game.rewards_on(game.streams["valid"].next())
+    direct, response = extra_rewards(config.lookahead, respond, omega, cells, cells, rewards, step)
+    assert direct.std() < 1e-6 and (response[1:] / response[:-1] - 2).abs().max() < 1e-3  # rates 1/2, 1, 2
+
+    def reward_after(rate):
+        """The mean reward after a step of training at that factor of the rate."""
+        weights = {name: w.clone() for name, w in omega.items()}
+        batch = Batch(step.batch.inputs, step.batch.targets, torch.zeros(1, 8, 8), {})
+        train_step(weights, cells[:1], batch, torch.full((1,), config.lr * rate), config)
+        with torch.no_grad():
+            return rewards(weights, cells[:1]).item()
+
+    mean_rate = (.5 + 1 + 2) / 3 if respond != "sampled" else 0.0  # where v is taken
+    if respond != "neumann":  # more than one step
+        slope = (reward_after(mean_rate + .5) - reward_after(mean_rate - .5))
+        assert response[1].item() == pytest.approx(slope, rel=2e-2)
+    assert response[1].abs() > 1e-4

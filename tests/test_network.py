@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from menas import (ACTIVATIONS, OUTPUTS, Batch, Cell, Config, CrossEntropy, Recurrence, Workspace, coefficients,
+from menas import (ACTIVATIONS, OUTPUTS, Batch, Cell, Config, CrossEntropy, Node, Recurrence, Workspace, coefficients,
                    draw_masks, encode, inherit, lstm_weights, network, reference_losses, shared_weights,
                    standalone_weights, structure)
 
@@ -16,7 +16,7 @@ DROPOUT = Config(hidden=HIDDEN, nodes=NODES, init=.6, word_dropout=.2, input_dro
 def random_cells(k, seed, nodes=NODES):
     """Cells of mixed sizes, activations and outputs."""
     draw = random.Random(seed)
-    node = lambda i: (draw.randint(1, i) if i else 0, draw.choice(list(ACTIVATIONS)))
+    node = lambda i: Node(draw.randint(1, i) if i else 0, draw.choice(list(ACTIVATIONS)))
     return [Cell(tuple(node(i) for i in range(draw.randint(1, nodes))), draw.choice(OUTPUTS)) for _ in range(k)]
 
 
@@ -60,11 +60,11 @@ def test_batched_equals_reference(k, shared, steps, dropout, size):
 def test_gradcheck_of_the_recurrence():
     """Oracle: finite differences of every input of the hand-written backward, with the bound on |h| active."""
     weights, rows, batch = setting(3, True, 3, seed=4, size=20.0)
-    read, edge, act, leaf = structure(rows)
+    cell, act = structure(rows), coefficients(structure(rows).act, torch.float64)
     draw = torch.Generator().manual_seed(1)
     make = lambda *shape: torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
-    w, xw, mask = make(NODES, 3, HIDDEN, 2 * HIDDEN), make(1, 3, STREAMS, 2 * HIDDEN), batch.masks["hidden"]
-    run = lambda xw, h, w: Recurrence.apply(True, xw, h, w, mask, read, leaf, *coefficients(act, torch.float64))
+    w, xw, mask = make(NODES, 3, HIDDEN, 2 * HIDDEN), make(1, 1, 3, STREAMS, 2 * HIDDEN), batch.masks["hidden"]
+    run = lambda xw, h, w: Recurrence.apply(True, xw, h, h.detach(), w, mask, [0], cell, *act)[0]
     assert torch.autograd.gradcheck(run, (xw, batch.state.detach().requires_grad_(), w))
 
 

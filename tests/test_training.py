@@ -5,12 +5,13 @@ import pytest
 import torch
 
 import menas
-from menas import (CELLS, Batch, Cell, Config, Corpus, Run, encode, evaluate, network, perplexity, sgd_step,
+from menas import (CELLS, Batch, Cell, Node, Config, Corpus, Run, encode, evaluate, network, perplexity, sgd_step,
                    shared_weights, standalone_weights, train_networks)
 
 WORDS = 13
-SMALL = [Cell(((0, "tanh"), (1, "relu"), (1, "sigmoid"), (2, "identity"))), Cell(((0, "sigmoid"),)),
-         Cell(((0, "tanh"), (1, "tanh"), (2, "relu")), "all"), Cell(((0, "identity"), (1, "tanh")))]
+SMALL = [Cell(tuple(Node(*node) for node in nodes), output) for nodes, output in (
+    (((0, "tanh"), (1, "relu"), (1, "sigmoid"), (2, "identity")), "leaves"), (((0, "sigmoid"),), "leaves"),
+    (((0, "tanh"), (1, "tanh"), (2, "relu")), "all"), (((0, "identity"), (1, "tanh")), "leaves"))]
 
 
 def small_corpus(length=400):
