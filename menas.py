@@ -121,6 +121,8 @@ class Config:
     task: str = option("none", "none, or frozen: a constructed task in which only the response knows what is good")
     settle: int = option(0, "rounds at the end in which only the shared weights learn, to fit the policy", ">= 0")
     entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward", ">= 0")
+    anneal: int = option(0, "last rounds of learning, in which this weight goes down to minus --penalty", ">= 0")
+    penalty: float = option(0.1, "so that the policy ends at one architecture; see --anneal", ">= 0")
     temperature: float = option(5.0, "divides the controller's logits", "> 0")
     tanh_constant: float = option(2.5, "bounds them: constant * tanh(logits / temperature)", "> 0")
     reward: str = option("perplexity", "perplexity (80 / perplexity) or loss (minus the loss)")
@@ -1113,7 +1115,7 @@ class Controller(nn.Module):
     """pi_theta(m): an LSTM that takes one decision after the other, each with an embedding and a head of its own.
     Sampling and scoring are the same walk, so the temperature and the tanh constant cannot differ between them."""
 
-    def __init__(self, decisions, config):
+    def __init__(self, decisions, config, asked=False):
         super().__init__()
         size, self.decisions, self.config = config.controller_hidden, decisions, config
         self.free = [i for i, d in enumerate(decisions) if len(d.choices) > 1 or d.when]
@@ -1122,6 +1124,7 @@ class Controller(nn.Module):
         self.embed = nn.Parameter(torch.empty(len(self.free), widest, size))
         self.head = nn.Parameter(torch.empty(len(self.free), size, widest))
         self.lstm = nn.LSTMCell(size, size)
+        self.aim = nn.Parameter(torch.empty(size)) if asked else None  # the direction in which the start is asked for more
         for name, parameter in self.named_parameters():
             parameter.data.copy_(uniform(parameter.shape, 0.1, (config.seed, "controller", name)))
         self.register_buffer("only", torch.zeros(1 + max(column for d in decisions for column in d.columns)).long())
@@ -1130,10 +1133,12 @@ class Controller(nn.Module):
         padded = [[*d.choices, *[-1] * (widest - len(d.choices))] for d in decisions]
         self.register_buffer("values", torch.tensor(padded))
 
-    def forward(self, draws=None, rows=None):
-        """Walk the decisions, sampling with uniform draws [K, decisions], or taking those of rows [K, D]: a Sample."""
+    def forward(self, draws=None, rows=None, asked=None):
+        """Walk the decisions, sampling with uniform draws [K, decisions], or taking those of rows [K, D]: a Sample.
+        asked [K]: what the policy is conditioned on, standardized, if it is."""
         k = len(draws if rows is None else rows)
         x, state, out = self.start.expand(k, -1), None, self.only.repeat(k, 1)
+        x = x if asked is None else x + asked[:, None] * self.aim
         log_prob = entropy = self.start.new_zeros(k)
         for f, i in enumerate(self.free):
             d, n = self.decisions[i], len(self.decisions[i].choices)
@@ -1152,9 +1157,9 @@ class Controller(nn.Module):
             x = self.embed[f][choice * matters]
         return Sample(out, log_prob, entropy)
 
-    def sample(self, k, *key):
+    def sample(self, k, *key, asked=None):
         """K architectures, drawn by rng(*key) on the CPU whatever the device."""
-        return self(draws=torch.rand(k, len(self.decisions), generator=rng(*key)).to(self.start.device))
+        return self(torch.rand(k, len(self.decisions), generator=rng(*key)).to(self.start.device), asked=asked)
 
 class Uniform(nn.Module):
     """A policy that does not learn: uniform over the different cells of the space, or over the rows of a family."""
@@ -1712,7 +1717,7 @@ def mean_state(losses, state):
 def frozen(cells):
     """(factor of the training loss [K], added to the reward's loss [K]): a last node of relu scores better by .05 nats,
     but nothing is learnt from training on it. A controller that sees only scores ends with weights that don't learn."""
-    relu = cells[:, -1] == list(ACTIVATIONS).index("relu")
+    relu = columns(cells).act[:, -1] == list(ACTIVATIONS).index("relu")
     return (~relu).float(), -0.05 * relu
 
 TASKS = {"none": lambda cells: (torch.ones_like(cells[:, 0], dtype=torch.float32), 0.0), "frozen": frozen}
@@ -1848,15 +1853,21 @@ class Search:
         how = config.lookahead, config.response
         return sample, extra_rewards(*how, s["weights"], sample.rows, fold, rewards, step)
 
+    def entropy_weight(self, progress):
+        """--entropy; in the last --anneal rounds of learning on a line from there to minus --penalty."""
+        config, left = self.config, self.config.epochs - progress
+        share = max(0.0, 1 - left / config.anneal) if config.anneal else 0.0
+        return (1 - share) * config.entropy - share * config.penalty
+
     def controller_step(self, progress):
         """REINFORCE on theta: one step of Adam."""
-        config, s = self.config, self.s
+        config, s, entropy_weight = self.config, self.s, self.entropy_weight(progress)
         sample, (direct, response) = self.rewarded(progress)
         rewards = worst_for_failures(direct + response)
-        value = rewards + config.entropy * sample.entropy.detach()  # the baseline predicts all that is rewarded
+        value = rewards + entropy_weight * sample.entropy.detach()  # the baseline predicts all that is rewarded
         baseline, s["memory"] = BASELINES[config.baseline](value, s["memory"], config.baseline_decay)
         self.adam.zero_grad(set_to_none=False)
-        policy_loss(sample, rewards, baseline, config.entropy).backward()
+        policy_loss(sample, rewards, baseline, entropy_weight).backward()
         self.adam.step()
         direct, response = worst_for_failures(direct), worst_for_failures(response)
         spread = response.std(correction=0) / direct.std(correction=0).clamp(min=1e-12)
