@@ -32,7 +32,6 @@ import ctypes
 import difflib
 import fcntl
 import hashlib
-import http.client
 import io
 import json
 import math
@@ -218,30 +217,26 @@ def write_atomically(path, content):
     finally:
         temporary.unlink(missing_ok=True)
 
-def fetch(split, folder, mirrors=PTB_MIRRORS):
-    """Download one PTB file: the first mirror with the right hash wins; written atomically, nothing left on failure."""
-    reasons = []
-    for mirror in mirrors:
-        try:
-            with urllib.request.urlopen(mirror.format(split), timeout=30) as answer:
-                content = answer.read()
-            if hashlib.sha256(content).hexdigest() == PTB_SHA256[split]:
-                folder.mkdir(parents=True, exist_ok=True)
-                return write_atomically(folder / f"{split}.txt", content)
-            reasons.append(f"wrong SHA-256 from {mirror.format(split)}")
-        except (OSError, http.client.HTTPException) as error:
-            reasons.append(str(error))
-    raise UserError(f"cannot download PTB's {split}.txt: {'; '.join(reasons)}. "
-                    "Put train.txt, valid.txt and test.txt in a folder and pass it as --data")
-
-def ptb_folder(cache):
-    """The folder of the three PTB files, downloaded if absent; a file with a wrong hash is an error, not replaced."""
+def ptb_folder(cache, mirrors=PTB_MIRRORS):
+    """The folder of the three PTB files. An absent one comes from the first mirror that has the right one; a wrong one
+    is an error, not replaced."""
     folder = Path(cache).expanduser() / "ptb"
-    for split in SPLITS:
-        path = folder / f"{split}.txt"
+    for split, sha256 in PTB_SHA256.items():
+        path, reasons = folder / f"{split}.txt", []
+        for address in (mirror.format(split) for mirror in mirrors if not path.exists()):
+            try:
+                with urllib.request.urlopen(address, timeout=30) as answer:
+                    content = answer.read()
+                if hashlib.sha256(content).hexdigest() != sha256:
+                    raise ValueError("wrong SHA-256")
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, content)
+            except Exception as error:  # of the network, the server, the disk: whatever it is, the user reads it
+                reasons.append(f"{address}: {error}")
         if not path.exists():
-            fetch(split, folder)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != PTB_SHA256[split]:
+            raise UserError(f"cannot download PTB's {split}.txt: {'; '.join(reasons)}. "
+                            "Put train.txt, valid.txt and test.txt in a folder and pass it as --data")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise UserError(f"{path} is not the standard PTB file (wrong SHA-256); delete it to download it again")
     return folder
 
@@ -249,10 +244,8 @@ def read_words(path):
     """The words of a text file, an <eos> for each line's end."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
     words = [word for line in text.split("\n") if line.strip() for word in line.split() + ["<eos>"]]
     if len(words) < 3:
         raise UserError(f"{path} has {len(words)} tokens with its <eos>; a language model needs at least 3")
