@@ -45,6 +45,7 @@ import time
 import urllib.request
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -1075,11 +1076,8 @@ def write_json(path, value):
 def read_json(path):
     """The JSON object in it, or a UserError that names the file."""
     try:
-        value = json.loads(Path(path).read_text())
-        if not isinstance(value, dict):
-            raise ValueError(f"it is not a JSON object but a {type(value).__name__}")
-        return value
-    except (OSError, ValueError) as error:
+        return {**json.loads(Path(path).read_text())}
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 def write_tensors(path, value):
@@ -1087,12 +1085,15 @@ def write_tensors(path, value):
     torch.save(value, buffer := io.BytesIO())
     write_atomically(path, buffer.getvalue())
 
-def read_tensors(path, device="cpu"):
-    """What write_tensors wrote, or a UserError that names the file."""
+def read_tensors(path, device="cpu", holds={}, advice=""):
+    """A dict that write_tensors wrote, with these items in it; or a UserError that names the file, and an advice."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        value = torch.load(path, map_location=device, weights_only=True)
+        if not holds.items() <= value.items():
+            raise ValueError(f"it does not hold {holds}")
+        return value
     except Exception as error:  # torch.load raises many kinds, all of which mean: not this file
-        raise UserError(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0][:100]}") from None
+        raise UserError(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0][:100]}{advice}") from None
 
 @lru_cache
 def tensorboard(folder):
@@ -1104,14 +1105,10 @@ def tensorboard(folder):
         return lambda name, value, step: None
 
 def commit():
-    """The commit that this file is at, '+' if it has been changed since; '' outside a repository."""
-    here = ("git", "-C", Path(__file__).parent)
-    git = lambda *words: subprocess.run(here + words, capture_output=True, text=True).stdout
-    try:
-        changed = git("diff", "HEAD", "--", Path(__file__).name)
-        return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(changed)
-    except OSError:  # there is no git
-        return ""
+    """The commit that this file is at, '+' if it has been changed since; '' outside a repository, or without git."""
+    ask = f"git rev-parse --short=12 HEAD && (git diff --quiet HEAD -- {Path(__file__).name} || echo +)"
+    answer = subprocess.run(ask, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    return answer.replace("\n", "")
 
 class Run:
     """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json; owned by one process.
@@ -1121,11 +1118,10 @@ class Run:
     def __init__(self, study, config):
         self.study, self.config, self.commit = study, config, commit()  # the file may change while the run goes on
         self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}")
-        files = "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt"
-        self.metrics, self.newest, self.previous = (self.folder / name for name in files)
+        self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "checkpoint.pt"
         self.good, self.good_bytes = None, 0  # the last good state, and how long metrics.jsonl was then
         self.started = self.saved_at = self.spoke_at = time.time()
-        self.first_line, self.stop = None, 0  # (time, done, words) at the first line of metrics; the signal to stop
+        self.stop = 0  # the signal that asked to
 
     def __enter__(self):
         try:
@@ -1141,9 +1137,9 @@ class Run:
         path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
         if not path.exists():
             write_json(path, mine)
-        theirs, defaults = read_json(path), asdict(Config())  # a setting newer than the run had its default
+        theirs = {**asdict(Config()), **read_json(path)}  # a setting newer than the run had its default
         for name in mine:
-            if name not in WHEREABOUTS and theirs.get(name, defaults.get(name)) != mine[name]:
+            if name not in WHEREABOUTS and theirs.get(name) != mine[name]:
                 raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, not {mine[name]!r}; "
                                 "give this one another --out")
         self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -1163,26 +1159,14 @@ class Run:
 
     def restore(self):
         """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to what it was then."""
-        refusal = None  # of the newest
-        for path in filter(Path.exists, (self.newest, self.previous)):
-            try:
-                saved = read_tensors(path, device_of(self.config))
-                if not isinstance(saved, dict) or (saved.get("format"), saved.get("study")) != (FORMAT, self.study):
-                    raise UserError(f"{path} is refused: it is not a checkpoint of menas {self.study}")
-            except UserError as error:
-                refusal = refusal or error
-                continue
-            if refusal:
-                self.say(f"{refusal}; going on from {path.name}")
-                os.replace(self.newest, self.folder / "checkpoint.refused.pt")
+        if self.checkpoint.exists():
+            holds, advice = {"format": FORMAT, "study": self.study}, "; delete it to start again"
+            saved = read_tensors(self.checkpoint, device_of(self.config), holds, advice)
             self.good, self.good_bytes = saved["state"], saved["metrics_bytes"]
             self.started -= saved["seconds"]
-            with open(self.metrics, "ab") as file:
-                file.truncate(self.good_bytes)
-            return copy.deepcopy(self.good)
-        if refusal:
-            raise UserError(f"{refusal}; there is none before it: delete it to start again")
-        self.metrics.write_bytes(b"")
+        with open(self.metrics, "ab") as file:
+            file.truncate(self.good_bytes)
+        return copy.deepcopy(self.good)
 
     def keep(self, state):
         """Remember a state known to be good; write it if the last checkpoint is old."""
@@ -1191,18 +1175,16 @@ class Run:
             self.save()
 
     def save(self):
-        """Write the good state; the checkpoint before it stays as checkpoint.previous.pt."""
-        if self.newest.exists():
-            os.replace(self.newest, self.previous)
-        write_tensors(self.newest, {"format": FORMAT, "study": self.study, "state": self.good,
-                                    "seconds": time.time() - self.started, "metrics_bytes": self.good_bytes})
+        """Write the good state, if there is one yet."""
+        if self.good is not None:
+            write_tensors(self.checkpoint, {"format": FORMAT, "study": self.study, "state": self.good,
+                                            "seconds": time.time() - self.started, "metrics_bytes": self.good_bytes})
         self.saved_at = time.time()
 
     def obey(self):
         """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
         if self.stop:
-            if self.good is not None:
-                self.save()
+            self.save()
             self.say(f"stopped by {signal.Signals(self.stop).name}; the same command goes on from here")
             raise SystemExit(128 + self.stop)
 
@@ -1218,14 +1200,11 @@ class Run:
             if isinstance(value, float):
                 tensorboard(self.folder)(name, value, line["step"])
         now = time.time()
-        self.first_line = self.first_line or (now, done, words)
         if now - self.spoke_at >= 5 or done >= total:
-            self.spoke_at = now
-            spent, gone, read = (b - a for a, b in zip(self.first_line, (now, done, words)))
-            left = int(spent / max(gone, 1e-9) * (total - done))
+            self.spoke_at, spent = now, now - self.started
             shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
-            self.say(f"{100 * done / total:3.0f} %  {shown}  {read / max(spent, 1e-9):,.0f} words/s  "
-                     f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+            self.say(f"{100 * done / total:3.0f} %  {shown}  {words / spent:,.0f} words/s  "
+                     f"{timedelta(seconds=int(spent * (total / done - 1)))} left")
 
     def finish(self, metrics):
         """Write result.json and return it."""
@@ -1238,12 +1217,11 @@ class Run:
         return record
 
 def device_of(config):
-    """The torch.device that --device names."""
-    if config.device not in ("auto", "cpu") and not config.device.startswith("cuda"):
-        raise UserError(f"unknown device '{config.device}'{nearest(config.device, ('cpu', 'cuda', 'auto'))}")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
+    """The torch.device that --device names: cpu, cuda, cuda:1, ..., or auto."""
+    kind, there = choose("device", config.device.split(":")[0], ("auto", "cpu", "cuda")), torch.cuda.is_available()
+    if kind == "cuda" and not there:
         raise UserError(f"--device {config.device}: there is no CUDA device here; use --device cpu")
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    return torch.device(config.device if kind != "auto" else "cuda" if there else "cpu")
 
 
 # 8. Evaluate and train ----------------------------------------------------------------------------------------------
