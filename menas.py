@@ -1277,88 +1277,73 @@ SCHEDULES = {"constant": lambda epoch, epochs: 1.0,
 def train_networks(config, run, corpus, weights, cells, seeds):
     """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging, stopping, failure.
     Returns the best weights of each by validation and a dict of lists: best_loss, best_epoch, epochs, failed. A
-    network that has stopped leaves the batch. Segment lengths are common to all. cells: rows [K, D]; None: LSTMs."""
-    device, k = device_of(config), len(seeds)
+    network that has stopped leaves the batch. Segment lengths are common to all. cells: rows [K, D], of LSTMs [K, 0]."""
+    device, valid = device_of(config), corpus.valid.to(device_of(config))
     stream = Stream(corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt).to(device)
-    valid, cells = corpus.valid.to(device), None if cells is None else cells.to(device)
-    s = run.restore()
-    if s is None:
-        weights, full = to_device(weights, device), lambda value: torch.full((k,), value, device=device)
-        s = {"step": 0, "steps": 0, "words": 0, "where": stream.where(), "state": zero_state(weights, config.batch),
-             "weights": weights, "best": copy.deepcopy(weights), "alive": torch.arange(k, device=device),
-             "mean": copy.deepcopy(weights) if config.average else {}, "lr": full(config.lr), "loss": full(0.0),
-             "failed": full(False), "best_loss": full(math.inf),
-             **{name: full(0) for name in ("averaged", "best_epoch", "epochs", "bad")}}
-        run.keep(s)
+    weights, full = to_device(weights, device), lambda value: torch.full((len(seeds),), value, device=device)
+    s = run.restore() or {  # of the networks still in the batch, then of all K, then of the run
+        "alive": torch.arange(len(seeds), device=device), "seeds": seeds, "cells": cells.to(device), "weights": weights,
+        "mean": copy.deepcopy(weights) if config.average else {}, "state": zero_state(weights, config.batch),
+        "best": copy.deepcopy(weights), "lr": full(config.lr), "loss": full(0.0), "best_loss": full(math.inf),
+        "failed": full(False), **{name: full(0) for name in ("averaged", "best_epoch", "epochs", "bad")},
+        "step": 0, "steps": 0, "words": 0, "where": stream.where()}
     stream.seek(s["where"])
-    own_seeds = ()
-    while len(s["alive"]) and stream.epoch < config.epochs:
-        alive = s["alive"]
-        if len(own_seeds) != len(alive):  # a network has left; only then does the host ask which
-            own_seeds = [seeds[i] for i in alive.tolist()]
+    while s["seeds"] and stream.epoch < config.epochs:
         # one step of SGD on the next segment
-        factor = SCHEDULES[config.schedule](stream.epoch + stream.at / stream.length, config.epochs)
+        alive, factor = s["alive"], SCHEDULES[config.schedule](stream.epoch + stream.at / stream.length, config.epochs)
         segment = stream.next()
         lr = s["lr"][alive] * (len(segment.inputs) / config.bptt) * factor  # another length under --random_bptt
         state = zero_state(s["weights"], config.batch) if segment.before is None else s["state"]
-        masks = to_device(draw_masks(config, len(corpus.words), config.batch, own_seeds, s["step"]), device)
+        masks = to_device(draw_masks(config, len(corpus.words), config.batch, s["seeds"], s["step"]), device)
         batch = Batch(segment.inputs, segment.targets, state, masks)
-        losses, state, _ = train_step(s["weights"], None if cells is None else cells[alive], batch, lr, config)
+        losses, state, _ = train_step(s["weights"], s["cells"], batch, lr, config)
         finite = torch.isfinite(losses)
         s["failed"][alive] |= ~finite
         s["state"] = torch.where(finite[:, None, None], state, 0.0)
         s["loss"][alive] += losses
         s["step"], s["steps"] = s["step"] + 1, s["steps"] + 1
         s["words"] += len(alive) * segment.inputs.numel()
-        if config.average:
-            update_mean(s, alive)
-        if segment.ends:
-            validate(config, s, cells, valid, stream.epoch)
+        update_mean(s)
         # a line of metrics, after which the state may be a checkpoint
         if segment.ends or s["steps"] >= config.log_every:
-            s["where"] = stream.where()
             loss = (s["loss"][alive] / s["steps"]).nanmean().item()  # of the networks that have not failed
             line = dict(step=s["step"], epoch=stream.epoch, loss=loss, perplexity=perplexity(loss))
             if segment.ends:
-                line.update(networks=alive.tolist(), valid_perplexity=[perplexity(x) for x in s["valid"].tolist()])
-            s["loss"], s["steps"] = torch.zeros_like(s["loss"]), 0
+                scores = validate(config, s, valid, stream.epoch).tolist()
+                line.update(networks=alive.tolist(), valid_perplexity=[perplexity(x) for x in scores])
+            s["loss"], s["steps"], s["where"] = torch.zeros_like(s["loss"]), 0, stream.where()
             run.log(line, stream.epoch + stream.at / stream.length, config.epochs, s["words"])
             run.keep(s)
         run.obey()
     return s["best"], {name: s[name].tolist() for name in ("best_loss", "best_epoch", "epochs", "failed")}
 
 @torch.no_grad()
-def update_mean(s, alive):
-    """mean <- mean + (w - mean) / n for the networks that average (n > 0)."""
-    n = s["averaged"][alive]
-    share = torch.where(n > 0, 1 / n.clamp(min=1), 0.0)
-    for name, w in s["weights"].items():
-        s["mean"][name].view(len(n), -1).add_((w - s["mean"][name]).view(len(n), -1) * share[:, None])
-    s["averaged"][alive] = torch.where(n > 0, n + 1, n)
+def update_mean(s):
+    """mean <- mean + (w - mean) / n; before a network averages, n = 0, the mean is w itself."""
+    n = s["averaged"][s["alive"]]
+    for name, mean in s["mean"].items():
+        share = (1 / n.clamp(min=1)).to(mean.dtype)
+        mean.lerp_(s["weights"][name], share.view(-1, *[1] * (mean.dim() - 1)))
+    s["averaged"][s["alive"]] += n > 0
 
 @torch.no_grad()
-def validate(config, s, cells, valid, epoch):
-    """Score the alive networks; keep the best weights; start averaging, lower lr, or let go where nothing improves."""
-    alive, current, dtype = s["alive"], dict(s["weights"]), DTYPES[config.dtype]
-    for name, mean in s["mean"].items():
-        averaging = s["averaged"][alive].view(-1, *[1] * (mean.dim() - 1)) > 0
-        current[name] = torch.where(averaging, mean, current[name])
-    cells = None if cells is None else cells[alive]
-    loss = s["valid"] = evaluate(current, cells, valid, config.eval_batch, dtype=dtype).float()
-    better = (loss < s["best_loss"][alive]) & torch.isfinite(loss)
+def validate(config, s, valid, epoch):
+    """Losses of the alive networks; keep the best weights; start averaging, lower lr, or let go where none improves."""
+    alive, current = s["alive"], s["mean"] or s["weights"]
+    loss = evaluate(current, s["cells"], valid, config.eval_batch, dtype=DTYPES[config.dtype]).float()
+    better = loss < s["best_loss"][alive]
     won, lost = alive[better], alive[~better]
     for name, w in current.items():
         s["best"][name][won] = w[better]
     s["best_loss"][won], s["best_epoch"][won], s["bad"][won], s["epochs"][alive] = loss[better], epoch, 0, epoch
     s["bad"][lost] += 1
     s["lr"][lost] /= config.plateau
-    if config.average:
-        s["averaged"][lost] = s["averaged"][lost].clamp(min=1)
+    s["averaged"][lost] = s["averaged"][lost].clamp(min=1)
     stay = (s["bad"][alive] < config.patience) & ~s["failed"][alive]
-    if not stay.all():
-        s["alive"], s["state"] = alive[stay], s["state"][stay]
-        for part in ("weights", "mean"):
-            s[part] = {name: w[stay].clone() for name, w in s[part].items()}
+    s["alive"], s["cells"], s["seeds"] = alive[stay], s["cells"][stay], [x for x, stays in zip(s["seeds"], stay.tolist()) if stays]
+    for part in ("weights", "mean"):
+        s[part] = {name: w[stay] for name, w in s[part].items()}
+    return loss
 
 
 # 9. Search and derive ------------------------------------------------------------------------------------------------
@@ -1632,13 +1617,11 @@ def run_study(study, work, config):
 def load_shared(config, words, cells):
     """The shared weights of a finished search, which must fit this corpus, size and cells."""
     path = Path(config.weights) / "weights.pt"
-    if not path.exists():
-        raise UserError(f"--weights {config.weights} has no weights.pt: it is not a finished search")
     weights = read_tensors(path)
-    shared = isinstance(weights, dict) and {"embedding", "edges"} <= weights.keys()
-    if not shared or weights["embedding"].shape != (words, config.hidden):  # standalone weights have another shape
+    table, edges = (weights.get(name, torch.empty(0)) for name in ("embedding", "edges"))
+    if table.shape != (words, config.hidden):  # that of standalone weights has another dimension
         raise UserError(f"{path} does not hold the shared weights for {words} words and --hidden {config.hidden}")
-    if structure(cells)[1].max() >= len(weights["edges"]):
+    if structure(cells)[1].max() >= len(edges):
         raise UserError(f"{path} is for smaller cells than those of --cell {config.cell}")
     return weights
 
@@ -1653,22 +1636,20 @@ def study_train(config, run):
         weights = inherit(load_shared(config, words, cells), cells) if config.weights else \
             standalone_weights(config, words, cells, seeds)
         recurrent = [recurrent_parameters(decode(row), config.hidden) for row in cells]
-        cells = cells.to(device)
-    elif config.weights:
-        raise UserError("--weights are a search's: --cell lstm has none of them")
-    elif set(names) != {"lstm"}:
-        raise UserError("--cell lstm is another network: train it in a run of its own")
+    elif config.weights or set(names) != {"lstm"}:
+        raise UserError("--cell lstm is another network: train it in a run of its own, without --weights")
     else:
-        cells, weights = None, lstm_weights(config, words, seeds)
+        cells, weights = torch.empty(len(names), 0), lstm_weights(config, words, seeds)
         recurrent = [sum(w[0].numel() for name, w in weights.items() if name not in ("embedding", "bias"))] * len(names)
     best, records = train_networks(config, run, corpus, weights, cells, seeds)
     run.say("evaluating the best weights on the whole of each split, in float32")
     write_tensors(run.folder / "weights.pt", to_device(best, "cpu"))
-    losses = {split: evaluate(best, cells, getattr(corpus, split).to(device), config.eval_batch) for split in SPLITS}
-    columns = {"cell": names, "seed": seeds,
-               **{f"{split}_perplexity": list(map(perplexity, loss.tolist())) for split, loss in losses.items()},
-               "recurrent_parameters": recurrent,
-               "parameters": [r + words * (config.hidden + 1) for r in recurrent], **records}
+    columns = {"cell": names, "seed": seeds}
+    for split in SPLITS:
+        losses = evaluate(best, cells.to(device), getattr(corpus, split).to(device), config.eval_batch)
+        columns[f"{split}_perplexity"] = [perplexity(loss) for loss in losses.tolist()]
+    parameters = [r + words * (config.hidden + 1) for r in recurrent]
+    columns.update(recurrent_parameters=recurrent, parameters=parameters, **records)
     networks = [dict(zip(columns, values)) for values in zip(*columns.values())]
     floor = {"floor_perplexity": corpus.floor["test"]} if corpus.floor else {}
     return {**(networks[0] if len(networks) == 1 else {}), "networks": networks, **floor}
