@@ -48,6 +48,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
+from statistics import median
+from timeit import timeit
 from typing import NamedTuple
 
 import torch
@@ -1818,52 +1820,42 @@ BENCHES = {"hidden 32, 32 at once": (32, 16, 200, 32, ("float32",)),
            "hidden 1000": (1000, 64, 10000, 1, ("float32", "bfloat16"))}
 
 def peak_memory(work):
-    """Bytes that a call needs at most beyond what is held before it (Linux: the kernel's high-water mark, reset)."""
+    """KiB that a call needs at most beyond what is held before it (Linux: the kernel's high-water mark, reset)."""
+    mark = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     Workspace.free.clear()
     ctypes.CDLL(None).malloc_trim(0)
-    status = lambda name: int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
     Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
+    before = mark()
     work()
-    return status("VmHWM") - before
+    return mark() - before
 
 def bench(config, words, k, dtypes, repeats=5):
-    """[(name, seconds per architecture, plain loop's seconds / these)]: all of them in turn, medians."""
+    """Yields (name, seconds per architecture, plain loop's seconds / these): all of them in turn, medians."""
     device = device_of(config)
     rows, tokens = encode([CELLS["enas"]] * k).to(device), torch.randint(words, (config.bptt, config.batch)).to(device)
-    weights, lstm = (to_device(w, device) for w in (shared_weights(config, words), lstm_weights(config, words, [1])))
-    for w in (*weights.values(), *lstm.values()):
-        w.requires_grad_()
+    shared, lstm = (to_device(w, device) for w in (shared_weights(config, words), lstm_weights(config, words, [1])))
     masks = to_device(draw_masks(replace(config, hidden_dropout=.25), words, config.batch, [1], 0), device)
-    # name -> weights, losses of a Batch; the LSTM has no hidden dropout, so it takes no notice of that mask
-    models = {"plain": (weights, lambda batch: reference_losses(weights, rows[0], batch)[0]),
-              "torch.nn.LSTM": (lstm, lambda batch: network(lstm, None, batch)[0])}
+    # name -> weights, losses on a Batch; the LSTM has no hidden dropout, so it takes no notice of that mask
+    models = {"plain": (shared, lambda w, batch: reference_losses(w, rows[0], batch)[0][None]),
+              "torch.nn.LSTM": (lstm, lambda w, batch: network(w, rows, batch)[0])}
     for name in dtypes:
-        models[name] = weights, lambda batch, dtype=DTYPES[name]: network(weights, rows, batch, dtype)[0]
+        models[name] = shared, lambda w, batch, dtype=DTYPES[name]: network(w, rows, batch, dtype)[0]
 
+    @torch.no_grad()
     def work(name, train):
-        weights, losses_of = models[name]
-        with torch.set_grad_enabled(train):
-            losses = losses_of(Batch(tokens, tokens, zero_state(weights, config.batch), masks if train else {}))
-            if train:
-                gradients(losses, weights)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        weights, losses = models[name]
+        batch = Batch(tokens, tokens, zero_state(weights, config.batch), masks if train else {})
+        done = mean_gradient(lambda w: losses(w, batch), weights)["bias"] if train else losses(weights, batch)
+        done.sum().item()  # waits for a GPU
 
-    found = []
-    for train, label in ((True, "training step"), (False, "scoring")):
-        seconds = {name: [] for name in models}
-        for _ in range(repeats + 1):  # the first is a warm-up
-            for name in models:
-                start = time.perf_counter()
-                work(name, train)
-                seconds[name].append((time.perf_counter() - start) / (k if name in dtypes else 1))
-        median = {name: sorted(times[1:])[repeats // 2] for name, times in seconds.items()}
-        found += [(f"{label}, {name}", median[name], median["plain"] / median[name]) for name in models]
+    for label, train in (("training step", True), ("scoring", False)):
+        rounds = [[timeit(lambda: work(name, train), number=1) for name in models] for _ in range(repeats + 1)]
+        seconds = dict(zip(models, map(median, zip(*rounds[1:]))))  # the first is a warm-up
+        seconds.update({name: seconds[name] / k for name in dtypes})
+        yield from ((f"{label}, {name}", seconds[name], seconds["plain"] / seconds[name]) for name in models)
         if train and device.type == "cpu" and sys.platform == "linux":
             peak = {name: peak_memory(lambda: work(name, train)) for name in (*dtypes, "plain")}
-            found += [(f"memory of a {label}, {name}", 0.0, k * peak["plain"] / peak[name]) for name in dtypes]
-    return found
+            yield from ((f"memory of a {label}, {name}", 0.0, k * peak["plain"] / peak[name]) for name in dtypes)
 
 def study_bench(config, run):
     """Speed: the batched recurrence beside the plain loop (one architecture, float32) and torch.nn.LSTM, in one run."""
