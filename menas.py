@@ -258,11 +258,7 @@ def read_words(path):
 # n1a v1a v3b'. A stack machine writes it, so the distribution of the next word given ALL words before is known exactly.
 TOY_CLASSES, TOY_WORDS, TOY_DEPTH = 8, 6, 4
 TOY_NEST, TOY_ADVERB, TOY_TOPIC, TOY_ECHO = 0.4, 0.3, 0.75, 0.6  # probabilities, see toy_next
-
-def toy_words(kind):
-    """[(word, probability, i)] of one kind, Zipf-distributed: the i-th word has probability ~ 1 / (i + 1)."""
-    total = sum(1 / (i + 1) for i in range(TOY_WORDS))
-    return [(f"{kind}{'abcdefghij'[i]}", 1 / (i + 1) / total, i) for i in range(TOY_WORDS)]
+TOY_ZIPF = {"abcdef"[i]: 1 / (i + 1) / sum(1 / (j + 1) for j in range(TOY_WORDS)) for i in range(TOY_WORDS)}
 
 def toy_next(state):
     """[(word, probability, next state)] under the true grammar. A state is (topic, due, phase): the last main noun's
@@ -272,19 +268,19 @@ def toy_next(state):
     topic, due, phase = state
     if phase == "start":
         keeps = lambda c: TOY_TOPIC if c == topic else (1 - TOY_TOPIC) / (TOY_CLASSES - 1)
-        return [(word, q * (1 / TOY_CLASSES if due else keeps(c)), (topic if due else c, due + ((c, i),), "noun"))
-                for c in range(TOY_CLASSES) for word, q, i in toy_words(f"n{c}")]
+        return [(f"n{c}{x}", q * (1 / TOY_CLASSES if due else keeps(c)), (topic if due else c, due + ((c, x),), "noun"))
+                for c in range(TOY_CLASSES) for x, q in TOY_ZIPF.items()]
     moves, left = [], 1.0
     if phase == "noun" and len(due) < TOY_DEPTH:
         moves, left = [("that", TOY_NEST, (topic, due, "start"))], 1 - TOY_NEST
     if phase == "verb":
+        moves = [(f"adv{x}", TOY_ADVERB * q, (topic, due, "adverb")) for x, q in TOY_ZIPF.items()]
         left = 1 - TOY_ADVERB
-        moves = [(word, TOY_ADVERB * q, (topic, due, "adverb")) for word, q, _ in toy_words("adv")]
     if not due:
         return moves + [("<eos>", left, (topic, (), "start"))]
     c, letter = due[-1]
-    return moves + [(word, left * (TOY_ECHO * (i == letter) + (1 - TOY_ECHO) * q), (topic, due[:-1], "verb"))
-                    for word, q, i in toy_words(f"v{c}")]
+    return moves + [(f"v{c}{x}", left * (TOY_ECHO * (x == letter) + (1 - TOY_ECHO) * q), (topic, due[:-1], "verb"))
+                    for x, q in TOY_ZIPF.items()]
 
 @lru_cache
 def toy_corpus(sizes=(60000, 6000, 6000)):
@@ -326,11 +322,11 @@ class Stream:
     """B parallel readings of a split, cut into segments: every token but the first is a target once per epoch."""
 
     def __init__(self, tokens, batch, bptt, key=(), vary=False):
-        length = math.ceil((len(tokens) - 1) / batch)
-        if length < 2:
+        if len(tokens) <= batch:
             raise UserError(f"--batch {batch} is larger than the corpus allows: a split has {len(tokens)} tokens")
-        step = torch.arange(math.ceil(length / bptt) * bptt)[:, None]  # padded: full segments have one shape
-        at = step + length * torch.arange(batch)                                         # [padded, B]
+        length, device = math.ceil((len(tokens) - 1) / batch), tokens.device
+        step = torch.arange(math.ceil(length / bptt) * bptt, device=device)[:, None]  # padded: all have one shape
+        at = step + length * torch.arange(batch, device=device)                          # [padded, B]
         real, at = (step < length) & (at < len(tokens) - 1), at.clamp(max=len(tokens) - 2)
         self.inputs, self.targets = torch.where(real, tokens[at], 0), torch.where(real, tokens[at + 1], -1)
         self.length, self.bptt, self.key, self.vary = length, bptt, key, vary
@@ -1069,7 +1065,6 @@ def policy_loss(sample, rewards, baseline, entropy_weight):
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 WHEREABOUTS = {"out", "cache", "device", "threads", "checkpoint_seconds"}  # settings that may differ when a run resumes
-FORMAT = "menas checkpoint 1"
 
 def write_json(path, value):
     """Indented, atomic."""
@@ -1123,6 +1118,7 @@ class Run:
         self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "checkpoint.pt"
         self.good, self.good_bytes = None, 0  # the last good state, and how long metrics.jsonl was then
         self.started = self.saved_at = self.spoke_at = time.time()
+        self.format = {"format": "menas checkpoint 2", "study": study}
         self.stop = 0  # the signal that asked to
 
     def __enter__(self):
@@ -1162,8 +1158,7 @@ class Run:
     def restore(self):
         """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to what it was then."""
         if self.checkpoint.exists():
-            holds, advice = {"format": FORMAT, "study": self.study}, "; delete it to start again"
-            saved = read_tensors(self.checkpoint, device_of(self.config), holds, advice)
+            saved = read_tensors(self.checkpoint, device_of(self.config), self.format, "; delete it to start again")
             self.good, self.good_bytes = saved["state"], saved["metrics_bytes"]
             self.started -= saved["seconds"]
         with open(self.metrics, "ab") as file:
@@ -1179,8 +1174,8 @@ class Run:
     def save(self):
         """Write the good state, if there is one yet."""
         if self.good is not None:
-            write_tensors(self.checkpoint, {"format": FORMAT, "study": self.study, "state": self.good,
-                                            "seconds": time.time() - self.started, "metrics_bytes": self.good_bytes})
+            write_tensors(self.checkpoint, {**self.format, "state": self.good, "metrics_bytes": self.good_bytes,
+                                            "seconds": time.time() - self.started})
         self.saved_at = time.time()
 
     def obey(self):
@@ -1242,16 +1237,13 @@ def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32, war
     """Mean loss [K] over a whole split: every token but the first exactly once, no dropout. Its exp() is perplexity.
     warm: words read before a stream's first scored one, so that cutting the text in streams hardly matters."""
     n, total = len(tokens) - 1, 0.0                                                      # targets
-    batch = min(batch, max(1, n // warm))
-    length = math.ceil(n / batch)
-    warm = min(warm, length)
-    start = torch.arange(batch, device=tokens.device) * length
-    at = start + torch.arange(-warm, length, device=tokens.device)[:, None]              # [warm-up + length, B]
-    inputs = tokens[at.clamp(0, n - 1)]
-    targets = torch.where((at >= start) & (at < n), tokens[(at + 1).clamp(0, n)], -1)
-    state = network(weights, cells, Batch(inputs[:warm], targets[:warm], zero_state(weights, batch), {}), dtype)[1]
-    state[:, 0] = 0  # the first stream has no words before it
-    for lo in range(warm, len(at), bptt):
+    text = Stream(tokens, min(batch, max(1, n // warm)), bptt)
+    inputs, targets = text.inputs[:text.length], text.targets[:text.length]
+    before = inputs[-warm:].roll(1, 1)  # the end of the stream before [warm, B]; the first has no words before it
+    zeros = zero_state(weights, inputs.shape[1])
+    state = network(weights, cells, Batch(before, torch.full_like(before, -1), zeros, {}), dtype)[1]
+    state[:, 0] = 0
+    for lo in range(0, text.length, bptt):
         part = Batch(inputs[lo:lo + bptt], targets[lo:lo + bptt], state, {})
         losses, state = network(weights, cells, part, dtype)
         total = total + losses * (part.targets >= 0).sum()
@@ -1279,7 +1271,7 @@ SCHEDULES = {"constant": lambda epoch, epochs: 1.0,
 def train_networks(config, run, corpus, weights, cells, seeds):
     """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging, stopping, failure.
     Returns the best weights of each by validation and a dict of lists: best_loss, best_epoch, epochs, failed. A
-    network that has stopped leaves the batch. Segment lengths are common to all. cells: rows [K, D], of LSTMs [K, 0]."""
+    network that has stopped leaves the batch. Segment lengths are common to all. cells: rows [K, D]; LSTMs: [K, 0]."""
     device, valid = device_of(config), corpus.valid.to(device_of(config))
     stream = Stream(corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt).to(device)
     weights, full = to_device(weights, device), lambda value: torch.full((len(seeds),), value, device=device)
@@ -1305,7 +1297,12 @@ def train_networks(config, run, corpus, weights, cells, seeds):
         s["loss"][alive] += losses
         s["step"], s["steps"] = s["step"] + 1, s["steps"] + 1
         s["words"] += len(alive) * segment.inputs.numel()
-        update_mean(s)
+        # mean <- mean + (w - mean) / n; before a network averages, n = 0, its mean is w itself
+        n = s["averaged"][alive]
+        for name, mean in s["mean"].items():
+            share = (1 / n.clamp(min=1)).to(mean.dtype).view(-1, *[1] * (mean.dim() - 1))
+            mean.lerp_(s["weights"][name].detach(), share)
+        s["averaged"][alive] += n > 0
         # a line of metrics, after which the state may be a checkpoint
         if segment.ends or s["steps"] >= config.log_every:
             loss = (s["loss"][alive] / s["steps"]).nanmean().item()  # of the networks that have not failed
@@ -1318,15 +1315,6 @@ def train_networks(config, run, corpus, weights, cells, seeds):
             run.keep(s)
         run.obey()
     return s["best"], {name: s[name].tolist() for name in ("best_loss", "best_epoch", "epochs", "failed")}
-
-@torch.no_grad()
-def update_mean(s):
-    """mean <- mean + (w - mean) / n; before a network averages, n = 0, the mean is w itself."""
-    n = s["averaged"][s["alive"]]
-    for name, mean in s["mean"].items():
-        share = (1 / n.clamp(min=1)).to(mean.dtype)
-        mean.lerp_(s["weights"][name], share.view(-1, *[1] * (mean.dim() - 1)))
-    s["averaged"][s["alive"]] += n > 0
 
 @torch.no_grad()
 def validate(config, s, valid, epoch):
@@ -1342,7 +1330,8 @@ def validate(config, s, valid, epoch):
     s["lr"][lost] /= config.plateau
     s["averaged"][lost] = s["averaged"][lost].clamp(min=1)
     stay = (s["bad"][alive] < config.patience) & ~s["failed"][alive]
-    s["alive"], s["cells"], s["seeds"] = alive[stay], s["cells"][stay], [x for x, stays in zip(s["seeds"], stay.tolist()) if stays]
+    s["alive"], s["cells"] = alive[stay], s["cells"][stay]
+    s["seeds"] = [seed for seed, stays in zip(s["seeds"], stay.tolist()) if stays]
     for part in ("weights", "mean"):
         s[part] = {name: w[stay] for name, w in s[part].items()}
     return loss
@@ -1829,9 +1818,10 @@ def peak_memory(work):
     work()
     return mark() - before
 
-def bench(config, words, k, dtypes, repeats=5):
-    """Yields (name, seconds per architecture, plain loop's seconds / these): all of them in turn, medians."""
-    device = device_of(config)
+def bench(config, case, repeats=5):
+    """Yields name, seconds per architecture, ratio of the plain loop's to these: all of them in turn, medians."""
+    hidden, batch, words, k, dtypes = BENCHES[case]
+    config, device = replace(config, hidden=hidden, batch=batch, nodes=12), device_of(config)
     rows, tokens = encode([CELLS["enas"]] * k).to(device), torch.randint(words, (config.bptt, config.batch)).to(device)
     shared, lstm = (to_device(w, device) for w in (shared_weights(config, words), lstm_weights(config, words, [1])))
     masks = to_device(draw_masks(replace(config, hidden_dropout=.25), words, config.batch, [1], 0), device)
@@ -1852,20 +1842,18 @@ def bench(config, words, k, dtypes, repeats=5):
         rounds = [[timeit(lambda: work(name, train), number=1) for name in models] for _ in range(repeats + 1)]
         seconds = dict(zip(models, map(median, zip(*rounds[1:]))))  # the first is a warm-up
         seconds.update({name: seconds[name] / k for name in dtypes})
-        yield from ((f"{label}, {name}", seconds[name], seconds["plain"] / seconds[name]) for name in models)
+        for name in models:
+            yield dict(name=f"{label}, {name}, {case}", seconds=seconds[name], ratio=seconds["plain"] / seconds[name])
         if train and device.type == "cpu" and sys.platform == "linux":
             peak = {name: peak_memory(lambda: work(name, train)) for name in (*dtypes, "plain")}
-            yield from ((f"memory of a {label}, {name}", 0.0, k * peak["plain"] / peak[name]) for name in dtypes)
+            for name in dtypes:
+                ratio = k * peak["plain"] / peak[name]
+                yield dict(name=f"memory of a {label}, {name}, {case}", seconds=0.0, ratio=ratio)
 
 def study_bench(config, run):
     """Speed: the batched recurrence beside the plain loop (one architecture, float32) and torch.nn.LSTM, in one run."""
-    ratios = []
-    for case, (hidden, batch, words, k, dtypes) in BENCHES.items():
-        if hidden <= config.hidden:  # --hidden bounds the largest case
-            for name, seconds, ratio in bench(replace(config, hidden=hidden, batch=batch, nodes=12), words, k, dtypes):
-                ratios.append({"name": f"{name}, {case}", "seconds": seconds, "ratio": ratio})
-                run.say(f"{name}, {case}: {ratio:.2f}")
-    return {"ratios": ratios}
+    cases = [case for case, (hidden, *_) in BENCHES.items() if hidden <= config.hidden]  # which bounds the largest
+    return {"ratios": [row for case in cases for row in bench(config, case)]}
 
 STUDIES = {"search": study_search, "train": study_train, "bench": study_bench, "extra": study_extra,
            "similarity": study_similarity, "cost": study_cost}
@@ -1886,10 +1874,9 @@ def parse(arguments):
     parser.error = fail
     parser.add_argument("study", help=" | ".join([*STUDIES, "report"]))
     for f in fields(Config):
-        how = dict(type=boolean, nargs="?", const=True, metavar="true|false") if f.type is bool else \
-            dict(type=f.type, metavar=f.type.__name__.upper())
+        how = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
         text = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **how)
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, metavar=f.type.__name__.upper(), **how)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         near = nearest(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)])
