@@ -28,7 +28,6 @@ answer theta's move is left out; chapter 6 adds it. Where we differ from the pap
 """
 import argparse
 import copy
-import ctypes
 import difflib
 import fcntl
 import hashlib
@@ -44,12 +43,10 @@ import sys
 import time
 import urllib.request
 from collections import namedtuple
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from statistics import median
-from timeit import timeit
 from typing import NamedTuple
 
 import torch
@@ -1874,7 +1871,7 @@ def derive(config, weights, rows, corpus, at_once=10):
     order = sorted(range(len(rows)), key=scored.__getitem__)
     return rows.cpu()[order], [scored[i] for i in order]
 
-ROW = r"\d+(-\d+)+"  # a cell's integers, as they stand in derived.json
+ROW = r"\d+(--?\d+)+"  # a cell's integers, as they stand in derived.json
 
 def load_cell(config, name):
     """A cell by name, 'random:SEED' (uniform over the space), its row '1-0-0-1', a JSON file, or a search's folder."""
@@ -1882,7 +1879,7 @@ def load_cell(config, name):
         return CELLS[name]
     if re.fullmatch(ROW, name):
         try:
-            cell = decode(torch.tensor([int(x) for x in name.split("-")]))
+            cell = decode(torch.tensor([int(x) for x in re.findall(r"(?:^|-)(-?\d+)", name)]))
         except IndexError:
             raise UserError(f"'{name}' is not a cell's row") from None
         return cell_from_json(cell_to_json(cell))  # which checks it
@@ -1895,7 +1892,7 @@ def load_cell(config, name):
                     "random:SEED, a JSON file, or a search's folder")
 
 
-# 10. Studies ---------------------------------------------------------------------------------------------------------
+# 10. The two commands --------------------------------------------------------------------------------------------------
 
 def check(config):
     """Wrong settings, each with its name, before any work is done."""
@@ -2004,181 +2001,10 @@ def study_search(config, run):
             metrics[name] = retrain(config, cell, run.folder / name)
     return metrics
 
-# arm of the study -> lookahead, response, factor of the controller's steps. The last one costs what a response does.
-ARMS = {f"{look}, {respond}": (look, respond, 1) for look, respond in (
-    *((look, "none") for look in LOOKAHEAD), *(("fresh", respond) for respond in RESPONSE if respond != "none"))}
-ARMS["none, none, 4x steps"] = "none", "none", 4
-
-OUTCOMES = {"expected": "F", "scratch": "from scratch", "frozen": "fraction frozen"}
-
-def study_extra(config, run):
-    """Does the extra gradient help? Whole searches of every arm, --replicas seeds, everything else alike.
-
-    Two outcomes a search: F itself, the mean validation loss of the controller's samples once the shared weights have
-    been trained on for the fixed controller (--settle), and, with --retrain, that of a few of them from scratch. A cell
-    that is worse than guessing counts as guessing, log of the vocabulary's size, so one that diverged has a mean."""
-    found, guess = {name: {outcome: [] for outcome in OUTCOMES} for name in ARMS}, len(load_corpus(config).words)
-    mean_loss = lambda perplexities: sum(math.log(min(p, guess)) for p in perplexities) / len(perplexities)
-    for seed, name in ((config.seed + i, name) for i in range(config.replicas) for name in ARMS):
-        (look, respond, factor), folder = ARMS[name], run.folder / f"{name}, {seed}"
-        sub = replace(config, seed=seed, replicas=1, retrain=False, lookahead=look, response=respond, out=str(folder),
-                      controller_steps=factor * config.controller_steps)
-        run_study("search", study_search, sub)
-        derived = read_json(folder / "derived.json")["cells"]
-        found[name]["expected"].append(mean_loss([row[-1] for row in derived]))
-        learns = TASKS[config.task](torch.tensor([row[:-1] for row in derived]))[0]
-        found[name]["frozen"].append(1 - learns.mean().item())
-        if config.retrain:
-            some = torch.randperm(len(derived), generator=rng(seed, "scratch"))[:config.retrain_cells].tolist()
-            names = ",".join(row_name(derived[i]) for i in some)
-            networks = retrain(sub, names, folder / "scratch")["networks"]
-            found[name]["scratch"].append(mean_loss([network["valid_perplexity"] for network in networks]))
-        run.obey()
-    return {"arms": found}
-
-def policy_gradient(controller, sample, rewards):
-    """The flat leave-one-out estimate of dE[reward]/dtheta, without the entropy's part."""
-    rewards = worst_for_failures(rewards.detach())
-    loss = policy_loss(sample, rewards, leave_one_out(rewards, None, None)[0], 0.0)
-    grads = torch.autograd.grad(-loss, list(controller.parameters()), retain_graph=True)
-    return torch.cat([g.flatten() for g in grads])
-
-def alternate(config, corpus, run):
-    """A search of one shared and one controller step in turn; it stops before every --log_every-th shared step, which
-    the caller then takes."""
-    game = Search(config, corpus)
-    game.remembers, steps = True, config.epochs * game.shared_steps
-    if steps < config.log_every:
-        raise UserError(f"--log_every {config.log_every} is more than the {steps} steps: nothing would be measured")
-    while game.s["step"] < steps:
-        if game.s["step"] % config.log_every == config.log_every - 1:
-            yield game
-        else:
-            game.shared_step(0.0)
-        if game.s["step"] >= config.warm_epochs * game.shared_steps:
-            game.controller_step(0.0)
-        game.s["step"] += 1
-        run.obey()
-
-def study_similarity(config, run):
-    """Is the gradient that looks ahead closer to the next one? Shared and controller steps alternate one to one.
-
-    At every --log_every-th step t: the cosine between an estimator's gradient at omega_t and the plain one at
-    omega_(t+1), after the real shared step, theta as it was: on the same architectures and validation segment, and on
-    others (where the last row is what the next gradient itself reaches with as many). And of the changes since the
-    plain gradient at t, the predicted and the real one."""
-    corpus = load_corpus(config)
-    saved = run.restore() or {"seeds": []}
-    for seed in range(config.seed + len(saved["seeds"]), config.seed + config.replicas):
-        lines = []
-        for game in alternate(replace(config, seed=seed), corpus, run):
-            weights, gradient = game.s["weights"], lambda *scored: policy_gradient(game.controller, *scored)
-            draw = lambda n, i: game.controller.sample(n, *game.key("similarity", i))
-            samples, rewards = [draw(config.controller_samples, i) for i in range(2)], []
-            for sample in samples:
-                rewards.append(game.rewards_on(game.streams["valid"].next()))
-                rewards[-1](weights, sample.rows)  # whose h the next segment starts from
-            ahead, fold = draw(2 * config.fold, 2).rows.split(config.fold)
-            step, grads = game.foresee(0.0, ahead), {}
-            for name, (look, respond, factor) in ARMS.items():
-                if factor == 1:
-                    both = extra_rewards(look, respond, weights, samples[0].rows, fold, rewards[0], step)
-                    grads[name] = gradient(samples[0], sum(both))
-            game.shared_step(0.0)
-            then = [gradient(sample, reward(weights, sample.rows)) for sample, reward in zip(samples, rewards)]
-            grads["the next one itself"], now = then[0], grads["none, none"]
-            pairs = lambda g: ((g, then[0]), (g, then[1]), (g - now, then[0] - now))
-            lines.append([[F.cosine_similarity(*pair, dim=0).item() for pair in pairs(g)] for g in grads.values()])
-        saved["seeds"].append(dict(zip(grads, torch.tensor(lines).nanmean(0).tolist())))
-        run.log(dict(step=seed, seed=seed), len(saved["seeds"]), config.replicas, 0)
-        run.keep(saved)
-    return saved
-
-def study_cost(config, run):
-    """What the extra gradient costs, and how noisy it is, for several folds: --controller_steps draws of each in turn.
-
-    Relative to plain ENAS's: median seconds; variance, a mean that a single exploding draw may rule; and the typical
-    squared deviation, a median."""
-    game = Search(config, load_corpus(config))
-    game.remembers = True
-    for _ in range(game.shared_steps):  # to where the weights are no longer random
-        game.shared_step(0.0)
-        game.s["step"] += 1
-    arms = [(look, respond, fold) for look, respond, _ in list(ARMS.values())[:-1] for fold in (1, 2, 4)
-            if look == "fresh" or fold == 1]
-    seconds, grads = ({arm: [] for arm in arms} for _ in range(2))
-    for arm in arms * config.controller_steps:
-        game.config = replace(config, lookahead=arm[0], response=arm[1], fold=arm[2])
-        game.s["step"] += 1
-        start = time.perf_counter()
-        sample, rewards = game.rewarded(0.0)
-        grads[arm].append(policy_gradient(game.controller, sample, sum(rewards)))
-        seconds[arm].append(time.perf_counter() - start)
-        run.obey()
-    found = {}
-    for arm, g in grads.items():
-        g = torch.stack(g)                                                               # [draws, parameters]
-        found[arm] = dict(seconds=sorted(seconds[arm])[len(g) // 2], variance=g.var(0).sum().item(),
-                          typical=(g - g.median(0)[0]).square().sum(1).median().item())
-    plain = found[arms[0]]
-    return {"ratios": [{"arm": arm, "ms": 1e3 * x["seconds"], **{name: x[name] / plain[name] for name in x}}
-                       for arm, x in found.items()]}
-
-# name -> hidden, batch, vocabulary, architectures at once, dtypes timed beside the plain loop in float32. Small ones
-# first: a process that has freed large blocks gets its memory faster, and the plain loop gains most from that.
-BENCHES = {"hidden 32, 32 at once": (32, 16, 200, 32, ("float32",)),
-           "hidden 200": (200, 64, 10000, 1, ("float32", "bfloat16")),
-           "hidden 1000": (1000, 64, 10000, 1, ("float32", "bfloat16"))}
-
-def peak_memory(work):
-    """KiB that a call needs at most beyond what is held before it (Linux: the kernel's high-water mark, reset)."""
-    mark = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    Workspace.free.clear()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = mark()
-    work()
-    return mark() - before
-
-def bench(config, case, repeats=5):
-    """Yields name, seconds per architecture, ratio of the plain loop's to these: all of them in turn, medians."""
-    hidden, batch, words, k, dtypes = BENCHES[case]
-    config, device = replace(config, hidden=hidden, batch=batch, nodes=12), device_of(config)
-    rows, tokens = encode([CELLS["enas"]] * k).to(device), torch.randint(words, (config.bptt, config.batch)).to(device)
-    shared, lstm = (to_device(w, device) for w in (shared_weights(config, words), lstm_weights(config, words, [1])))
-    masks = to_device(draw_masks(replace(config, hidden_dropout=.25), words, config.batch, [1], 0), device)
-    # name -> weights, losses on a Batch; the LSTM has no hidden dropout, so it takes no notice of that mask
-    models = {"plain": (shared, lambda w, batch: reference_losses(w, rows[0], batch)[0][None]),
-              "torch.nn.LSTM": (lstm, lambda w, batch: network(w, rows, batch)[0])}
-    for name in dtypes:
-        models[name] = shared, lambda w, batch, dtype=DTYPES[name]: network(w, rows, batch, dtype)[0]
-
-    @torch.no_grad()
-    def work(name, train):
-        weights, losses = models[name]
-        batch = Batch(tokens, tokens, zero_state(weights, config.batch), masks if train else {})
-        done = mean_gradient(lambda w: losses(w, batch), weights)["bias"] if train else losses(weights, batch)
-        done.sum().item()  # waits for a GPU
-
-    for label, train in (("training step", True), ("scoring", False)):
-        rounds = [[timeit(lambda: work(name, train), number=1) for name in models] for _ in range(repeats + 1)]
-        seconds = dict(zip(models, map(median, zip(*rounds[1:]))))  # the first is a warm-up
-        seconds.update({name: seconds[name] / k for name in dtypes})
-        for name in models:
-            yield dict(name=f"{label}, {name}, {case}", seconds=seconds[name], ratio=seconds["plain"] / seconds[name])
-        if train and device.type == "cpu" and sys.platform == "linux":
-            peak = {name: peak_memory(lambda: work(name, train)) for name in (*dtypes, "plain")}
-            for name in dtypes:
-                ratio = k * peak["plain"] / peak[name]
-                yield dict(name=f"memory of a {label}, {name}, {case}", seconds=0.0, ratio=ratio)
-
-def study_bench(config, run):
-    """Speed: the batched recurrence beside the plain loop (one architecture, float32) and torch.nn.LSTM, in one run."""
-    cases = [case for case, (hidden, *_) in BENCHES.items() if hidden <= config.hidden]  # which bounds the largest
-    return {"ratios": [row for case in cases for row in bench(config, case)]}
-
-STUDIES = {"search": study_search, "train": study_train, "bench": study_bench, "extra": study_extra,
-           "similarity": study_similarity, "cost": study_cost}
+def studies():
+    """{name: its function (config, run) -> metrics}: these two, and those of results/studies.py, made of this module."""
+    from results.studies import STUDIES
+    return {"search": study_search, "train": study_train, **STUDIES}
 
 
 # 11. Main -------------------------------------------------------------------------------------------------------------
@@ -2194,7 +2020,7 @@ def parse(arguments):
 
     parser = argparse.ArgumentParser(prog="menas.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
     parser.error = fail
-    parser.add_argument("study", help=" | ".join([*STUDIES, "report"]))
+    parser.add_argument("study", help=" | ".join([*studies(), "report"]))
     for f in fields(Config):
         how = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
         text = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
@@ -2203,7 +2029,7 @@ def parse(arguments):
     if unknown:
         near = nearest(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)])
         raise UserError(f"unknown argument '{unknown[0]}'{near}")
-    study = choose("study", given.study, [*STUDIES, "report"])
+    study = choose("study", given.study, [*studies(), "report"])
     return study, configure(**vars(given))
 
 def main(arguments=None):
@@ -2214,7 +2040,7 @@ def main(arguments=None):
         if study == "report":
             report(config.out or "results", "README.md" if config.out in ("", "results") else "")
         else:
-            print(f"\n{summary(run_study(study, STUDIES[study], config))}")
+            print(f"\n{summary(run_study(study, studies()[study], config))}")
     except UserError as error:
         print(f"menas: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from menas import OUTCOMES, ROW, UserError, cell_from_json, draw_cell, read_json
+from menas import ROW, UserError, cell_from_json, draw_cell, read_json
+from results.studies import OUTCOMES
 
 PUBLISHED = {"enas": "- / 56.3 (first: 55.8)", "darts_v1": "60.2 / 57.6", "darts_v2": "58.1 / 55.7",
              "enas_lm": "- / 57.3"}

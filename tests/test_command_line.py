@@ -61,7 +61,7 @@ def test_help_explains_every_field(capsys, monkeypatch):
     for f in fields(menas.Config):
         assert f"--{f.name} " in shown
         assert len(f.metadata["help"]) > 8 and f.metadata["help"] in shown
-    for study in menas.STUDIES:
+    for study in menas.studies():
         assert study in shown
 
 
@@ -73,7 +73,7 @@ def test_a_yes_or_no_may_be_given_in_words(words, expected):
 
 def test_flags_win_over_the_preset_and_the_study_over_all():
     for preset, parts in menas.PRESETS.items():
-        for study in menas.STUDIES:
+        for study in menas.studies():
             config = menas.parse([study, "--preset", preset, "--seed", "7", "--hidden", "123"])[1]
             expected = {**parts["all"], **parts.get(study, {}), "preset": preset, "seed": 7, "hidden": 123}
             assert config == replace(menas.Config(), **expected)
@@ -124,7 +124,7 @@ MISTAKES = [
 @pytest.mark.parametrize("line, names", MISTAKES, ids=[line for line, _ in MISTAKES])
 def test_a_mistake_is_one_line_that_names_it(line, names, capsys, tmp_path, text):
     arguments = line.replace("TEXT", str(text)).split()
-    where = ["--out", tmp_path / "run"] if arguments and arguments[0] in menas.STUDIES else []
+    where = ["--out", tmp_path / "run"] if arguments and arguments[0] in menas.studies() else []
     preset = [] if "--preset" in arguments or not where else ["--preset", "smoke"]
     said = refused(capsys, *arguments, *preset, *where).replace(str(text), "TEXT")
     for name in names.split("|"):

@@ -1,13 +1,14 @@
 """The studies of the extra gradient, their statistics, and the constructed task. Run: pytest tests/test_studies.py"""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import menas
-from menas import (ARMS, Batch, Search, configure, frozen, load_corpus, main, run_study, study_extra,
-                   study_similarity)
+from menas import Batch, Search, configure, frozen, load_corpus, main, run_study
 from results.report import differences, report, summary, t_test
+from results.studies import STUDIES, arms_of
 
 TINY = dict(hidden=8, nodes=3, epochs=1, shared_steps=4, controller_steps=2, controller_samples=3, derive_samples=3,
             log_every=2, replicas=2, batch=8, settle=1)
@@ -27,10 +28,10 @@ def test_t_test():
 def test_extra_pairs_seeds_and_is_made_again(tmp_path):
     """Arms of a seed share everything but the estimator; the plain one is the very search of that seed."""
     config = configure("extra", "smoke", **TINY, retrain=False, out=str(tmp_path))
-    record = run_study("extra", study_extra, config)
+    record = run_study("extra", STUDIES["extra"], config)
     arms = record["metrics"]["arms"]
-    assert set(arms) == set(ARMS) and all(len(found["expected"]) == 2 for found in arms.values())
-    alone = menas.replace(config, seed=2, replicas=1, out=str(tmp_path / "alone"))
+    assert set(arms) == set(arms_of("extra", config)) and all(len(found["expected"]) == 2 for found in arms.values())
+    alone = replace(config, seed=2, replicas=1, out=str(tmp_path / "alone"))
     run_study("search", menas.study_search, alone)
     perplexities = [row[-1] for row in json.loads((tmp_path / "alone/derived.json").read_text())["cells"]]
     guess = len(load_corpus(config).words)
@@ -45,7 +46,7 @@ def test_extra_pairs_seeds_and_is_made_again(tmp_path):
 def test_similarity_of_the_step_to_come(tmp_path):
     """The next gradient against itself is 1 on the same samples; the plain one has no predicted change."""
     config = configure("similarity", "smoke", **{**TINY, "shared_steps": 12}, out=str(tmp_path))
-    for seed in run_study("similarity", study_similarity, config)["metrics"]["seeds"]:
+    for seed in run_study("similarity", STUDIES["similarity"], config)["metrics"]["seeds"]:
         assert seed["the next one itself"][0] == pytest.approx(1, abs=1e-4)
         assert seed["none, none"][2] == 0 and all(abs(x) <= 1.0001 for values in seed.values() for x in values)
 

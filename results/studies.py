@@ -1,0 +1,326 @@
+"""The studies: what each runs, and what it measures. `python menas.py STUDY` runs one, `--help` tells the settings.
+
+Each is a function (config, run) -> metrics, which become the record that results/report.py makes a table and a figure of.
+Most are arms: whole searches that differ in one thing, a value for each seed, compared with the first arm by paired tests.
+"""
+
+import ctypes
+import math
+import re
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from timeit import timeit
+
+import torch
+import torch.nn.functional as F
+
+from menas import (CELLS, DTYPES, RESPONSE, STATES, TASKS, Batch, Controller, Search, Stream, UserError, Workspace,
+                   decode, depth_of, device_of, draw_masks, encode, evaluate, extra_rewards,
+                   leave_one_out, load_corpus, lstm_weights, mean_gradient, network, path_count,
+                   perplexity, policy_loss, read_json, read_tensors, recurrent_parameters,
+                   reference_losses, retrain, rng, row_name, run_study, score, search_space,
+                   shared_weights, study_search, to_device, uniform_rows, worst_for_failures,
+                   zero_state)
+
+# 1. Arms: searches that differ in one thing
+
+PAIRS = [("none", "none"), ("momentum", "none"), ("recent", "none"),
+         *(("fresh", response) for response in RESPONSE)]  # of lookahead and response
+
+# name -> label: what is measured of a finished search; see outcomes().
+OUTCOMES = {"expected": "F", "best": "the best cell's loss", "scratch": "from scratch", "frozen": "fraction frozen",
+            "distinct": "distinct cells of a sample", "parameters": "recurrent weights", "rate": "log2 of the rate"}
+
+def arms_of(study, config):
+    """{arm: the settings in which it differs} of a study; the others are compared with the first."""
+    gated, n = "highway,glu,gate,sum", config.nodes
+    return {
+        "extra": {**{", ".join(pair): dict(zip(("lookahead", "response"), pair)) for pair in PAIRS},
+                  "none, none, 4x steps": dict(controller_steps=4 * config.controller_steps)},  # a response's cost
+        "spaces": {"ENAS": {}, "tanh only": dict(activations="tanh"), "a chain": dict(connections="chain"),
+                   "a tree": dict(connections="tree"), "one activation a cell": dict(activation_scope="cell"),
+                   f"{n // 2} to {n} nodes": dict(min_nodes=n // 2),
+                   "three widths": dict(widths=",".join(str(config.hidden // x) for x in (4, 2, 1))),
+                   "gated": dict(operations=gated), "gated, memory": dict(operations=gated, memory=True)},
+        "optimizer": {"no choice": {}, "no choice, response": dict(lookahead="none", response="sampled"),
+                      "rates at random": dict(rates="-2,-1,0,1,2", controller="uniform"),
+                      "rates, sampled": dict(rates="-2,-1,0,1,2", lookahead="none", response="sampled"),
+                      "rates, unrolled": dict(rates="-2,-1,0,1,2", lookahead="fresh", response="unrolled")},
+        "anneal": {"best of a sample": {},
+                   "annealed": dict(anneal=max(1, config.epochs // 2), epochs=config.epochs + 1)},
+        "state": {state: dict(state=state) for state in STATES},
+    }[study]
+
+def outcomes(config, folder, guess):
+    """{outcome: its value} of a finished search. A cell that is worse than guessing counts as guessing, log of the
+    vocabulary's size, so one that diverged has a mean. from scratch: the best cell of a chosen study, or a few."""
+    mean_loss = lambda perplexities: sum(math.log(min(p, guess)) for p in perplexities) / len(perplexities)
+    derived = read_json(folder / "derived.json")["cells"]  # best first
+    rows = torch.tensor([row[:-1] for row in derived])
+    cells = [decode(row) for row in rows]
+    mean = lambda values: sum(values) / len(cells)
+    return {"expected": mean_loss([row[-1] for row in derived]), "best": mean_loss([derived[0][-1]]),
+            "frozen": 1 - TASKS[config.task](rows)[0].mean().item(), "distinct": len(set(cells)),
+            "parameters": mean(recurrent_parameters(cell, config.hidden) for cell in cells),
+            "rate": mean(cell.rate for cell in cells)}
+
+def study_arms(study, config, run):
+    """Whole searches that differ in one thing, the arm, --replicas seeds of each: outcomes by arm, a value for each seed.
+
+    F itself, the mean validation loss of the controller's samples once the shared weights have been trained on for the
+    fixed controller (--settle); and, with --retrain, that of a few of them from scratch (of anneal: of the best)."""
+    arms, guess = arms_of(study, config), len(load_corpus(config).words)
+    found = {name: {outcome: [] for outcome in OUTCOMES} for name in arms}
+    for seed, name in ((config.seed + i, name) for i in range(config.replicas) for name in arms):
+        folder = run.folder / f"{name}, {seed}"
+        sub = replace(config, seed=seed, replicas=1, retrain=False, out=str(folder), **arms[name])
+        run_study("search", study_search, sub)
+        measured = outcomes(sub, folder, guess)
+        if config.retrain:
+            derived = read_json(folder / "derived.json")["cells"]
+            some = torch.randperm(len(derived), generator=rng(seed, "scratch"))[:config.retrain_cells].tolist()
+            names = ",".join(row_name(derived[i]) for i in (some if study != "anneal" else [0]))
+            networks = retrain(sub, names, folder / "scratch")["networks"]
+            losses = [math.log(min(network["valid_perplexity"], guess)) for network in networks]
+            measured["scratch"] = sum(losses) / len(losses)
+        for outcome, value in measured.items():
+            found[name][outcome].append(value)
+        run.obey()
+    return {"arms": found}
+
+# 2. The gradient that looks ahead
+
+def policy_gradient(controller, sample, rewards):
+    """The flat leave-one-out estimate of dE[reward]/dtheta, without the entropy's part."""
+    rewards = worst_for_failures(rewards.detach())
+    loss = policy_loss(sample, rewards, leave_one_out(rewards, None, None)[0], 0.0)
+    grads = torch.autograd.grad(-loss, list(controller.parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in grads])
+
+def alternate(config, corpus, run):
+    """A search of one shared and one controller step in turn; it stops before every --log_every-th shared step, which
+    the caller then takes."""
+    game = Search(config, corpus)
+    game.remembers, steps = True, config.epochs * game.shared_steps
+    if steps < config.log_every:
+        raise UserError(f"--log_every {config.log_every} is more than the {steps} steps: nothing would be measured")
+    while game.s["step"] < steps:
+        if game.s["step"] % config.log_every == config.log_every - 1:
+            yield game
+        else:
+            game.shared_step(0.0)
+        if game.s["step"] >= config.warm_epochs * game.shared_steps:
+            game.controller_step(0.0)
+        game.s["step"] += 1
+        run.obey()
+
+def study_similarity(config, run):
+    """Is the gradient that looks ahead closer to the next one? Shared and controller steps alternate one to one.
+
+    At every --log_every-th step t: the cosine between an estimator's gradient at omega_t and the plain one at
+    omega_(t+1), after the real shared step, theta as it was: on the same architectures and validation segment, and on
+    others (where the last row is what the next gradient itself reaches with as many). And of the changes since the
+    plain gradient at t, the predicted and the real one."""
+    corpus = load_corpus(config)
+    saved = run.restore() or {"seeds": []}
+    for seed in range(config.seed + len(saved["seeds"]), config.seed + config.replicas):
+        lines = []
+        for game in alternate(replace(config, seed=seed), corpus, run):
+            weights, gradient = game.s["weights"], lambda *scored: policy_gradient(game.controller, *scored)
+            draw = lambda n, i: game.controller.sample(n, *game.key("similarity", i))
+            samples, rewards = [draw(config.controller_samples, i) for i in range(2)], []
+            for sample in samples:
+                rewards.append(game.rewards_on(game.streams["valid"].next()))
+                rewards[-1](weights, sample.rows)  # whose h the next segment starts from
+            ahead, fold = draw(2 * config.fold, 2).rows.split(config.fold)
+            step, grads = game.foresee(0.0, ahead), {}
+            for pair in PAIRS:
+                both = extra_rewards(*pair, weights, samples[0].rows, fold, rewards[0], step)
+                grads[", ".join(pair)] = gradient(samples[0], sum(both))
+            game.shared_step(0.0)
+            then = [gradient(sample, reward(weights, sample.rows)) for sample, reward in zip(samples, rewards)]
+            grads["the next one itself"], now = then[0], grads["none, none"]
+            pairs = lambda g: ((g, then[0]), (g, then[1]), (g - now, then[0] - now))
+            lines.append([[F.cosine_similarity(*pair, dim=0).item() for pair in pairs(g)] for g in grads.values()])
+        saved["seeds"].append(dict(zip(grads, torch.tensor(lines).nanmean(0).tolist())))
+        run.log(dict(step=seed, seed=seed), len(saved["seeds"]), config.replicas, 0)
+        run.keep(saved)
+    return saved
+
+def study_cost(config, run):
+    """What the extra gradient costs, and how noisy it is, for several folds: --controller_steps draws of each in turn.
+
+    Relative to plain ENAS's: median seconds; variance, a mean that a single exploding draw may rule; and the typical
+    squared deviation, a median."""
+    game = Search(config, load_corpus(config))
+    game.remembers = True
+    for _ in range(game.shared_steps):  # to where the weights are no longer random
+        game.shared_step(0.0)
+        game.s["step"] += 1
+    arms = [(look, respond, fold) for look, respond in PAIRS for fold in (1, 2, 4) if look == "fresh" or fold == 1]
+    seconds, grads = ({arm: [] for arm in arms} for _ in range(2))
+    for arm in arms * config.controller_steps:
+        game.config = replace(config, lookahead=arm[0], response=arm[1], fold=arm[2])
+        game.s["step"] += 1
+        start = time.perf_counter()
+        sample, rewards = game.rewarded(0.0)
+        grads[arm].append(policy_gradient(game.controller, sample, sum(rewards)))
+        seconds[arm].append(time.perf_counter() - start)
+        run.obey()
+    found = {}
+    for arm, g in grads.items():
+        g = torch.stack(g)                                                               # [draws, parameters]
+        found[arm] = dict(seconds=sorted(seconds[arm])[len(g) // 2], variance=g.var(0).sum().item(),
+                          typical=(g - g.median(0)[0]).square().sum(1).median().item())
+    plain = found[arms[0]]
+    return {"ratios": [{"arm": arm, "ms": 1e3 * x["seconds"], **{name: x[name] / plain[name] for name in x}}
+                       for arm, x in found.items()]}
+
+# 3. The hidden state, and a controller that is told what to aim for
+
+def kendall(a, b):
+    """Kendall's tau-a of two samples [n]: the share of pairs in the same order, minus that of pairs in the other."""
+    sign = lambda x: torch.sign(x[:, None] - x[None])
+    return (sign(a) * sign(b)).sum().item() / (len(a) * (len(a) - 1))
+
+def reward_error(config, folder, corpus, segments=60):
+    """{policy: [bias, tau]} of what a controller step sees of architectures, under each policy for the hidden state.
+
+    As in a search, each segment of the validation split is read by other architectures than the one before. bias: the
+    mean loss on segments minus that on the whole split, nats; tau: Kendall's, of the order of 30 architectures on one
+    segment and on the whole split, mean over segments."""
+    weights, decisions, found = read_tensors(folder / "weights.pt"), search_space(config), {}
+    dtype = DTYPES[config.dtype]
+    scored = [row[:-1] for row in read_json(folder / "derived.json")["uniform_cells"][:30]]
+    rows = torch.tensor(scored)
+    whole = evaluate(weights, rows, corpus.valid, config.eval_batch, dtype=dtype)
+    for policy in STATES:
+        stream, carried = Stream(corpus.valid, config.batch, config.bptt), zero_state(weights, config.batch)
+        now, losses = replace(config, state=policy), []
+        for step in range(segments):
+            segment = stream.next()
+            losses.append(score(now, weights, rows, segment, carried)[0])
+            others = uniform_rows(decisions, config.controller_samples, config.seed, "state", step)
+            carried = score(now, weights, others, segment, carried)[1]
+        losses = torch.stack(losses)                                                     # [segments, K]
+        found[policy] = [(losses.mean(0) - whole).mean().item(),
+                         sum(kendall(loss, whole) for loss in losses) / segments]
+    return found
+
+CONTEXTS = (1, 2, 4, 8, 16, 32, 64)  # words
+
+def study_state(config, run):
+    """How should the hidden state be kept between segments whose architectures differ? And how much context is there?
+
+    Searches under each policy; the error of the reward under each; sentence lengths; and the validation perplexity of a
+    trained cell that sees between c and 2 c words before the one it predicts, for c in CONTEXTS."""
+    corpus, metrics = load_corpus(config), study_arms("state", config, run)
+    metrics["reward"] = [reward_error(replace(config, seed=seed), run.folder / f"carry, {seed}", corpus)
+                         for seed in range(config.seed, config.seed + config.replicas)]
+    ends = (corpus.train == corpus.words.index("<eos>")).nonzero().flatten()
+    metrics["sentence_lengths"] = sorted((ends[1:] - ends[:-1]).tolist())[::max(1, len(ends) // 100)]  # percentiles
+    retrain(config, "enas", run.folder / "context")
+    weights, cells = read_tensors(run.folder / "context/weights.pt"), encode([CELLS["enas"]])
+    losses = [evaluate(weights, cells, corpus.valid, len(corpus.valid), warm=words) for words in CONTEXTS]
+    metrics["context"] = {words: perplexity(loss.item()) for words, loss in zip(CONTEXTS, losses)}
+    return metrics
+
+PROPERTIES = {"parameters": lambda cell, hidden: recurrent_parameters(cell, hidden),
+              "paths": lambda cell, hidden: path_count(cell), "depth": lambda cell, hidden: max(depth_of(cell))}
+
+def conditional(config, name, steps):
+    """A controller that is asked for a value of a property: trained on every other target of a grid, tested on those in
+    between. {target: the values of 50 samples}, and those of the uniform policy."""
+    decisions = search_space(config)
+    controller = Controller(decisions, config, asked=True)
+    value = lambda rows: torch.tensor([float(PROPERTIES[name](decode(row), config.hidden)) for row in rows])
+    anywhere = value(uniform_rows(decisions, 500, config.seed, "targets"))
+    mean, spread = anywhere.mean(), anywhere.std()
+    targets = torch.quantile(anywhere, torch.linspace(.02, .98, 9)).round().unique()
+    adam = torch.optim.Adam(controller.parameters(), lr=config.controller_lr)
+    asked = lambda target: ((target - mean) / spread).expand(config.controller_samples)
+    for step in range(steps):
+        target = targets[::2][torch.randint(len(targets[::2]), (), generator=rng(config.seed, "target", step))]
+        sample = controller.sample(config.controller_samples, config.seed, "conditional", step, asked=asked(target))
+        rewards = -(value(sample.rows) - target).abs() / spread
+        adam.zero_grad()
+        policy_loss(sample, rewards, leave_one_out(rewards, None, None)[0], config.entropy).backward()
+        adam.step()
+    with torch.no_grad():
+        test = {target.item(): value(controller.sample(50, config.seed, "test", asked=asked(target).mean().expand(50)).rows)
+                for target in targets[1::2]}
+    return {"targets": {target: values.tolist() for target, values in test.items()}, "uniform": anywhere.tolist()}
+
+def study_conditional(config, run):
+    """Does a controller that is told what to aim for follow? Targets that it was not trained on, --replicas seeds."""
+    found = {name: [] for name in PROPERTIES}
+    for name in found:
+        for seed in range(config.seed, config.seed + config.replicas):
+            found[name].append(conditional(replace(config, seed=seed), name, config.controller_steps))
+            run.say(f"{name}, seed {seed}: done")
+            run.obey()
+    return {"properties": found}
+
+# 4. Speed
+
+# name -> hidden, batch, vocabulary, architectures at once, dtypes timed beside the plain loop in float32. Small ones
+# first: a process that has freed large blocks gets its memory faster, and the plain loop gains most from that.
+BENCHES = {"hidden 32, 32 at once": (32, 16, 200, 32, ("float32",)),
+           "hidden 200": (200, 64, 10000, 1, ("float32", "bfloat16")),
+           "hidden 1000": (1000, 64, 10000, 1, ("float32", "bfloat16"))}
+
+def peak_memory(work):
+    """KiB that a call needs at most beyond what is held before it (Linux: the kernel's high-water mark, reset)."""
+    mark = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    Workspace.free.clear()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = mark()
+    work()
+    return mark() - before
+
+def bench(config, case, repeats=5):
+    """Yields name, seconds per architecture, ratio of the plain loop's to these: all of them in turn, medians."""
+    hidden, batch, words, k, dtypes = BENCHES[case]
+    config, device = replace(config, hidden=hidden, batch=batch, nodes=12), device_of(config)
+    rows, tokens = encode([CELLS["enas"]] * k).to(device), torch.randint(words, (config.bptt, config.batch)).to(device)
+    shared, lstm = (to_device(w, device) for w in (shared_weights(config, words), lstm_weights(config, words, [1])))
+    masks = to_device(draw_masks(replace(config, hidden_dropout=.25), words, config.batch, [1], 0), device)
+    # name -> weights, losses on a Batch; the LSTM has no hidden dropout, so it takes no notice of that mask
+    models = {"plain": (shared, lambda w, batch: reference_losses(w, rows[0], batch)[0][None]),
+              "torch.nn.LSTM": (lstm, lambda w, batch: network(w, rows, batch)[0])}
+    for name in dtypes:
+        models[name] = shared, lambda w, batch, dtype=DTYPES[name]: network(w, rows, batch, dtype)[0]
+
+    @torch.no_grad()
+    def work(name, train):
+        weights, losses = models[name]
+        batch = Batch(tokens, tokens, zero_state(weights, config.batch), masks if train else {})
+        done = mean_gradient(lambda w: losses(w, batch), weights)["bias"] if train else losses(weights, batch)
+        done.sum().item()  # waits for a GPU
+
+    for label, train in (("training step", True), ("scoring", False)):
+        rounds = [[timeit(lambda: work(name, train), number=1) for name in models] for _ in range(repeats + 1)]
+        seconds = dict(zip(models, map(median, zip(*rounds[1:]))))  # the first is a warm-up
+        seconds.update({name: seconds[name] / k for name in dtypes})
+        for name in models:
+            yield dict(name=f"{label}, {name}, {case}", seconds=seconds[name], ratio=seconds["plain"] / seconds[name])
+        if train and device.type == "cpu" and sys.platform == "linux":
+            peak = {name: peak_memory(lambda: work(name, train)) for name in (*dtypes, "plain")}
+            for name in dtypes:
+                ratio = k * peak["plain"] / peak[name]
+                yield dict(name=f"memory of a {label}, {name}, {case}", seconds=0.0, ratio=ratio)
+
+def study_bench(config, run):
+    """Speed: the batched recurrence beside the plain loop (one architecture, float32) and torch.nn.LSTM, in one run."""
+    cases = [case for case, (hidden, *_) in BENCHES.items() if hidden <= config.hidden]  # which bounds the largest
+    return {"ratios": [row for case in cases for row in bench(config, case)]}
+
+# name -> (config, run) -> metrics
+STUDIES = {**{name: partial(study_arms, name) for name in ("extra", "spaces", "optimizer", "anneal")},
+           "state": study_state, "conditional": study_conditional, "similarity": study_similarity, "cost": study_cost,
+           "bench": study_bench}
