@@ -29,7 +29,6 @@ answer theta's move is left out; chapter 6 adds it. Where we differ from the pap
 import argparse
 import copy
 import ctypes
-import difflib
 import fcntl
 import hashlib
 import io
@@ -44,8 +43,10 @@ import sys
 import time
 import urllib.request
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -166,8 +167,8 @@ PRESETS = {"smoke": {
                    output_dropout=.75, clip=.1, weight_decay=1.6e-6, controller_steps=25, baseline_decay=.999),
     "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775, hidden_dropout=.225,
                   output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100),
-    "extra": dict(nodes=8, hidden=200, epochs=20, shared_steps=200, controller_lr=3.5e-3, warm_epochs=2, settle=2,
-                  derive_samples=32, replicas=10),
+    "extra": dict(nodes=8, epochs=20, shared_steps=200, controller_lr=3.5e-3, warm_epochs=2, settle=2, replicas=10,
+                  derive_samples=32),
 }}
 
 class UserError(Exception):
@@ -175,8 +176,7 @@ class UserError(Exception):
 
 def nearest(word, choices):
     """' (did you mean X?)', or '' if nothing is near."""
-    close = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return "".join(f" (did you mean {near}?)" for near in get_close_matches(str(word), choices, n=1, cutoff=0.5))
 
 def choose(kind, name, choices):
     """The name, if it is one of the choices; or a UserError that names the nearest."""
@@ -208,9 +208,17 @@ SPLITS = ("train", "valid", "test")
 # Token ids [tokens] of each split, the vocabulary, and split -> perplexity under the true grammar, empty for real text.
 Corpus = namedtuple("Corpus", "train valid test words floor")
 
+@contextmanager
+def refusing(path, advice=""):
+    """Whatever goes wrong inside becomes a UserError, one line that names the file."""
+    try:
+        yield
+    except Exception as error:  # torch.load, for one, raises many kinds, all of which mean: not this file
+        raise UserError(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0]}{advice}") from None
+
 def write_atomically(path, content):
     """The file appears whole or not at all, also when the process is killed in between."""
-    temporary = path.with_name(f".menas-{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".menas-{path.name}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -242,17 +250,6 @@ def ptb_folder(cache, mirrors=PTB_MIRRORS):
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise UserError(f"{path} is not the standard PTB file (wrong SHA-256); delete it to download it again")
     return folder
-
-def read_words(path):
-    """The words of a text file, an <eos> for each line's end."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    words = [word for line in text.split("\n") if line.strip() for word in line.split() + ["<eos>"]]
-    if len(words) < 3:
-        raise UserError(f"{path} has {len(words)} tokens with its <eos>; a language model needs at least 3")
-    return words
 
 # The toy corpus: nouns and their verbs agree in class, and often in letter, across clauses nested in between: 'n3b that
 # n1a v1a v3b'. A stack machine writes it, so the distribution of the next word given ALL words before is known exactly.
@@ -297,14 +294,20 @@ def toy_corpus(sizes=(60000, 6000, 6000)):
     return texts, floor
 
 def load_corpus(config):
-    """The Corpus that --data names."""
+    """The Corpus that --data names; a text's words stand between spaces, and each line that has any ends in <eos>."""
     if config.data == "toy":
         texts, floor = toy_corpus()
     else:
         folder = ptb_folder(config.cache) if config.data == "ptb" else Path(config.data)
         if not folder.is_dir():
             raise UserError(f"no data folder '{config.data}'{nearest(config.data, ('ptb', 'toy'))}")
-        texts, floor = {split: read_words(folder / f"{split}.txt") for split in SPLITS}, {}
+        texts, floor = {}, {}
+        for split in SPLITS:
+            with refusing(path := folder / f"{split}.txt"):
+                lines = path.read_text(encoding="utf-8").split("\n")
+                texts[split] = [word for line in lines if line.strip() for word in line.split() + ["<eos>"]]
+                if len(texts[split]) < 3:
+                    raise ValueError(f"{len(texts[split])} tokens with <eos>; a language model needs at least 3")
     words = sorted(set(texts["train"]))
     index, ids = {word: i for i, word in enumerate(words)}, {}
     for split, text in texts.items():
@@ -1072,25 +1075,13 @@ def write_json(path, value):
 
 def read_json(path):
     """The JSON object in it, or a UserError that names the file."""
-    try:
+    with refusing(path):
         return {**json.loads(Path(path).read_text())}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
 
 def write_tensors(path, value):
     """torch.save, atomic."""
     torch.save(value, buffer := io.BytesIO())
     write_atomically(path, buffer.getvalue())
-
-def read_tensors(path, device="cpu", holds={}, advice=""):
-    """A dict that write_tensors wrote, with these items in it; or a UserError that names the file, and an advice."""
-    try:
-        value = torch.load(path, map_location=device, weights_only=True)
-        if not holds.items() <= value.items():
-            raise ValueError(f"it does not hold {holds}")
-        return value
-    except Exception as error:  # torch.load raises many kinds, all of which mean: not this file
-        raise UserError(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0][:100]}{advice}") from None
 
 @lru_cache
 def tensorboard(folder):
@@ -1118,20 +1109,14 @@ class Run:
         self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "checkpoint.pt"
         self.good, self.good_bytes = None, 0  # the last good state, and how long metrics.jsonl was then
         self.started = self.saved_at = self.spoke_at = time.time()
-        self.format = {"format": "menas checkpoint 2", "study": study}
+        self.format = f"menas {study} checkpoint 2"
         self.stop = 0  # the signal that asked to
 
     def __enter__(self):
-        try:
+        with refusing(self.folder, "; another run may be at work there: give this one another --out"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system's own, so a killed run frees it
-        except BlockingIOError:
-            raise UserError(f"another run is at work in {self.folder}; give this one another --out") from None
-        except OSError as error:
-            raise UserError(f"cannot make the run's folder {self.folder}: {error.strerror}") from None
-        for stale in self.folder.glob(".menas-*"):  # half-written by a killed process
-            stale.unlink()
         path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
         if not path.exists():
             write_json(path, mine)
@@ -1158,7 +1143,9 @@ class Run:
     def restore(self):
         """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to what it was then."""
         if self.checkpoint.exists():
-            saved = read_tensors(self.checkpoint, device_of(self.config), self.format, "; delete it to start again")
+            with refusing(self.checkpoint, "; delete it to start again"):
+                saved = torch.load(self.checkpoint, map_location=device_of(self.config), weights_only=True)
+                choose("format", saved.get("format"), [self.format])
             self.good, self.good_bytes = saved["state"], saved["metrics_bytes"]
             self.started -= saved["seconds"]
         with open(self.metrics, "ab") as file:
@@ -1174,8 +1161,8 @@ class Run:
     def save(self):
         """Write the good state, if there is one yet."""
         if self.good is not None:
-            write_tensors(self.checkpoint, {**self.format, "state": self.good, "metrics_bytes": self.good_bytes,
-                                            "seconds": time.time() - self.started})
+            saved = dict(format=self.format, state=self.good, metrics_bytes=self.good_bytes)
+            write_tensors(self.checkpoint, {**saved, "seconds": time.time() - self.started})
         self.saved_at = time.time()
 
     def obey(self):
@@ -1608,12 +1595,12 @@ def run_study(study, work, config):
 def load_shared(config, words, cells):
     """The shared weights of a finished search, which must fit this corpus, size and cells."""
     path = Path(config.weights) / "weights.pt"
-    weights = read_tensors(path)
-    table, edges = (weights.get(name, torch.empty(0)) for name in ("embedding", "edges"))
-    if table.shape != (words, config.hidden):  # that of standalone weights has another dimension
-        raise UserError(f"{path} does not hold the shared weights for {words} words and --hidden {config.hidden}")
-    if structure(cells)[1].max() >= len(edges):
-        raise UserError(f"{path} is for smaller cells than those of --cell {config.cell}")
+    with refusing(path):
+        weights = torch.load(path, weights_only=True)
+        if weights["embedding"].shape != (words, config.hidden):  # that of standalone weights has another dimension
+            raise ValueError(f"it does not hold the shared weights for {words} words and --hidden {config.hidden}")
+        if structure(cells)[1].max() >= len(weights["edges"]):
+            raise ValueError(f"it is for smaller cells than those of --cell {config.cell}")
     return weights
 
 def study_train(config, run):
@@ -1881,8 +1868,7 @@ def parse(arguments):
     if unknown:
         near = nearest(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)])
         raise UserError(f"unknown argument '{unknown[0]}'{near}")
-    study = choose("study", given.study, [*STUDIES, "report"])
-    return study, configure(**vars(given))
+    return choose("study", given.study, [*STUDIES, "report"]), configure(**vars(given))
 
 def main(arguments=None):
     """Run a command line; a UserError is one line on stderr and exit code 2."""
