@@ -133,7 +133,7 @@ class Config:
     patience: int = option(5, "epochs without improvement before training stops", ">= 1")
     average: bool = option(False, "evaluate the mean of the weights since validation first stopped improving")
     eval_batch: int = option(64, "parallel streams of an evaluation", ">= 1")
-    # logging
+    # records
     log_every: int = option(20, "steps from one line of metrics to the next; a run resumes at such a line", ">= 1")
     checkpoint_seconds: float = option(30.0, "least time between two checkpoints", ">= 0")
 
@@ -229,8 +229,7 @@ def write_atomically(path, content):
         temporary.unlink(missing_ok=True)
 
 def ptb_folder(cache, mirrors=PTB_MIRRORS):
-    """The folder of the three PTB files. An absent one comes from the first mirror that has the right one; a wrong one
-    is an error, not replaced."""
+    """The folder of the three PTB files; an absent one comes from the first mirror with the right hash."""
     folder = Path(cache).expanduser() / "ptb"
     for split, sha256 in PTB_SHA256.items():
         path, reasons = folder / f"{split}.txt", []
@@ -1266,8 +1265,8 @@ def train_networks(config, run, corpus, weights, cells, seeds):
         "alive": torch.arange(len(seeds), device=device), "seeds": seeds, "cells": cells.to(device), "weights": weights,
         "mean": copy.deepcopy(weights) if config.average else {}, "state": zero_state(weights, config.batch),
         "best": copy.deepcopy(weights), "lr": full(config.lr), "loss": full(0.0), "best_loss": full(math.inf),
-        "failed": full(False), **{name: full(0) for name in ("averaged", "best_epoch", "epochs", "bad")},
-        "step": 0, "steps": 0, "words": 0, "where": stream.where()}
+        "failed": full(False), "since": full(math.inf), **{name: full(0) for name in ("best_epoch", "epochs", "bad")},
+        "step": 0, "steps": 0, "where": stream.where()}
     stream.seek(s["where"])
     while s["seeds"] and stream.epoch < config.epochs:
         # one step of SGD on the next segment
@@ -1283,13 +1282,9 @@ def train_networks(config, run, corpus, weights, cells, seeds):
         s["state"] = torch.where(finite[:, None, None], state, 0.0)
         s["loss"][alive] += losses
         s["step"], s["steps"] = s["step"] + 1, s["steps"] + 1
-        s["words"] += len(alive) * segment.inputs.numel()
-        # mean <- mean + (w - mean) / n; before a network averages, n = 0, its mean is w itself
-        n = s["averaged"][alive]
-        for name, mean in s["mean"].items():
-            share = (1 / n.clamp(min=1)).to(mean.dtype).view(-1, *[1] * (mean.dim() - 1))
-            mean.lerp_(s["weights"][name].detach(), share)
-        s["averaged"][alive] += n > 0
+        n = (s["step"] - s["since"][alive]).clamp(min=1)  # terms of the mean; before a network averages, w alone
+        for name, mean in s["mean"].items():  # mean <- mean + (w - mean) / n
+            mean.lerp_(s["weights"][name].detach(), (1 / n).to(mean.dtype).view(-1, *[1] * (mean.dim() - 1)))
         # a line of metrics, after which the state may be a checkpoint
         if segment.ends or s["steps"] >= config.log_every:
             loss = (s["loss"][alive] / s["steps"]).nanmean().item()  # of the networks that have not failed
@@ -1298,7 +1293,8 @@ def train_networks(config, run, corpus, weights, cells, seeds):
                 scores = validate(config, s, valid, stream.epoch).tolist()
                 line.update(networks=alive.tolist(), valid_perplexity=[perplexity(x) for x in scores])
             s["loss"], s["steps"], s["where"] = torch.zeros_like(s["loss"]), 0, stream.where()
-            run.log(line, stream.epoch + stream.at / stream.length, config.epochs, s["words"])
+            words = s["step"] * config.batch * config.bptt
+            run.log(line, stream.epoch + stream.at / stream.length, config.epochs, words)
             run.keep(s)
         run.obey()
     return s["best"], {name: s[name].tolist() for name in ("best_loss", "best_epoch", "epochs", "failed")}
@@ -1315,7 +1311,7 @@ def validate(config, s, valid, epoch):
     s["best_loss"][won], s["best_epoch"][won], s["bad"][won], s["epochs"][alive] = loss[better], epoch, 0, epoch
     s["bad"][lost] += 1
     s["lr"][lost] /= config.plateau
-    s["averaged"][lost] = s["averaged"][lost].clamp(min=1)
+    s["since"][lost] = s["since"][lost].clamp(max=s["step"])  # the step from which they average
     stay = (s["bad"][alive] < config.patience) & ~s["failed"][alive]
     s["alive"], s["cells"] = alive[stay], s["cells"][stay]
     s["seeds"] = [seed for seed, stays in zip(s["seeds"], stay.tolist()) if stays]
