@@ -1593,7 +1593,7 @@ def load_shared(config, words, cells):
     path = Path(config.weights) / "weights.pt"
     with refusing(path):
         weights = torch.load(path, weights_only=True)
-        if weights["embedding"].shape != (words, config.hidden):  # that of standalone weights has another dimension
+        if weights.get("embedding", torch.empty(0)).shape != (words, config.hidden):  # standalone: one more dimension
             raise ValueError(f"it does not hold the shared weights for {words} words and --hidden {config.hidden}")
         if structure(cells)[1].max() >= len(weights["edges"]):
             raise ValueError(f"it is for smaller cells than those of --cell {config.cell}")
