@@ -28,7 +28,6 @@ answer theta's move is left out; chapter 6 adds it. Where we differ from the pap
 """
 import argparse
 import copy
-import difflib
 import fcntl
 import hashlib
 import io
@@ -43,8 +42,10 @@ import sys
 import time
 import urllib.request
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -121,7 +122,7 @@ class Config:
     settle: int = option(0, "rounds at the end in which only the shared weights learn, to fit the policy", ">= 0")
     entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward", ">= 0")
     anneal: int = option(0, "last rounds of learning, in which this weight goes down to minus --penalty", ">= 0")
-    penalty: float = option(0.1, "so that the policy ends at one architecture; see --anneal", ">= 0")
+    penalty: float = option(1.0, "so that the policy ends at one architecture; see --anneal", ">= 0")
     temperature: float = option(5.0, "divides the controller's logits", "> 0")
     tanh_constant: float = option(2.5, "bounds them: constant * tanh(logits / temperature)", "> 0")
     reward: str = option("perplexity", "perplexity (80 / perplexity) or loss (minus the loss)")
@@ -138,7 +139,7 @@ class Config:
     patience: int = option(5, "epochs without improvement before training stops", ">= 1")
     average: bool = option(False, "evaluate the mean of the weights since validation first stopped improving")
     eval_batch: int = option(64, "parallel streams of an evaluation", ">= 1")
-    # logging
+    # records
     log_every: int = option(20, "steps from one line of metrics to the next; a run resumes at such a line", ">= 1")
     checkpoint_seconds: float = option(30.0, "least time between two checkpoints", ">= 0")
 
@@ -148,6 +149,10 @@ PRESETS = {"smoke": {
                 controller_steps=5, shared_steps=20, derive_samples=10, lr=5.0),
     "extra": dict(epochs=1, shared_steps=5, replicas=2, settle=1, derive_samples=4, retrain=True),
     "similarity": dict(replicas=2),
+    **dict.fromkeys(("spaces", "anneal", "state"), dict(epochs=1, shared_steps=5, replicas=2, derive_samples=4,
+                                                        retrain=True, retrain_epochs=1)),
+    "optimizer": dict(epochs=1, shared_steps=5, replicas=2, derive_samples=4),
+    "conditional": dict(controller_steps=5, replicas=2, min_nodes=2, operations="highway,glu,gate,sum"),
 }, "tiny": {
     "all": dict(data="toy", hidden=32, batch=16, bptt=35, nodes=6, lr=10.0, eval_batch=16, controller_samples=16),
     "search": dict(epochs=8, shared_steps=60, shared_samples=4, controller_steps=20, warm_epochs=2, retrain=True),
@@ -156,6 +161,12 @@ PRESETS = {"smoke": {
                   replicas=10, retrain=True, retrain_epochs=4),
     "similarity": dict(epochs=8, shared_steps=60, warm_epochs=2, log_every=10, replicas=5),
     "cost": dict(shared_steps=200, controller_steps=40),
+    **dict.fromkeys(("spaces", "state"), dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=1,
+                                              derive_samples=24, replicas=5, retrain=True, retrain_epochs=4)),
+    "anneal": dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, replicas=5, retrain=True),
+    "optimizer": dict(epochs=6, shared_steps=60, controller_steps=20, settle=1, derive_samples=24, replicas=5, lr=2.5),
+    "conditional": dict(nodes=12, min_nodes=4, operations="highway,glu,gate,sum", controller_steps=800,
+                        controller_lr=.01, entropy=.01, replicas=5),
 }, "ptb": {
     "all": dict(data="ptb", hidden=200, dtype="bfloat16", weight_decay=1.2e-6),
     "search": dict(epochs=4, batch=20, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine",
@@ -172,8 +183,8 @@ PRESETS = {"smoke": {
                    output_dropout=.75, clip=.1, weight_decay=1.6e-6, controller_steps=25, baseline_decay=.999),
     "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775, hidden_dropout=.225,
                   output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100),
-    "extra": dict(nodes=8, hidden=200, epochs=20, shared_steps=200, controller_lr=3.5e-3, warm_epochs=2, settle=2,
-                  derive_samples=32, replicas=10),
+    "extra": dict(nodes=8, epochs=20, shared_steps=200, controller_lr=3.5e-3, warm_epochs=2, settle=2, replicas=10,
+                  derive_samples=32),
 }}
 
 class UserError(Exception):
@@ -181,8 +192,7 @@ class UserError(Exception):
 
 def nearest(word, choices):
     """' (did you mean X?)', or '' if nothing is near."""
-    close = difflib.get_close_matches(str(word), [str(c) for c in choices], n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
+    return "".join(f" (did you mean {near}?)" for near in get_close_matches(str(word), choices, n=1, cutoff=0.5))
 
 def choose(kind, name, choices):
     """The name, if it is one of the choices; or a UserError that names the nearest."""
@@ -214,9 +224,17 @@ SPLITS = ("train", "valid", "test")
 # Token ids [tokens] of each split, the vocabulary, and split -> perplexity under the true grammar, empty for real text.
 Corpus = namedtuple("Corpus", "train valid test words floor")
 
+@contextmanager
+def refusing(path, advice=""):
+    """Whatever goes wrong inside becomes a UserError, one line that names the file."""
+    try:
+        yield
+    except Exception as error:  # torch.load, for one, raises many kinds, all of which mean: not this file
+        raise UserError(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0]}{advice}") from None
+
 def write_atomically(path, content):
     """The file appears whole or not at all, also when the process is killed in between."""
-    temporary = path.with_name(f".menas-{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".menas-{path.name}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -227,8 +245,7 @@ def write_atomically(path, content):
         temporary.unlink(missing_ok=True)
 
 def ptb_folder(cache, mirrors=PTB_MIRRORS):
-    """The folder of the three PTB files. An absent one comes from the first mirror that has the right one; a wrong one
-    is an error, not replaced."""
+    """The folder of the three PTB files; an absent one comes from the first mirror with the right hash."""
     folder = Path(cache).expanduser() / "ptb"
     for split, sha256 in PTB_SHA256.items():
         path, reasons = folder / f"{split}.txt", []
@@ -248,17 +265,6 @@ def ptb_folder(cache, mirrors=PTB_MIRRORS):
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise UserError(f"{path} is not the standard PTB file (wrong SHA-256); delete it to download it again")
     return folder
-
-def read_words(path):
-    """The words of a text file, an <eos> for each line's end."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    words = [word for line in text.split("\n") if line.strip() for word in line.split() + ["<eos>"]]
-    if len(words) < 3:
-        raise UserError(f"{path} has {len(words)} tokens with its <eos>; a language model needs at least 3")
-    return words
 
 # The toy corpus: nouns and their verbs agree in class, and often in letter, across clauses nested in between: 'n3b that
 # n1a v1a v3b'. A stack machine writes it, so the distribution of the next word given ALL words before is known exactly.
@@ -303,14 +309,20 @@ def toy_corpus(sizes=(60000, 6000, 6000)):
     return texts, floor
 
 def load_corpus(config):
-    """The Corpus that --data names."""
+    """The Corpus that --data names; a text's words stand between spaces, and each line that has any ends in <eos>."""
     if config.data == "toy":
         texts, floor = toy_corpus()
     else:
         folder = ptb_folder(config.cache) if config.data == "ptb" else Path(config.data)
         if not folder.is_dir():
             raise UserError(f"no data folder '{config.data}'{nearest(config.data, ('ptb', 'toy'))}")
-        texts, floor = {split: read_words(folder / f"{split}.txt") for split in SPLITS}, {}
+        texts, floor = {}, {}
+        for split in SPLITS:
+            with refusing(path := folder / f"{split}.txt"):
+                lines = path.read_text(encoding="utf-8").split("\n")
+                texts[split] = [word for line in lines if line.strip() for word in line.split() + ["<eos>"]]
+                if len(texts[split]) < 3:
+                    raise ValueError(f"{len(texts[split])} tokens with <eos>; a language model needs at least 3")
     words = sorted(set(texts["train"]))
     index, ids = {word: i for i, word in enumerate(words)}, {}
     for split, text in texts.items():
@@ -1365,25 +1377,13 @@ def write_json(path, value):
 
 def read_json(path):
     """The JSON object in it, or a UserError that names the file."""
-    try:
+    with refusing(path):
         return {**json.loads(Path(path).read_text())}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
 
 def write_tensors(path, value):
     """torch.save, atomic."""
     torch.save(value, buffer := io.BytesIO())
     write_atomically(path, buffer.getvalue())
-
-def read_tensors(path, device="cpu", holds={}, advice=""):
-    """A dict that write_tensors wrote, with these items in it; or a UserError that names the file, and an advice."""
-    try:
-        value = torch.load(path, map_location=device, weights_only=True)
-        if not holds.items() <= value.items():
-            raise ValueError(f"it does not hold {holds}")
-        return value
-    except Exception as error:  # torch.load raises many kinds, all of which mean: not this file
-        raise UserError(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0][:100]}{advice}") from None
 
 @lru_cache
 def tensorboard(folder):
@@ -1411,20 +1411,14 @@ class Run:
         self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "checkpoint.pt"
         self.good, self.good_bytes = None, 0  # the last good state, and how long metrics.jsonl was then
         self.started = self.saved_at = self.spoke_at = time.time()
-        self.format = {"format": "menas checkpoint 2", "study": study}
+        self.format = f"menas {study} checkpoint 2"
         self.stop = 0  # the signal that asked to
 
     def __enter__(self):
-        try:
+        with refusing(self.folder, "; another run may be at work there: give this one another --out"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system's own, so a killed run frees it
-        except BlockingIOError:
-            raise UserError(f"another run is at work in {self.folder}; give this one another --out") from None
-        except OSError as error:
-            raise UserError(f"cannot make the run's folder {self.folder}: {error.strerror}") from None
-        for stale in self.folder.glob(".menas-*"):  # half-written by a killed process
-            stale.unlink()
         path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
         if not path.exists():
             write_json(path, mine)
@@ -1451,7 +1445,9 @@ class Run:
     def restore(self):
         """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to what it was then."""
         if self.checkpoint.exists():
-            saved = read_tensors(self.checkpoint, device_of(self.config), self.format, "; delete it to start again")
+            with refusing(self.checkpoint, "; delete it to start again"):
+                saved = torch.load(self.checkpoint, map_location=device_of(self.config), weights_only=True)
+                choose("format", saved.get("format"), [self.format])
             self.good, self.good_bytes = saved["state"], saved["metrics_bytes"]
             self.started -= saved["seconds"]
         with open(self.metrics, "ab") as file:
@@ -1467,8 +1463,8 @@ class Run:
     def save(self):
         """Write the good state, if there is one yet."""
         if self.good is not None:
-            write_tensors(self.checkpoint, {**self.format, "state": self.good, "metrics_bytes": self.good_bytes,
-                                            "seconds": time.time() - self.started})
+            saved = dict(format=self.format, state=self.good, metrics_bytes=self.good_bytes)
+            write_tensors(self.checkpoint, {**saved, "seconds": time.time() - self.started})
         self.saved_at = time.time()
 
     def obey(self):
@@ -1571,9 +1567,9 @@ def train_networks(config, run, corpus, weights, cells, seeds):
     s = run.restore() or {  # of the networks still in the batch, then of all K, then of the run
         "alive": torch.arange(len(seeds), device=device), "seeds": seeds, "cells": cells.to(device), "weights": weights,
         "mean": copy.deepcopy(weights) if config.average else {}, "state": zero_state(weights, config.batch),
-        "best": copy.deepcopy(weights), "lr": config.lr * rates_of(cells.to(device)), "loss": full(0.0), "best_loss": full(math.inf),
-        "failed": full(False), **{name: full(0) for name in ("averaged", "best_epoch", "epochs", "bad")},
-        "step": 0, "steps": 0, "words": 0, "where": stream.where()}
+        "best": copy.deepcopy(weights), "lr": config.lr * rates_of(cells.to(device)), "loss": full(0.0),
+        "failed": full(False), "since": full(math.inf), **{name: full(0) for name in ("best_epoch", "epochs", "bad")},
+        "best_loss": full(math.inf), "step": 0, "steps": 0, "where": stream.where()}
     stream.seek(s["where"])
     while s["seeds"] and stream.epoch < config.epochs:
         # one step of SGD on the next segment
@@ -1589,13 +1585,9 @@ def train_networks(config, run, corpus, weights, cells, seeds):
         s["state"] = torch.where(finite[:, None, None], state, 0.0)
         s["loss"][alive] += losses
         s["step"], s["steps"] = s["step"] + 1, s["steps"] + 1
-        s["words"] += len(alive) * segment.inputs.numel()
-        # mean <- mean + (w - mean) / n; before a network averages, n = 0, its mean is w itself
-        n = s["averaged"][alive]
-        for name, mean in s["mean"].items():
-            share = (1 / n.clamp(min=1)).to(mean.dtype).view(-1, *[1] * (mean.dim() - 1))
-            mean.lerp_(s["weights"][name].detach(), share)
-        s["averaged"][alive] += n > 0
+        n = (s["step"] - s["since"][alive]).clamp(min=1)  # terms of the mean; before a network averages, w alone
+        for name, mean in s["mean"].items():  # mean <- mean + (w - mean) / n
+            mean.lerp_(s["weights"][name].detach(), (1 / n).to(mean.dtype).view(-1, *[1] * (mean.dim() - 1)))
         # a line of metrics, after which the state may be a checkpoint
         if segment.ends or s["steps"] >= config.log_every:
             loss = (s["loss"][alive] / s["steps"]).nanmean().item()  # of the networks that have not failed
@@ -1604,7 +1596,8 @@ def train_networks(config, run, corpus, weights, cells, seeds):
                 scores = validate(config, s, valid, stream.epoch).tolist()
                 line.update(networks=alive.tolist(), valid_perplexity=[perplexity(x) for x in scores])
             s["loss"], s["steps"], s["where"] = torch.zeros_like(s["loss"]), 0, stream.where()
-            run.log(line, stream.epoch + stream.at / stream.length, config.epochs, s["words"])
+            words = s["step"] * config.batch * config.bptt
+            run.log(line, stream.epoch + stream.at / stream.length, config.epochs, words)
             run.keep(s)
         run.obey()
     return s["best"], {name: s[name].tolist() for name in ("best_loss", "best_epoch", "epochs", "failed")}
@@ -1621,7 +1614,7 @@ def validate(config, s, valid, epoch):
     s["best_loss"][won], s["best_epoch"][won], s["bad"][won], s["epochs"][alive] = loss[better], epoch, 0, epoch
     s["bad"][lost] += 1
     s["lr"][lost] /= config.plateau
-    s["averaged"][lost] = s["averaged"][lost].clamp(min=1)
+    s["since"][lost] = s["since"][lost].clamp(max=s["step"])  # the step from which they average
     stay = (s["bad"][alive] < config.patience) & ~s["failed"][alive]
     s["alive"], s["cells"] = alive[stay], s["cells"][stay]
     s["seeds"] = [seed for seed, stays in zip(s["seeds"], stay.tolist()) if stays]
@@ -1927,12 +1920,12 @@ def run_study(study, work, config):
 def load_shared(config, words, cells):
     """The shared weights of a finished search, which must fit this corpus, size and cells."""
     path = Path(config.weights) / "weights.pt"
-    weights = read_tensors(path)
-    table, edges = (weights.get(name, torch.empty(0)) for name in ("embedding", "edges"))
-    if table.shape != (words, config.hidden):  # that of standalone weights has another dimension
-        raise UserError(f"{path} does not hold the shared weights for {words} words and --hidden {config.hidden}")
-    if structure(cells)[1].max() >= len(edges):
-        raise UserError(f"{path} is for smaller cells than those of --cell {config.cell}")
+    with refusing(path):
+        weights = torch.load(path, weights_only=True)
+        if weights.get("embedding", torch.empty(0)).shape != (words, config.hidden):  # standalone: one more dimension
+            raise ValueError(f"it does not hold the shared weights for {words} words and --hidden {config.hidden}")
+        if structure(cells)[1].max() >= len(weights["edges"]):
+            raise ValueError(f"it is for smaller cells than those of --cell {config.cell}")
     return weights
 
 def study_train(config, run):
@@ -2029,8 +2022,7 @@ def parse(arguments):
     if unknown:
         near = nearest(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)])
         raise UserError(f"unknown argument '{unknown[0]}'{near}")
-    study = choose("study", given.study, [*studies(), "report"])
-    return study, configure(**vars(given))
+    return choose("study", given.study, [*studies(), "report"]), configure(**vars(given))
 
 def main(arguments=None):
     """Run a command line; a UserError is one line on stderr and exit code 2."""

@@ -22,7 +22,7 @@ PUBLISHED = {"enas": "- / 56.3 (first: 55.8)", "darts_v1": "60.2 / 57.6", "darts
 def table(headers, rows):
     """A Markdown table whose columns are also aligned as plain text; floats to two decimals."""
     show = lambda x: f"{x:.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
-    text = [list(map(show, row)) for row in rows]
+    headers, text = list(map(str, headers)), [list(map(show, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *text)]
     lines = [headers, ["-" * width for width in widths], *text]
     return "\n".join("| " + " | ".join(x.ljust(width) for x, width in zip(line, widths)) + " |" for line in lines)
@@ -65,8 +65,8 @@ def student_t(df):
 def t_test(values, tests=1):
     """Of a sample [n]: mean, half of its 95 % interval, p of the mean being 0, Bonferroni-corrected for so many tests,
     and the smallest true mean that this corrected test finds in about 80 of 100 cases."""
-    if len(values) < 2:
-        return values[0], math.nan, math.nan, math.nan
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return values[0] if len(values) == 1 else math.nan, math.nan, math.nan, math.nan
     values = torch.tensor(values, dtype=torch.float64)
     mean, error, (t, p) = values.mean().item(), values.std().item() / math.sqrt(len(values)), student_t(len(values) - 1)
     quantile = lambda q: t[torch.searchsorted(p, q)].item()
@@ -74,23 +74,69 @@ def t_test(values, tests=1):
     least = (quantile(1 - .025 / tests) + quantile(.8)) * error
     return mean, quantile(.975) * error, min(1.0, tests * 2 * (1 - p[at].item())), least
 
-def differences(record, outcome):
-    """{arm: its difference to plain ENAS, a value for each seed} of a record of extra; {} if it was not measured."""
-    arms = record["metrics"]["arms"]
-    base = arms["none, none"][outcome]
-    measured = len(base) > 1 and (outcome != "frozen" or record["config"]["task"] != "none")
-    return {arm: [x - y for x, y in zip(found[outcome], base)] for arm, found in arms.items()} if measured else {}
+LOSSES = ("expected", "best", "scratch")  # of the OUTCOMES, in nats per token
+# study of arms -> the outcomes that it is about
+ABOUT = {"extra": ("expected", "scratch", "frozen"), "spaces": ("expected", "best", "scratch", "parameters"),
+         "optimizer": ("expected", "rate"), "anneal": ("best", "scratch", "distinct"), "state": ("expected", "scratch")}
 
-def table_extra(records):
-    """Means over the seeds, and paired differences to plain ENAS: of losses, less is better."""
+def differences(record, outcome):
+    """{arm: its difference to the first arm, a value for each seed} of a record; {} if the outcome was not measured."""
+    arms = record["metrics"]["arms"]
+    base = next(iter(arms.values())).get(outcome, [])
+    if len(base) < 2 or outcome == "frozen" and record["config"]["task"] == "none":
+        return {}
+    return {arm: [x - y for x, y in zip(found[outcome], base)] for arm, found in arms.items()}
+
+def table_arms(records):
+    """Means over the seeds, and paired differences to the first arm: of losses, less is better."""
     rows = []
-    for record, outcome in ((r, o) for r in records for o in OUTCOMES):
+    for record, outcome in ((r, o) for r in records for o in ABOUT[r["study"]]):
         found = differences(record, outcome)
         for i, arm in enumerate(found):
             values, (mean, half, p, least) = record["metrics"]["arms"][arm][outcome], t_test(found[arm], len(found) - 1)
             shown = (f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}") if i else ("", "", "")
             rows.append((OUTCOMES[outcome], arm, f"{sum(values) / len(values):.3f}", *shown, len(values)))
-    return table(("outcome", "lookahead, response", "mean", "difference", "p, corrected", "detectable", "seeds"), rows)
+    arms = "lookahead, response" if records[0]["study"] == "extra" else "arm"
+    return table(("outcome", arms, "mean", "difference", "p, corrected", "detectable", "seeds"), rows)
+
+def reward_errors(record):
+    """{measure: {policy: a value for each seed}} of the reward under each policy for the hidden state."""
+    seeds = record["metrics"]["reward"]
+    return {title: {policy: [seed[policy][i] for seed in seeds] for policy in seeds[0]}
+            for i, title in enumerate(("bias, nats", "Kendall's tau"))}
+
+def table_state(records):
+    """The reward's error, the searches, the context that is used, and the sentences' lengths."""
+    record, mean = records[0], lambda values: "{:.3f} +- {:.3f}".format(*t_test(values)[:2])
+    errors, context = reward_errors(record), record["metrics"]["context"]
+    lengths = record["metrics"]["sentence_lengths"]
+    at = lambda q: lengths[round(q * (len(lengths) - 1))]
+    return "\n\n".join((
+        table(("state", *errors, "tau minus carry's"),
+              [(name, *(mean(found[name]) for found in errors.values()),
+                mean([x - y for x, y in zip(errors["Kendall's tau"][name], errors["Kendall's tau"]["carry"])])
+                if name != "carry" else "") for name in errors["bias, nats"]]),
+        table_arms([record]),
+        table(("words seen before", *context), [("validation perplexity", *context.values())]),
+        table(("quantile of the sentence lengths", *(f"{q:.0%}" for q in (.05, .25, .5, .75, .95, 1))),
+              [("words with <eos>", *map(at, (.05, .25, .5, .75, .95, 1)))])))
+
+def followed(found):
+    """Of one seed's test targets: correlation of the samples with what was asked for, their mean absolute error and
+    the uniform policy's on the same targets, both in the uniform policy's standard deviations."""
+    uniform, pairs = torch.tensor(found["uniform"]), [(float(t), x) for t, v in found["targets"].items() for x in v]
+    asked, got = torch.tensor(pairs).t()
+    blind = sum((uniform - float(t)).abs().mean() for t in found["targets"]) / len(found["targets"])
+    return [torch.corrcoef(torch.stack((asked, got)))[0, 1].item(), ((asked - got).abs().mean() / uniform.std()).item(),
+            (blind / uniform.std()).item()]
+
+def table_conditional(records):
+    """How well samples follow targets that the controller was not trained on; means over seeds, 95 % intervals."""
+    rows = []
+    for name, seeds in records[0]["metrics"]["properties"].items():
+        measures = zip(*map(followed, seeds))
+        rows.append((name, *("{:.2f} +- {:.2f}".format(*t_test(list(values))[:2]) for values in measures), len(seeds)))
+    return table(("asked for", "correlation", "error, sd", "error of the uniform policy, sd", "seeds"), rows)
 
 def cosines(record):
     """{cosine: {estimator: its mean over the search, a value for each seed}}."""
@@ -115,8 +161,8 @@ def table_cost(records):
                    x["typical"])
                   for r in records for x in r["metrics"]["ratios"]])
 
-TABLES = {"train": table_train, "search": table_search, "bench": table_bench, "extra": table_extra,
-          "similarity": table_similarity, "cost": table_cost}
+TABLES = {"train": table_train, "search": table_search, "bench": table_bench, **dict.fromkeys(ABOUT, table_arms),
+          "state": table_state, "conditional": table_conditional, "similarity": table_similarity, "cost": table_cost}
 
 def summary(record):
     """What a finished study prints."""
@@ -156,6 +202,21 @@ def draw_intervals(path, panels):
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
+def draw_conditional(path, record):
+    """Samples against what was asked for, a panel for each property: means and standard deviations, all seeds."""
+    properties = record["metrics"]["properties"]
+    figure = Figure(figsize=(4 * len(properties), 3.6), layout="constrained")
+    for axes, (name, seeds) in zip(figure.subplots(1, len(properties), squeeze=False)[0], properties.items()):
+        for i, found in enumerate(seeds):
+            for target, values in found["targets"].items():
+                values = torch.tensor(values)
+                axes.errorbar(float(target), values.mean(), values.std(), fmt="o", color=f"C{i}", capsize=3)
+        ends = axes.get_xlim()
+        axes.plot(ends, ends, color="black", linewidth=1, label="what was asked for")
+        axes.set(title=name, xlabel="asked for (not trained on)", ylabel="sampled: mean, sd")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
 def label(record):
     """The corpus, or the constructed task, of a record."""
     task = record["config"].get("task", "none")
@@ -184,12 +245,18 @@ def report(folder="results", readme="README.md"):
     draw_curves(group("search", "ptb"), entropy, "entropy")
     entropy.set(xlabel="step of the search", title="the policy's entropy, nats")
     figure.savefig(Path(folder) / "curves.png", dpi=110)
-    panels = {"extra": [(f"{label(r)}: {OUTCOMES[outcome]}", "loss minus plain ENAS's, nats", differences(r, outcome))
-                        for r in group("extra") for outcome in ("expected", "scratch") if differences(r, outcome)],
-              "similarity": [(title, "cosine with the gradient at t + 1", values) for r in group("similarity")
-                             for title, values in cosines(r).items()]}
-    for name in filter(panels.get, panels):
-        draw_intervals(Path(folder) / f"{name}.png", panels[name])
+    for study in sorted({r["study"] for r in records} & {*ABOUT, "similarity"}):
+        if study == "similarity":
+            panels = [(title, "cosine with the gradient at t + 1", x) for r in group(study) for title, x in cosines(r).items()]
+        else:
+            panels = [(f"{label(r)}: {OUTCOMES[outcome]}", "minus the first arm's, nats", differences(r, outcome))
+                      for r in group(study) for outcome in ABOUT[study][:3] if outcome in LOSSES and differences(r, outcome)]
+        if study == "state":
+            panels += [(f"{label(r)}: {title}", title, x) for r in group(study) for title, x in reward_errors(r).items()]
+        if panels:
+            draw_intervals(Path(folder) / f"{study}.png", panels)
+    for record in group("conditional")[:1]:
+        draw_conditional(Path(folder) / "conditional.png", record)
     for record in group("search"):
         cell = cell_from_json(record["metrics"]["best_cell"])
         draw_cell(cell, "the cell found").figure.savefig(record["folder"] / "cell.png", dpi=110)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from menas import (CELLS, DTYPES, RESPONSE, STATES, TASKS, Batch, Controller, Search, Stream, UserError, Workspace,
                    decode, depth_of, device_of, draw_masks, encode, evaluate, extra_rewards,
                    leave_one_out, load_corpus, lstm_weights, mean_gradient, network, path_count,
-                   perplexity, policy_loss, read_json, read_tensors, recurrent_parameters,
+                   perplexity, policy_loss, read_json, recurrent_parameters,
                    reference_losses, retrain, rng, row_name, run_study, score, search_space,
                    shared_weights, study_search, to_device, uniform_rows, worst_for_failures,
                    zero_state)
@@ -55,15 +55,20 @@ def arms_of(study, config):
         "state": {state: dict(state=state) for state in STATES},
     }[study]
 
+def chosen(config, derived):
+    """The entry of derived.json that a search ends with: the best one, or after --anneal the most frequent."""
+    return max(derived, key=derived.count) if config.anneal else derived[0]
+
 def outcomes(config, folder, guess):
     """{outcome: its value} of a finished search. A cell that is worse than guessing counts as guessing, log of the
-    vocabulary's size, so one that diverged has a mean. from scratch: the best cell of a chosen study, or a few."""
+    vocabulary's size, so one that diverged has a mean."""
     mean_loss = lambda perplexities: sum(math.log(min(p, guess)) for p in perplexities) / len(perplexities)
     derived = read_json(folder / "derived.json")["cells"]  # best first
+    named = chosen(config, derived)
     rows = torch.tensor([row[:-1] for row in derived])
     cells = [decode(row) for row in rows]
     mean = lambda values: sum(values) / len(cells)
-    return {"expected": mean_loss([row[-1] for row in derived]), "best": mean_loss([derived[0][-1]]),
+    return {"expected": mean_loss([row[-1] for row in derived]), "best": mean_loss([named[-1]]),
             "frozen": 1 - TASKS[config.task](rows)[0].mean().item(), "distinct": len(set(cells)),
             "parameters": mean(recurrent_parameters(cell, config.hidden) for cell in cells),
             "rate": mean(cell.rate for cell in cells)}
@@ -72,7 +77,7 @@ def study_arms(study, config, run):
     """Whole searches that differ in one thing, the arm, --replicas seeds of each: outcomes by arm, a value for each seed.
 
     F itself, the mean validation loss of the controller's samples once the shared weights have been trained on for the
-    fixed controller (--settle); and, with --retrain, that of a few of them from scratch (of anneal: of the best)."""
+    fixed controller (--settle); and, with --retrain, that of a few of them from scratch (of anneal: of the one chosen)."""
     arms, guess = arms_of(study, config), len(load_corpus(config).words)
     found = {name: {outcome: [] for outcome in OUTCOMES} for name in arms}
     for seed, name in ((config.seed + i, name) for i in range(config.replicas) for name in arms):
@@ -83,7 +88,8 @@ def study_arms(study, config, run):
         if config.retrain:
             derived = read_json(folder / "derived.json")["cells"]
             some = torch.randperm(len(derived), generator=rng(seed, "scratch"))[:config.retrain_cells].tolist()
-            names = ",".join(row_name(derived[i]) for i in (some if study != "anneal" else [0]))
+            entries = [chosen(sub, derived)] if study == "anneal" else [derived[i] for i in some]
+            names = ",".join(map(row_name, entries))
             networks = retrain(sub, names, folder / "scratch")["networks"]
             losses = [math.log(min(network["valid_perplexity"], guess)) for network in networks]
             measured["scratch"] = sum(losses) / len(losses)
@@ -193,7 +199,7 @@ def reward_error(config, folder, corpus, segments=60):
     As in a search, each segment of the validation split is read by other architectures than the one before. bias: the
     mean loss on segments minus that on the whole split, nats; tau: Kendall's, of the order of 30 architectures on one
     segment and on the whole split, mean over segments."""
-    weights, decisions, found = read_tensors(folder / "weights.pt"), search_space(config), {}
+    weights, decisions, found = torch.load(folder / "weights.pt", weights_only=True), search_space(config), {}
     dtype = DTYPES[config.dtype]
     scored = [row[:-1] for row in read_json(folder / "derived.json")["uniform_cells"][:30]]
     rows = torch.tensor(scored)
@@ -224,9 +230,9 @@ def study_state(config, run):
     ends = (corpus.train == corpus.words.index("<eos>")).nonzero().flatten()
     metrics["sentence_lengths"] = sorted((ends[1:] - ends[:-1]).tolist())[::max(1, len(ends) // 100)]  # percentiles
     retrain(config, "enas", run.folder / "context")
-    weights, cells = read_tensors(run.folder / "context/weights.pt"), encode([CELLS["enas"]])
+    weights, cells = torch.load(run.folder / "context/weights.pt", weights_only=True), encode([CELLS["enas"]])
     losses = [evaluate(weights, cells, corpus.valid, len(corpus.valid), warm=words) for words in CONTEXTS]
-    metrics["context"] = {words: perplexity(loss.item()) for words, loss in zip(CONTEXTS, losses)}
+    metrics["context"] = {str(words): perplexity(loss.item()) for words, loss in zip(CONTEXTS, losses)}
     return metrics
 
 PROPERTIES = {"parameters": lambda cell, hidden: recurrent_parameters(cell, hidden),
@@ -241,6 +247,8 @@ def conditional(config, name, steps):
     anywhere = value(uniform_rows(decisions, 500, config.seed, "targets"))
     mean, spread = anywhere.mean(), anywhere.std()
     targets = torch.quantile(anywhere, torch.linspace(.02, .98, 9)).round().unique()
+    if len(targets) < 3:
+        raise UserError(f"the space has too few values of {name} to ask for: --min_nodes and --operations widen it")
     adam = torch.optim.Adam(controller.parameters(), lr=config.controller_lr)
     asked = lambda target: ((target - mean) / spread).expand(config.controller_samples)
     for step in range(steps):
@@ -253,7 +261,7 @@ def conditional(config, name, steps):
     with torch.no_grad():
         test = {target.item(): value(controller.sample(50, config.seed, "test", asked=asked(target).mean().expand(50)).rows)
                 for target in targets[1::2]}
-    return {"targets": {target: values.tolist() for target, values in test.items()}, "uniform": anywhere.tolist()}
+    return {"targets": {str(target): values.tolist() for target, values in test.items()}, "uniform": anywhere.tolist()}
 
 def study_conditional(config, run):
     """Does a controller that is told what to aim for follow? Targets that it was not trained on, --replicas seeds."""

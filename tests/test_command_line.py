@@ -220,7 +220,7 @@ def test_the_metrics_of_a_search_are_those_of_its_cell_and_weights(searched):
 
 
 def test_a_finished_run_is_not_done_again(searched, capsys, monkeypatch):
-    monkeypatch.setitem(menas.STUDIES, "search", None)
+    monkeypatch.setattr(menas, "study_search", None)
     contents = lambda: {path.name: path.read_bytes() for path in searched.iterdir()}
     before = contents()
     code, out, err = call(capsys, "search", *SMOKE, "--out", searched)

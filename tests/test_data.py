@@ -137,9 +137,10 @@ def test_an_unknown_word_without_unk_is_named(tmp_path):
     assert "'novel'" in line and "test.txt" in line
 
 
-@pytest.mark.parametrize("train, says", [("", "train.txt has 0 tokens"), ("\n \n", "train.txt has 0 tokens"),
-                                         ("word\n", "train.txt has 2 tokens"),
-                                         (b"ab\xff\n", "train.txt: 'utf-8' codec can't decode")])
+@pytest.mark.parametrize("train, says", [("", "train.txt is refused: 0 tokens"),
+                                         ("\n \n", "train.txt is refused: 0 tokens"),
+                                         ("word\n", "train.txt is refused: 2 tokens"),
+                                         (b"ab\xff\n", "train.txt is refused: 'utf-8' codec can't")])
 def test_bad_files_are_named(tmp_path, train, says):
     assert says in complaint(corpus_of, tmp_path, train)
 

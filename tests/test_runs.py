@@ -162,11 +162,13 @@ def foreign(path):
 
 
 def of_another_study(path):
-    torch.save({**torch.load(path, weights_only=True), "study": "train"}, path)
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "format": saved["format"].replace("search", "train")}, path)
 
 
 def of_another_format(path):
-    torch.save({**torch.load(path, weights_only=True), "format": "menas checkpoint 0"}, path)
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "format": saved["format"].replace("2", "1")}, path)
 
 
 DAMAGE = [truncated, empty, text_file, foreign, of_another_study, of_another_format]

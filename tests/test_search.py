@@ -1,4 +1,5 @@
 """The search does what its settings say, and survives a loss that is not finite. Run: pytest tests/test_search.py"""
+from dataclasses import replace
 import json
 import math
 
@@ -98,7 +99,7 @@ def test_the_states_at_a_segments_start():
     carried = torch.randn(1, config.batch, config.hidden)
     state = {}
     for name in STATES:
-        policy = menas.replace(config, state=name)
+        policy = replace(config, state=name)
         assert not start_batch(policy, weights, cells, first, carried, {}).state.any()  # nothing comes before the text
         state[name] = start_batch(policy, weights, cells, second, carried, {}).state
     assert torch.equal(state["carry"], carried) and not state["zero"].any()
