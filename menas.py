@@ -41,12 +41,14 @@ import subprocess
 import sys
 import time
 import urllib.request
+from bisect import bisect
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,37 +145,18 @@ class Config:
     log_every: int = option(20, "steps from one line of metrics to the next; a run resumes at such a line", ">= 1")
     checkpoint_seconds: float = option(30.0, "least time between two checkpoints", ">= 0")
 
-# preset -> study -> settings; "all" holds for every study and comes first.
+# preset -> study -> settings; "all" holds for every study and comes first. results/studies.py adds those of its own.
 PRESETS = {"smoke": {
     "all": dict(data="toy", hidden=16, batch=64, bptt=20, nodes=4, epochs=2, controller_samples=8, log_every=10,
                 controller_steps=5, shared_steps=20, derive_samples=10, lr=5.0),
-    "extra": dict(epochs=1, shared_steps=5, replicas=2, settle=1, derive_samples=4, retrain=True),
-    "similarity": dict(replicas=2),
-    **dict.fromkeys(("spaces", "anneal", "state"), dict(epochs=1, shared_steps=5, replicas=2, derive_samples=4,
-                                                        retrain=True, retrain_epochs=1)),
-    "optimizer": dict(epochs=1, shared_steps=5, replicas=2, derive_samples=4),
-    "conditional": dict(controller_steps=5, replicas=2, min_nodes=2, operations="highway,glu,gate,sum"),
 }, "tiny": {
     "all": dict(data="toy", hidden=32, batch=16, bptt=35, nodes=6, lr=10.0, eval_batch=16, controller_samples=16),
     "search": dict(epochs=8, shared_steps=60, shared_samples=4, controller_steps=20, warm_epochs=2, retrain=True),
     "train": dict(epochs=8, schedule="cosine"),
-    "extra": dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=2, derive_samples=24,
-                  replicas=10, retrain=True, retrain_epochs=4),
-    "similarity": dict(epochs=8, shared_steps=60, warm_epochs=2, log_every=10, replicas=5),
-    "cost": dict(shared_steps=200, controller_steps=40),
-    **dict.fromkeys(("spaces", "state"), dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=1,
-                                              derive_samples=24, replicas=5, retrain=True, retrain_epochs=4)),
-    "anneal": dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, replicas=5, retrain=True),
-    "optimizer": dict(epochs=6, shared_steps=60, controller_steps=20, settle=1, derive_samples=24, replicas=5, lr=2.5),
-    "conditional": dict(nodes=12, min_nodes=4, operations="highway,glu,gate,sum", controller_steps=800,
-                        controller_lr=.01, entropy=.01, replicas=5),
 }, "ptb": {
     "all": dict(data="ptb", hidden=200, dtype="bfloat16", weight_decay=1.2e-6),
     "search": dict(epochs=4, batch=20, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine",
                    controller_steps=80, fold=1),
-    "extra": dict(hidden=64, nodes=8, epochs=5, batch=20, shared_steps=120, controller_steps=12, replicas=3,
-                  controller_samples=8, controller_lr=.02, warm_epochs=1, settle=1, derive_samples=8, retrain=True,
-                  retrain_epochs=1, retrain_cells=2),
     "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35, schedule="cosine"),
 }, "paper": {  # the corrected code of ENAS's authors, search and final training. Its two masks on the input are one
     # here, of rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the gradient is twice the weight.
@@ -183,8 +166,6 @@ PRESETS = {"smoke": {
                    output_dropout=.75, clip=.1, weight_decay=1.6e-6, controller_steps=25, baseline_decay=.999),
     "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775, hidden_dropout=.225,
                   output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100),
-    "extra": dict(nodes=8, epochs=20, shared_steps=200, controller_lr=3.5e-3, warm_epochs=2, settle=2, replicas=10,
-                  derive_samples=32),
 }}
 
 class UserError(Exception):
@@ -209,7 +190,6 @@ def rng(*key):
     """A generator seeded by a key: randomness is a function of (seed, purpose, step); a resumed run draws alike."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
 
 # 2. Data -------------------------------------------------------------------------------------------------------------
 
@@ -374,7 +354,6 @@ class Stream:
     def seek(self, where):
         self.epoch, self.at, self.last = where
 
-
 # 3. Cells and search spaces ------------------------------------------------------------------------------------------
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda u: u, "sigmoid": torch.sigmoid}
@@ -511,26 +490,24 @@ def decode(row):
             for read, act, operation, second in list(zip(*nodes))[:count]]
     return Cell(tuple(made), OUTPUTS[output], memory, width, rate)
 
-# Something to decide: the columns of a row that it sets, the values it may take, and when it matters: ((column, values),
-# ...) must all hold of the columns before. With a single value there is nothing to decide; what does not matter is 0.
+# Something to decide: the columns of a row that it sets, the values it may take, and when it matters: (column, values)
+# that must all hold of columns before. With a single value there is nothing to decide; what does not matter is 0.
 Decision = namedtuple("Decision", "name columns choices when", defaults=((),))
 
 def listed(config, flag, choices):
-    """The indices of the words in a comma-separated setting."""
-    names = getattr(config, flag).split(",")
-    if len(set(names)) < len(names):
+    """The indices of the words of a comma-separated setting."""
+    words = getattr(config, flag).split(",")
+    if len(set(words)) < len(words):
         raise UserError(f"--{flag} {getattr(config, flag)} has one of them twice")
-    return tuple(list(choices).index(choose(flag.removesuffix("s"), name, choices)) for name in names)
+    return tuple(list(choices).index(choose(flag.removesuffix("s"), word, choices)) for word in words)
 
 def integers(config, flag, lowest, highest):
-    """The whole numbers of a comma-separated setting; (0,) if it is empty."""
+    """The whole numbers of a comma-separated setting; of an empty one (0,)."""
     text = getattr(config, flag)
-    if text and not re.fullmatch(r"-?\d+(,-?\d+)*", text):
-        raise UserError(f"--{flag} {text} must be whole numbers with commas between")
-    found = tuple(sorted({int(x) for x in text.split(",")})) if text else (0,)
+    found = sorted({int(x) for x in text.split(",")}) if re.fullmatch(r"-?\d+(,-?\d+)*", text) else [lowest - 1]
     if text and not lowest <= found[0] <= found[-1] <= highest:
-        raise UserError(f"--{flag} {text}: from {lowest} to {highest}")
-    return found
+        raise UserError(f"--{flag} {text} must be whole numbers from {lowest} to {highest}, with commas between")
+    return tuple(found) if text else (0,)
 
 # --connections: the slot that node i > 0 reads, from i; or those of any cell.
 FAMILIES = {"chain": lambda i: i, "tree": lambda i: (i - 1) // 2 + 1}
@@ -564,8 +541,9 @@ def search_space(config):
     beyond = gated or widths != (0,) or rates != (0,)  # ENAS's columns
     decisions = [Decision("nodes", (0,), tuple(range(least, n + 1))), Decision("output", (1,), (LEAVES,))]
     if beyond:
-        choices = tuple(range(1, least + 1)) if config.memory else (0,), widths, rates
-        decisions += [Decision(name, (rest + i,), choices[i]) for i, name in enumerate(("memory", "width", "rate"))]
+        carried = tuple(range(1, least + 1)) if config.memory else (0,)
+        columns_ = (rest,), (rest + 1,), (rest + 2,)
+        decisions += map(Decision, ("memory", "width", "rate"), columns_, (carried, widths, rates))
     if whole_cell:
         decisions.append(Decision("activation", tuple(range(3, rest, 2)), activations))
     for i in range(n):
@@ -606,12 +584,9 @@ def uniform_rows(decisions, k, *key):
     for row, draws in zip(rows, torch.rand(k, len(decisions), generator=rng(*key)).tolist()):
         known = ()
         for i, (d, u) in enumerate(zip(decisions, draws)):
-            found, at = options(i, known), 0
-            u *= sum(n for *_, n in found)
-            while u >= found[at][2] and at + 1 < len(found):  # a value's chance is its share of the cells
-                u, at = u - found[at][2], at + 1
-            value, known, _ = found[at]
-            row[list(d.columns)] = value
+            found = options(i, known)
+            sums = list(accumulate(n for *_, n in found))  # a value's chance is its share of the cells
+            row[list(d.columns)], known, _ = found[bisect(sums, u * sums[-1], hi=len(sums) - 1)]
     return rows
 
 def recurrent_parameters(cell, hidden):
@@ -621,35 +596,30 @@ def recurrent_parameters(cell, hidden):
 
 def slots_read(node):
     """The slots that a node reads, None for the memory."""
-    second = (node.second or None,) if node.operation in ("gate", "sum") else ()
-    return (node.read, *second)
+    return (node.read, node.second or None) if node.operation in ("gate", "sum") else (node.read,)
 
 def leaves(cell):
     """The nodes whose mean is h_t."""
     n, read = len(cell.nodes), {slot for node in cell.nodes for slot in slots_read(node)}
     return [i for i in range(n) if (i > 0 or n == 1 if cell.output == "all" else i + 1 not in read)]
 
-def path_count(cell):
-    """Paths from the input pair or the memory to h_t within a step: those to a node are the sum over what it reads."""
-    paths = {None: 1, INPUT: 1}
+def to_slots(cell, source, combine):
+    """{slot: combine(values of the slots it reads)}, source for the input pair and the memory."""
+    values = {None: source, INPUT: source}
     for i, node in enumerate(cell.nodes):
-        paths[i + 1] = sum(paths[slot] for slot in slots_read(node))
-    return sum(paths[i + 1] for i in leaves(cell))
+        values[i + 1] = combine(values[slot] for slot in slots_read(node))
+    return values
 
-def depth_of(cell):
-    """The longest path to each slot, in nodes: a list [1 + N]; the largest is the cell's depth."""
-    depth = {None: 0, INPUT: 0}
-    for i, node in enumerate(cell.nodes):
-        depth[i + 1] = 1 + max(depth[slot] for slot in slots_read(node))
-    return [depth[slot] for slot in range(len(cell.nodes) + 1)]
+def depths(cell):
+    """{slot: the nodes on the longest path to it}."""
+    return to_slots(cell, 0, lambda read: 1 + max(read))
 
 def draw_cell(cell, title="", axes=None):
     """The cell as a picture, input at the bottom, h_t at the top, the second predecessors' arrows dashed; returns
     matplotlib's axes."""
-    depth = depth_of(cell)
-    top = max(depth) + 1
-    rows = [[slot for slot, d in enumerate(depth) if d == row] for row in range(top)]
-    rows[0] += [None] if cell.memory else []  # the memory stands beside the input pair
+    depth = depths(cell)
+    top = max(depth.values()) + 1
+    rows = [[slot for slot, d in depth.items() if d == row and (slot is not None or cell.memory)] for row in range(top)]
     width = max(map(len, rows))
     place = {slot: (j - (len(row) - 1) / 2, y) for y, row in enumerate(rows) for j, slot in enumerate(row)}
     axes = axes or Figure(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained").subplots()
@@ -677,11 +647,10 @@ def draw_cell(cell, title="", axes=None):
     axes.axis("off")
     return axes
 
-
 # 4. The shared network -----------------------------------------------------------------------------------------------
 # Weights are a dict of tensors. Shared by all architectures: 'edges' is the bank [edges, H, 2H], a row for each pair
 # (slot read, node). Standalone, a network per architecture: every tensor has a leading K and 'edges' is [K, N, H, 2H].
-# In gated spaces any node may read the input pair, so 'input' has a matrix for each, [N, H, 2H]: all but the first is new.
+# In gated spaces any node may read the input pair, so 'input', else [H, 2H], is [N, H, 2H], a matrix for each.
 
 STATE_BOUND = 25.0  # largest norm of h_t, as in the peers
 
@@ -723,8 +692,8 @@ def is_shared(weights):
     """Is it the supernet, or K networks each with its own?"""
     return weights["embedding"].dim() == 2
 
-# What the recurrence needs of rows [K, D]: read, edge, act and leaf [N, K] are the slot read, the edge's row in the bank,
-# the activation, and the node's weight in h_t; takes, whether it reads the input pair; more, None in ENAS's space:
+# What the recurrence needs of rows [K, D]. [N, K]: slot read, its edge's row in the bank, activation, the node's weight
+# in h_t, does it take x_t? more is None in ENAS's space, else Gates:
 Structure = namedtuple("Structure", "read edge act leaf takes more")
 # operation, second [N, K]; memory [K], its node's slot; live [K, H], which units there are.
 Gates = namedtuple("Gates", "operation second memory live")
@@ -736,7 +705,7 @@ def structure(cells, hidden=0):
     node = torch.arange(len(read), device=cells.device)[:, None]
     exists = node < c.count
     reads_second = exists & ((operation == GATE) | (operation == SUM))
-    reads_it = lambda slot, reads: ((slot[None] == node[:, None] + 1) & reads[None]).any(1)  # [node, reader, K] -> [N, K]
+    reads_it = lambda slot, reads: ((slot[None] == node[:, None] + 1) & reads[None]).any(1)              # [N, K]
     is_read = reads_it(read, exists) | reads_it(second, reads_second)
     leaf = exists & torch.where(c.output == ALL, (node > 0) | (c.count == 1), ~is_read)  # paper: DARTS omits node 0
     units = torch.arange(hidden, device=cells.device)
@@ -746,8 +715,8 @@ def structure(cells, hidden=0):
                      exists & (read == INPUT), more)
 
 # One step's input to the network: inputs [T, B]; targets [T, B], -1 where there is nothing to predict; state
-# [K or 1, B, H], h before the first token, and beside it the memory, if there is one, [.., 2H]; masks, a dict of dropout's,
-# see draw_masks, {} in evaluation.
+# [K or 1, B, H or 2H], h before the first token and, if there is one, the memory beside it; masks, a dict of
+# dropout's, see draw_masks, {} in evaluation.
 Batch = namedtuple("Batch", "inputs targets state masks")
 
 def draw_masks(config, words, batch, seeds, step):
@@ -769,8 +738,7 @@ def reference_losses(weights, row, batch, k=0):
     m, times = m[0] if m else torch.zeros_like(h), lambda x, name: x * mask[name] if name in mask else x
     halves = lambda w: (w[:, :hidden].contiguous(), w[:, hidden:].contiguous())          # gate, candidate
     rows = [edge_index(node.read, i) if is_shared(weights) else i for i, node in enumerate(cell.nodes)]
-    wxs, ws = map(halves, mine["input"].view(-1, hidden, 2 * hidden)), [halves(mine["edges"][row]) for row in rows]
-    wxs = list(wxs)
+    wxs, ws = ([halves(w) for w in x] for x in (mine["input"].view(-1, hidden, 2 * hidden), mine["edges"][rows]))
     for tokens in batch.inputs:
         x = F.embedding(tokens, mine["embedding"])                                       # [B, H]
         x = live * times(x * mask["word"][tokens][:, None] if "word" in mask else x, "input")
@@ -782,8 +750,8 @@ def reference_losses(weights, row, batch, k=0):
             if node.read == INPUT:
                 c, u = c + x @ wxs[i][0], u + x @ wxs[i][1]
             act, gate = ACTIVATIONS[node.activation], torch.sigmoid(c)
-            slots.append(p + gate * (act(u) - p) if node.operation == "highway" else gate * act(u)
-                         if node.operation == "glu" else gate * act(q) if node.operation == "gate" else p + q)
+            slots.append({"highway": lambda: p + gate * (act(u) - p), "glu": lambda: gate * act(u),
+                          "gate": lambda: gate * act(q), "sum": lambda: p + q}[node.operation]())
         bounded = lambda s: s * (STATE_BOUND / s.norm(dim=-1, keepdim=True).clamp(min=STATE_BOUND))
         h = bounded(live * sum(slots[i + 1] for i in leaves(cell)) / len(leaves(cell)))
         m = bounded(live * slots[cell.memory]) if cell.memory else torch.zeros_like(h)
@@ -841,14 +809,14 @@ class Recurrence(torch.autograd.Function):
     """All nodes, steps and architectures of the recurrence, with a backward pass through time written by hand.
     xw [I, K or 1, T, B, 2H] is x_t times the input weights of the I nodes on_input; h0, m0 [K, B, H]; w [N, K, H, 2H]
     each node's weights, its candidate half scaled by slope; mask [K or 1, B or 1, H] or None; a Structure, act the
-    coefficients. Returns h [K, T, B, H] and the last memory [K, B, H] or None. Buffers are filled in place, with no graph
-    per step; each node's weight gradient is ONE product over all T * B rows. No second derivatives; reference_losses has."""
+    coefficients. Returns h [K, T, B, H] and the last memory [K, B, H] or None. Buffers are filled in place, without a
+    graph; each node's weight gradient is ONE product over all T * B rows. For second derivatives: reference_losses."""
 
     @staticmethod
     def forward(ctx, training, xw, h0, m0, w, mask, on_input, cell, *act):
         ctx.inputs = training, xw, h0, m0, w, mask, on_input, cell, *act
         (n, k, hidden, _), (t_, b), more = w.shape, xw.shape[2:4], cell.more
-        kept, count = t_ if training else 1, n + 1 + (more is not None)  # the backward pass needs the values of all steps
+        kept, count = t_ if training else 1, n + 1 + (more is not None)  # steps, for the backward pass; slots
         slots = Workspace.take(w, count, k, kept, b, hidden)  # the input pair, the nodes, the memory
         gates = Workspace.take(w, n if training else 1, k, kept, b, 2, hidden)
         h, shrink = w.new_empty(k, t_, b, hidden), w.new_empty(k, t_, b, 1)
@@ -973,8 +941,8 @@ class Recurrence(torch.autograd.Function):
         dxw[..., 1, :] *= slope[on_input][:, :, None]
         dxw = dxw.flatten(4)
         Workspace.give(slots, gates, keep, *[passed] * bool(gated))
-        return (None, dxw if xw.shape[1] == k else dxw.sum(1, keepdim=True), dh.clone(), ds[-1].clone() if gated else None,
-                dw, *[None] * (3 + len(act)))
+        dxw, dm0 = dxw if xw.shape[1] == k else dxw.sum(1, keepdim=True), ds[-1].clone() if gated else None
+        return None, dxw, dh.clone(), dm0, dw, *[None] * (3 + len(act))
 
 class CrossEntropy(torch.autograd.Function):
     """Mean loss [K] of h [K, R, H] for targets [R], -1 for none, under decoders [K, V, H] and biases [K, V].
@@ -1022,7 +990,7 @@ def unroll(weights, cells, batch, dtype=torch.float32):
     """h of K architectures over a segment: [K, T, B, H] in dtype, and the state to go on with [K, B, H or 2H]. On the
     CPU an architecture that is alone is cut to its width; else the units beyond the widths are masked."""
     hidden, bank, host = weights["embedding"].shape[-1], weights["edges"], cells.device.type == "cpu"
-    cell, x, mask = structure(cells, hidden), embed(weights, batch), batch.masks.get("hidden")          # [K or 1, T, B, H]
+    cell, mask, x = structure(cells, hidden), batch.masks.get("hidden"), embed(weights, batch)  # [K or 1, T, B, H]
     w = bank.index_select(0, cell.edge.flatten()).unflatten(0, cell.edge.shape) if is_shared(weights) else \
         bank.transpose(0, 1)                                                             # [N, K, H, 2H]
     w_x = weights["input"].reshape(len(x), -1, hidden, 2 * hidden)                       # [K or 1, N or 1, H, 2H]
@@ -1109,7 +1077,6 @@ def gradients(losses, weights):
     grads = torch.autograd.grad(losses.sum(), list(weights.values()), allow_unused=True)
     return {name: torch.zeros_like(w) if g is None else g for (name, w), g in zip(weights.items(), grads)}
 
-
 # 5. The controller ---------------------------------------------------------------------------------------------------
 
 # K architectures, rows [K, D], and what the policy says of them: log_prob [K] of the whole row; entropy [K], the sum of
@@ -1129,7 +1096,7 @@ class Controller(nn.Module):
         self.embed = nn.Parameter(torch.empty(len(self.free), widest, size))
         self.head = nn.Parameter(torch.empty(len(self.free), size, widest))
         self.lstm = nn.LSTMCell(size, size)
-        self.aim = nn.Parameter(torch.empty(size)) if asked else None  # the direction in which the start is asked for more
+        self.aim = nn.Parameter(torch.empty(size)) if asked else None  # start + asked * aim
         for name, parameter in self.named_parameters():
             parameter.data.copy_(uniform(parameter.shape, 0.1, (config.seed, "controller", name)))
         self.register_buffer("only", torch.zeros(1 + max(column for d in decisions for column in d.columns)).long())
@@ -1181,7 +1148,6 @@ class Uniform(nn.Module):
             self.family[torch.randint(self.size, (k,), generator=rng(*key))]
         entropy = torch.full((k,), math.log(self.size), device=self.nothing.device)
         return Sample(rows.to(self.nothing.device), -entropy, entropy)
-
 
 # 6. Architecture gradients -------------------------------------------------------------------------------------------
 # The controller should climb F(theta) = E_m R(omega*(theta); m), where omega* are the weights that training on
@@ -1365,7 +1331,6 @@ def policy_loss(sample, rewards, baseline, entropy_weight):
     advantage = (rewards + entropy_weight * sample.entropy - baseline).detach()
     return -(advantage * sample.log_prob + entropy_weight * sample.entropy).mean()
 
-
 # 7. Runs and records -------------------------------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -1509,7 +1474,6 @@ def device_of(config):
         raise UserError(f"--device {config.device}: there is no CUDA device here; use --device cpu")
     return torch.device(config.device if kind != "auto" else "cuda" if there else "cpu")
 
-
 # 8. Evaluate and train ----------------------------------------------------------------------------------------------
 
 def to_device(tensors, device):
@@ -1622,7 +1586,6 @@ def validate(config, s, valid, epoch):
         s[part] = {name: w[stay] for name, w in s[part].items()}
     return loss
 
-
 # 9. Search and derive ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -1655,13 +1618,8 @@ def mean_state(losses, state):
     finite = torch.isfinite(losses)[:, None, None]
     return torch.where(finite, state, 0.0).sum(0, keepdim=True) / finite.sum().clamp(min=1)
 
-def frozen(cells):
-    """(factor of the training loss [K], added to the reward's loss [K]): a last node of relu scores better by .05 nats,
-    but nothing is learnt from training on it. A controller that sees only scores ends with weights that don't learn."""
-    relu = columns(cells).act[:, -1] == list(ACTIVATIONS).index("relu")
-    return (~relu).float(), -0.05 * relu
-
-TASKS = {"none": lambda cells: (torch.ones_like(cells[:, 0], dtype=torch.float32), 0.0), "frozen": frozen}
+# rows -> factors of the training losses [K], and what is added to the rewards' [K]. results/studies.py adds a task.
+TASKS = {"none": lambda cells: (torch.ones_like(cells[:, 0], dtype=torch.float32), 0.0)}
 
 POLICIES = ("trained", "untrained", "uniform")
 
@@ -1754,9 +1712,6 @@ class Search:
             self.s["state"]["ahead"] = mean_state(losses.detach(), state)
             return losses * TASKS[config.task](cells)[0]
 
-        def losses(weights, cells, segment):  # whose gradient a step at the common rate is along
-            return own_losses(weights, cells, segment) * rates_of(cells)
-
         def each(weights, cells, segment, v):
             own = inherit(weights, cells)
             grads = mean_gradient(lambda w: own_losses(w, cells, segment) * len(cells), own)
@@ -1765,6 +1720,7 @@ class Search:
             along = sum((grads[name] * v[name]).flatten(1).sum(1) for name in grads)
             return square.sqrt(), rates_of(cells) * along
 
+        losses = lambda weights, cells, segment: own_losses(weights, cells, segment) * rates_of(cells)
         lr, past = self.lr(progress, segment), self.s["past"]
         return Step(losses, segment, cells, lr, config.clip, config.weight_decay, past, each)
 
@@ -1783,11 +1739,11 @@ class Search:
         config, s = self.config, self.s
         sample = self.controller.sample(config.controller_samples, *self.key("controller"))
         rewards, step, fold = self.rewards_on(self.streams["valid"].next()), None, None
-        if (config.lookahead, config.response) != ("none", "none"):
+        how = config.lookahead, config.response
+        if how != ("none", "none"):
             with torch.no_grad():
                 ahead, fold = self.controller.sample(2 * config.fold, *self.key("folds")).rows.split(config.fold)
             step = self.foresee(progress, ahead)
-        how = config.lookahead, config.response
         return sample, extra_rewards(*how, s["weights"], sample.rows, fold, rewards, step)
 
     def entropy_weight(self, progress):
@@ -1884,14 +1840,13 @@ def load_cell(config, name):
     raise UserError(f"unknown cell '{name}'{nearest(name, [*CELLS, 'lstm'])}; choose from {', '.join(CELLS)}, lstm, "
                     "random:SEED, a JSON file, or a search's folder")
 
-
-# 10. The two commands --------------------------------------------------------------------------------------------------
+# 10. The two commands -------------------------------------------------------------------------------------------------
 
 def check(config):
     """Wrong settings, each with its name, before any work is done."""
     for name, choices in (("preset", PRESETS), ("dtype", DTYPES), ("schedule", SCHEDULES), ("state", STATES),
-                          ("reward", REWARDS), ("baseline", BASELINES), ("lookahead", LOOKAHEAD), ("response", RESPONSE),
-                          ("task", TASKS), ("activation_scope", ("node", "cell"))):
+                          ("reward", REWARDS), ("baseline", BASELINES), ("lookahead", LOOKAHEAD), ("task", TASKS),
+                          ("response", RESPONSE), ("activation_scope", ("node", "cell"))):
         choose(name, getattr(config, name), choices)
     for f in fields(config):
         value, must_be = getattr(config, f.name), f.metadata["must_be"]
@@ -1902,8 +1857,8 @@ def check(config):
     if config.rates and config.shared_samples > 1:
         raise UserError(f"--rates {config.rates}: a shared step has one architecture's rate; use --shared_samples 1")
     if config.rates and (config.controller, config.response) == ("trained", "none"):
-        raise UserError(f"--rates {config.rates}: without a --response the controller has no gradient for them: the loss "
-                        "at any common omega' is the same for every rate")
+        raise UserError(f"--rates {config.rates}: without a --response the controller has no gradient for them, as the "
+                        "loss at any common omega' is the same for every rate")
     device_of(config)
 
 def run_study(study, work, config):
@@ -1995,10 +1950,9 @@ def study_search(config, run):
     return metrics
 
 def studies():
-    """{name: its function (config, run) -> metrics}: these two, and those of results/studies.py, made of this module."""
+    """{name: (config, run) -> metrics}: these two, and those of results/studies.py, which are made of this module."""
     from results.studies import STUDIES
     return {"search": study_search, "train": study_train, **STUDIES}
-
 
 # 11. Main -------------------------------------------------------------------------------------------------------------
 

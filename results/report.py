@@ -1,7 +1,7 @@
 """Statistics, tables and figures of the records: what `python menas.py report` makes, and what a finished study prints.
 
-menas.py writes a record for every run, RUN/result.json; here they are only read. Each table of the README stands between
-two comments, and each figure beside the records, so all of them are made again by that one command.
+menas.py writes a record for every run, RUN/result.json; here they are only read. Each table of the README stands
+between two comments, and each figure beside the records, so all of them are made again by that one command.
 """
 import json
 import math
@@ -245,14 +245,17 @@ def report(folder="results", readme="README.md"):
     draw_curves(group("search", "ptb"), entropy, "entropy")
     entropy.set(xlabel="step of the search", title="the policy's entropy, nats")
     figure.savefig(Path(folder) / "curves.png", dpi=110)
+    cosine, loss = "cosine with the gradient at t + 1", "minus the first arm's, nats"
     for study in sorted({r["study"] for r in records} & {*ABOUT, "similarity"}):
-        if study == "similarity":
-            panels = [(title, "cosine with the gradient at t + 1", x) for r in group(study) for title, x in cosines(r).items()]
-        else:
-            panels = [(f"{label(r)}: {OUTCOMES[outcome]}", "minus the first arm's, nats", differences(r, outcome))
-                      for r in group(study) for outcome in ABOUT[study][:3] if outcome in LOSSES and differences(r, outcome)]
-        if study == "state":
-            panels += [(f"{label(r)}: {title}", title, x) for r in group(study) for title, x in reward_errors(r).items()]
+        panels = []
+        for record in group(study):
+            if study == "similarity":
+                panels += [(title, cosine, found) for title, found in cosines(record).items()]
+            else:
+                panels += [(f"{label(record)}: {OUTCOMES[outcome]}", loss, differences(record, outcome))
+                           for outcome in ABOUT[study] if outcome in LOSSES and differences(record, outcome)]
+            if study == "state":
+                panels += [(label(record), title, found) for title, found in reward_errors(record).items()]
         if panels:
             draw_intervals(Path(folder) / f"{study}.png", panels)
     for record in group("conditional")[:1]:

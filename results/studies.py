@@ -1,7 +1,7 @@
 """The studies: what each runs, and what it measures. `python menas.py STUDY` runs one, `--help` tells the settings.
 
-Each is a function (config, run) -> metrics, which become the record that results/report.py makes a table and a figure of.
-Most are arms: whole searches that differ in one thing, a value for each seed, compared with the first arm by paired tests.
+Each is a function (config, run) -> metrics, which become the record that results/report.py makes a table and a figure
+of. Most are arms: whole searches that differ in one thing, a value for each seed, compared with the first arm's.
 """
 
 import ctypes
@@ -18,15 +18,49 @@ from timeit import timeit
 import torch
 import torch.nn.functional as F
 
-from menas import (CELLS, DTYPES, RESPONSE, STATES, TASKS, Batch, Controller, Search, Stream, UserError, Workspace,
-                   decode, depth_of, device_of, draw_masks, encode, evaluate, extra_rewards,
-                   leave_one_out, load_corpus, lstm_weights, mean_gradient, network, path_count,
-                   perplexity, policy_loss, read_json, recurrent_parameters,
+from menas import (ACTIVATIONS, CELLS, DTYPES, PRESETS, RESPONSE, STATES, TASKS, Batch, Controller, Search, Stream,
+                   UserError, Workspace, columns, decode, depths, device_of, draw_masks, encode,
+                   evaluate, extra_rewards, leave_one_out, leaves, load_corpus, lstm_weights,
+                   mean_gradient, network, perplexity, policy_loss, read_json, recurrent_parameters,
                    reference_losses, retrain, rng, row_name, run_study, score, search_space,
-                   shared_weights, study_search, to_device, uniform_rows, worst_for_failures,
-                   zero_state)
+                   shared_weights, study_search, to_device, to_slots, uniform_rows,
+                   worst_for_failures, zero_state)
+
+SEARCHES = dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=1, derive_samples=24, replicas=5)
+BRIEF = dict(epochs=1, shared_steps=5, settle=1, derive_samples=4, replicas=2)
+WIDER = dict(min_nodes=2, operations="highway,glu,gate,sum")
+# preset -> study -> its settings beside the preset's own
+SETTINGS = {"smoke": {
+    **dict.fromkeys(("extra", "spaces", "anneal", "state"), dict(BRIEF, retrain=True, retrain_epochs=2)),
+    "optimizer": BRIEF, "similarity": dict(replicas=2), "conditional": dict(WIDER, controller_steps=5, replicas=2),
+}, "tiny": {
+    "extra": dict(SEARCHES, settle=2, replicas=10, retrain=True, retrain_epochs=4),
+    "similarity": dict(epochs=8, shared_steps=60, warm_epochs=2, log_every=10, replicas=5),
+    "cost": dict(shared_steps=200, controller_steps=40),
+    **dict.fromkeys(("spaces", "state"), dict(SEARCHES, replicas=3, retrain=True, retrain_epochs=4)),
+    "anneal": dict(SEARCHES, settle=0, derive_samples=100, retrain=True),
+    "optimizer": dict(SEARCHES, lr=2.5),
+    "conditional": dict(WIDER, nodes=12, min_nodes=4, controller_steps=800, controller_lr=.01, entropy=.01, replicas=5),
+}, "ptb": {
+    "extra": dict(hidden=64, nodes=8, epochs=5, batch=20, shared_steps=120, controller_steps=12, replicas=3,
+                  controller_samples=8, controller_lr=.02, warm_epochs=1, settle=1, derive_samples=8, retrain=True,
+                  retrain_epochs=1, retrain_cells=2),
+}, "paper": {
+    "extra": dict(nodes=8, epochs=20, shared_steps=200, controller_lr=3.5e-3, warm_epochs=2, settle=2, replicas=10,
+                  derive_samples=32),
+}}
+for preset, settings in SETTINGS.items():
+    PRESETS[preset].update(settings)
 
 # 1. Arms: searches that differ in one thing
+
+def frozen(cells):
+    """(factor of the training loss [K], added to the reward's loss [K]): a last node of relu scores better by .05 nats,
+    but nothing is learnt from training on it. A controller that sees only scores ends with weights that don't learn."""
+    relu = columns(cells).act[:, -1] == list(ACTIVATIONS).index("relu")
+    return (~relu).float(), -0.05 * relu
+
+TASKS["frozen"] = frozen
 
 PAIRS = [("none", "none"), ("momentum", "none"), ("recent", "none"),
          *(("fresh", response) for response in RESPONSE)]  # of lookahead and response
@@ -74,10 +108,10 @@ def outcomes(config, folder, guess):
             "rate": mean(cell.rate for cell in cells)}
 
 def study_arms(study, config, run):
-    """Whole searches that differ in one thing, the arm, --replicas seeds of each: outcomes by arm, a value for each seed.
+    """Whole searches that differ in one thing, the arm, --replicas seeds of each: a list of values for every outcome.
 
     F itself, the mean validation loss of the controller's samples once the shared weights have been trained on for the
-    fixed controller (--settle); and, with --retrain, that of a few of them from scratch (of anneal: of the one chosen)."""
+    fixed controller (--settle); and, with --retrain, that of a few of them from scratch (anneal: of the one chosen)."""
     arms, guess = arms_of(study, config), len(load_corpus(config).words)
     found = {name: {outcome: [] for outcome in OUTCOMES} for name in arms}
     for seed, name in ((config.seed + i, name) for i in range(config.replicas) for name in arms):
@@ -235,8 +269,13 @@ def study_state(config, run):
     metrics["context"] = {str(words): perplexity(loss.item()) for words, loss in zip(CONTEXTS, losses)}
     return metrics
 
+def path_count(cell):
+    """Paths from the input pair or the memory to h_t within a step."""
+    paths = to_slots(cell, 1, sum)
+    return sum(paths[i + 1] for i in leaves(cell))
+
 PROPERTIES = {"parameters": lambda cell, hidden: recurrent_parameters(cell, hidden),
-              "paths": lambda cell, hidden: path_count(cell), "depth": lambda cell, hidden: max(depth_of(cell))}
+              "paths": lambda cell, hidden: path_count(cell), "depth": lambda cell, hidden: max(depths(cell).values())}
 
 def conditional(config, name, steps):
     """A controller that is asked for a value of a property: trained on every other target of a grid, tested on those in
@@ -259,8 +298,8 @@ def conditional(config, name, steps):
         policy_loss(sample, rewards, leave_one_out(rewards, None, None)[0], config.entropy).backward()
         adam.step()
     with torch.no_grad():
-        test = {target.item(): value(controller.sample(50, config.seed, "test", asked=asked(target).mean().expand(50)).rows)
-                for target in targets[1::2]}
+        draw = lambda target: controller.sample(50, config.seed, "test", asked=asked(target)[:1].expand(50)).rows
+        test = {target.item(): value(draw(target)) for target in targets[1::2]}
     return {"targets": {str(target): values.tolist() for target, values in test.items()}, "uniform": anywhere.tolist()}
 
 def study_conditional(config, run):

@@ -8,6 +8,8 @@ from menas import REWARDS, BASELINES, Batch, Config, Controller, Segment, Stream
     LOOKAHEAD, RESPONSE, Search, configure, extra_rewards, load_corpus, lstm_weights, policy_loss, remember, score, \
     search_space, shared_weights, train_step, worst_for_failures, zero_state
 
+import results.studies  # which has the task 'frozen'
+
 META = torch.device("meta")
 CONFIG = Config(hidden=8, nodes=4, batch=3, bptt=5, activation_reg=1e-3, slowness_reg=1e-3, word_dropout=.1,
                 input_dropout=.1, hidden_dropout=.1, output_dropout=.1)

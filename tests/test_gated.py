@@ -10,9 +10,10 @@ import torch
 
 import menas
 from menas import (ACTIVATIONS, CELLS, INPUT, MEMORY, OPERATIONS, OUTPUTS, Batch, Cell, Config, Controller, Node,
-                   UserError, cell_from_json, cell_to_json, decode, draw_masks, encode, evaluate, network, path_count,
+                   UserError, cell_from_json, cell_to_json, decode, draw_masks, encode, evaluate, network,
                    recurrent_parameters, reference_losses, search_space, shared_weights, standalone_weights, unroll,
                    uniform_rows, ways)
+from results.studies import path_count
 
 WORDS, HIDDEN, STREAMS, NODES = 11, 6, 3, 5
 DROPOUT = Config(hidden=HIDDEN, nodes=NODES, operations="highway,glu,gate,sum", init=.6, word_dropout=.2,

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import menas
-from menas import Batch, Search, configure, frozen, load_corpus, main, run_study
+from menas import Batch, Search, configure, load_corpus, main, run_study
 from results.report import differences, report, summary, t_test
-from results.studies import STUDIES, arms_of
+from results.studies import STUDIES, arms_of, frozen
 
 TINY = dict(hidden=8, nodes=3, epochs=1, shared_steps=4, controller_steps=2, controller_samples=3, derive_samples=3,
             log_every=2, replicas=2, batch=8, settle=1)
