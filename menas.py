@@ -1,14 +1,15 @@
 """MENAS: efficient neural architecture search for recurrent cells, exact, batched, and in one file.
 
     python menas.py search                            # about a minute on two CPU cores: finds a cell on a built-in
-                                                      # corpus, draws it, trains it and an LSTM from scratch, and prints
+                                                      # corpus, draws it, trains it and an LSTM from scratch, prints
                                                       # their perplexities beside the best possible, 5.83:
                                                       # | lstm           | ... | 6.65 |
                                                       # | the cell found | ... | 6.75 |
     python menas.py search --preset ptb               # the same on Penn Treebank, on a laptop
     python menas.py train --preset ptb --cell enas    # a published cell, a JSON file, or a search's folder
     python menas.py search --lookahead fresh --response sampled    # with the gradient term that ENAS leaves out
-    python menas.py extra | similarity | cost | bench | report | --help
+    python menas.py search --operations highway,glu,gate,sum --memory    # in a space that holds the LSTM
+    python menas.py STUDY | report | --help           # the studies are in results/studies.py
 
 The one idea: an architecture is a row of integers, a batch of architectures is a tensor. One forward pass runs K of
 them on the same minibatch, under shared weights (ENAS) or each under its own (many networks, trained as one).
@@ -44,7 +45,7 @@ import urllib.request
 from bisect import bisect
 from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import lru_cache
@@ -86,8 +87,8 @@ class Config:
     connections: str = option("any", "any, chain, tree, or a cell whose connections are taken")
     operations: str = option("highway", "to choose from: highway (ENAS), glu, gate, sum; the last two read two nodes")
     memory: bool = option(False, "a node's value is carried as a memory that gate and sum can read, as an LSTM's c is")
-    widths: str = option("", "hidden sizes to choose from, such as 50,100,200 (default: --hidden)")
-    rates: str = option("", "factors of --lr to choose from, as powers of 2, such as -2,0,2; needs --response")
+    widths: str = option("", "hidden sizes to choose from, up to --hidden, such as 50,100,200 (default: --hidden)")
+    rates: str = option("", "factors of --lr to choose from, powers of 2, such as .25,1,4; needs a --response")
     # the shared network
     hidden: int = option(200, "units of the embedding and of each node", ">= 1")
     lstm_hidden: int = option(0, "units of the LSTM baseline, projected to --hidden (0: as --hidden)", ">= 0")
@@ -470,7 +471,7 @@ def is_gated(cell):
 
 def rates_of(rows):
     """The factor [K] of the learning rate that each architecture has chosen for training on it."""
-    return 2.0 ** columns(rows).rate if rows.shape[1] % 2 else torch.ones(len(rows), device=rows.device)
+    return 2.0 ** columns(rows).rate
 
 def encode(cells, nodes=0):
     """Cells as rows [K, D]; N is the largest cell's, or more. Nodes a cell does not have are unused entries."""
@@ -501,13 +502,16 @@ def listed(config, flag, choices):
         raise UserError(f"--{flag} {getattr(config, flag)} has one of them twice")
     return tuple(list(choices).index(choose(flag.removesuffix("s"), word, choices)) for word in words)
 
-def integers(config, flag, lowest, highest):
-    """The whole numbers of a comma-separated setting; of an empty one (0,)."""
+def integers(config, flag, read, lowest, highest):
+    """The numbers of a comma-separated setting, each read as a whole one; of an empty one (0,)."""
     text = getattr(config, flag)
-    found = sorted({int(x) for x in text.split(",")}) if re.fullmatch(r"-?\d+(,-?\d+)*", text) else [lowest - 1]
-    if text and not lowest <= found[0] <= found[-1] <= highest:
-        raise UserError(f"--{flag} {text} must be whole numbers from {lowest} to {highest}, with commas between")
-    return tuple(found) if text else (0,)
+    try:
+        found = sorted({read(x) for x in text.split(",")}) if text else [0]
+    except ValueError:
+        found = [lowest - 1]
+    if text and (not lowest <= found[0] <= found[-1] <= highest or any(x != int(x) for x in found)):
+        raise UserError(f"--{flag} {text}: {Config.__dataclass_fields__[flag].metadata['help']}")
+    return tuple(map(int, found))
 
 # --connections: the slot that node i > 0 reads, from i; or those of any cell.
 FAMILIES = {"chain": lambda i: i, "tree": lambda i: (i - 1) // 2 + 1}
@@ -518,7 +522,7 @@ def reads_of(config, gated):
         return [((INPUT,) if gated or i == 0 else ()) + tuple(range(1, i + 1)) for i in range(config.nodes)]
     if config.connections in FAMILIES:
         return [(FAMILIES[config.connections](i) if i else INPUT,) for i in range(config.nodes)]
-    nodes = load_cell(config, config.connections).nodes
+    nodes = load_cell(replace(config, connections="any"), config.connections, ("any", *FAMILIES)).nodes
     if len(nodes) < config.nodes:
         raise UserError(f"--connections {config.connections} has {len(nodes)} nodes, fewer than --nodes {config.nodes}")
     return [(node.read,) for node in nodes]
@@ -531,19 +535,20 @@ def search_space(config):
     if not 1 <= least <= n:
         raise UserError(f"--nodes {n} must be at least 1, and --min_nodes {least} from 1 to that")
     activations, operations = listed(config, "activations", ACTIVATIONS), listed(config, "operations", OPERATIONS)
-    widths, rates = integers(config, "widths", 1, config.hidden), integers(config, "rates", -20, 20)
-    gated, with_second, rest = operations != (HIGHWAY,), {GATE, SUM} & {*operations}, 2 + 2 * n
-    if config.memory and not with_second:
+    widths = integers(config, "widths", int, 1, config.hidden)
+    rates = integers(config, "rates", lambda x: math.log2(float(x)), -20, 20)
+    gated, rest = operations != (HIGHWAY,), 2 + 2 * n
+    if config.memory and not {GATE, SUM} & {*operations}:
         raise UserError("--memory needs an operation that can read it: --operations with gate or sum")
     if not config.memory and {GATE, SUM} >= {*operations}:
         raise UserError(f"--operations {config.operations}: without --memory there is none for node 0")
     reads, whole_cell = reads_of(config, gated), config.activation_scope == "cell"
-    beyond = gated or widths != (0,) or rates != (0,)  # ENAS's columns
+    beyond = gated or (widths, rates) != ((0,), (0,))  # ENAS's columns
     decisions = [Decision("nodes", (0,), tuple(range(least, n + 1))), Decision("output", (1,), (LEAVES,))]
     if beyond:
         carried = tuple(range(1, least + 1)) if config.memory else (0,)
-        columns_ = (rest,), (rest + 1,), (rest + 2,)
-        decisions += map(Decision, ("memory", "width", "rate"), columns_, (carried, widths, rates))
+        extra = zip(("memory", "width", "rate"), (carried, widths, rates))
+        decisions += [Decision(name, (rest + i,), choices) for i, (name, choices) in enumerate(extra)]
     if whole_cell:
         decisions.append(Decision("activation", tuple(range(3, rest, 2)), activations))
     for i in range(n):
@@ -711,8 +716,7 @@ def structure(cells, hidden=0):
     units = torch.arange(hidden, device=cells.device)
     live = (units < c.width[:, None]) | (c.width[:, None] == 0)                          # [K, H]
     more = Gates(operation, second, c.memory, live) if cells.shape[1] % 2 else None
-    return Structure(read, edge_index(read, node), act, leaf.double() / leaf.sum(0),
-                     exists & (read == INPUT), more)
+    return Structure(read, edge_index(read, node), act, leaf.double() / leaf.sum(0), exists & (read == INPUT), more)
 
 # One step's input to the network: inputs [T, B]; targets [T, B], -1 where there is nothing to predict; state
 # [K or 1, B, H or 2H], h before the first token and, if there is one, the memory beside it; masks, a dict of
@@ -1524,7 +1528,7 @@ SCHEDULES = {"constant": lambda epoch, epochs: 1.0,
 def train_networks(config, run, corpus, weights, cells, seeds):
     """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging, stopping, failure.
     Returns the best weights of each by validation and a dict of lists: best_loss, best_epoch, epochs, failed. A
-    network that has stopped leaves the batch. Segment lengths are common to all. cells: rows [K, D]; LSTMs: [K, 0]."""
+    network that has stopped leaves the batch. Segment lengths are common to all. cells: rows [K, D]; of LSTMs zeros [K, 2]."""
     device, valid = device_of(config), corpus.valid.to(device_of(config))
     stream = Stream(corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt).to(device)
     weights, full = to_device(weights, device), lambda value: torch.full((len(seeds),), value, device=device)
@@ -1598,8 +1602,7 @@ def warm_start(weights, cells, segment, carried, dtype):
 
 # paper: ENAS carries h on from whatever cell read the segment before (here from the mean of them, if several did).
 STATES = {"carry": lambda weights, cells, segment, carried, dtype: carried,
-          "zero": lambda weights, cells, segment, carried, dtype: torch.zeros_like(carried),
-          "warm": warm_start}
+          "zero": lambda weights, cells, segment, carried, dtype: torch.zeros_like(carried), "warm": warm_start}
 
 def start_batch(config, weights, cells, segment, carried, masks):
     """A Batch whose state follows the policy --state; at the start of the text it is 0 under all of them."""
@@ -1627,10 +1630,8 @@ def policy_of(config, decisions):
     """The policy that --controller names; all have sample(k, *key)."""
     if config.controller in POLICIES:
         return Uniform(decisions) if config.controller == "uniform" else Controller(decisions, config)
-    names = config.controller.split(",")
-    if names[0] not in CELLS and not re.search(r"[:/.\d]", names[0]):  # neither a cell nor a file's name
-        choose("controller", names[0], (*POLICIES, *CELLS))
-    return Uniform(decisions, encode([load_cell(config, name) for name in names], config.nodes))
+    cells = [load_cell(config, name, POLICIES) for name in config.controller.split(",")]
+    return Uniform(decisions, encode(cells, config.nodes))
 
 class Search:
     """ENAS's two players between their steps: shared weights (SGD) and controller (Adam), their places in the text.
@@ -1822,8 +1823,9 @@ def derive(config, weights, rows, corpus, at_once=10):
 
 ROW = r"\d+(--?\d+)+"  # a cell's integers, as they stand in derived.json
 
-def load_cell(config, name):
-    """A cell by name, 'random:SEED' (uniform over the space), its row '1-0-0-1', a JSON file, or a search's folder."""
+def load_cell(config, name, others=("lstm",)):
+    """A cell by name, 'random:SEED' (uniform over the space), its row '1-0-0-1', a JSON file, or a search's folder;
+    a refusal names the others, too."""
     if name in CELLS:
         return CELLS[name]
     if re.fullmatch(ROW, name):
@@ -1837,8 +1839,8 @@ def load_cell(config, name):
     path = Path(name)
     if name and path.is_dir() or path.suffix == ".json":
         return cell_from_json(read_json(path / "cell.json" if path.is_dir() else path))
-    raise UserError(f"unknown cell '{name}'{nearest(name, [*CELLS, 'lstm'])}; choose from {', '.join(CELLS)}, lstm, "
-                    "random:SEED, a JSON file, or a search's folder")
+    raise UserError(f"unknown cell '{name}'{nearest(name, [*CELLS, *others])}; choose from "
+                    f"{', '.join((*CELLS, *others))}, random:SEED, a JSON file, or a search's folder")
 
 # 10. The two commands -------------------------------------------------------------------------------------------------
 
@@ -1897,7 +1899,7 @@ def study_train(config, run):
     elif config.weights or set(names) != {"lstm"}:
         raise UserError("--cell lstm is another network: train it in a run of its own, without --weights")
     else:
-        cells, weights = torch.empty(len(names), 0), lstm_weights(config, words, seeds)
+        cells, weights = torch.zeros(len(names), 2), lstm_weights(config, words, seeds)
         recurrent = [sum(w[0].numel() for name, w in weights.items() if name not in ("embedding", "bias"))] * len(names)
     best, records = train_networks(config, run, corpus, weights, cells, seeds)
     run.say("evaluating the best weights on the whole of each split, in float32")

@@ -62,7 +62,7 @@ def derivatives(losses, weights, batch):
 @pytest.mark.parametrize("steps,dropout,size,widths", [(1, True, 1.0, (0,)), (5, True, 1.0, (0,)),
                                                        (9, False, 1.0, (0, 2, 4)), (4, True, 40.0, (0, 3, 5))])
 def test_mixed_operations_equal_the_reference(k, shared, steps, dropout, size, widths):
-    """Oracle: the plain loop, one after the other; memories, sizes and widths are mixed, large states reach the bound."""
+    """Oracle: the plain loop, one after the other; memories, sizes, widths are mixed, large states reach the bound."""
     for seed in range(6):
         weights, rows, batch = setting(k, shared, steps, seed, dropout, size, widths)
         losses, state = network(weights, rows, batch, torch.float64)
@@ -84,7 +84,7 @@ def test_gradcheck():
 
 
 def test_the_lstm_of_four_nodes_is_torchs():
-    """Oracle: torch.nn.LSTM(bias=False) with the same weights: outputs, both states, and the gradient of each weight."""
+    """Oracle: torch.nn.LSTM(bias=False) with the same weights: outputs, both states, the gradient of each weight."""
     rows, h = encode([CELLS["lstm_cell"]]), HIDDEN
     weights = {name: w.double() for name, w in standalone_weights(DROPOUT, WORDS, rows, [1]).items()}
     lstm = torch.nn.LSTM(h, h, bias=False).double()
@@ -240,9 +240,9 @@ SPACES = {"enas": dict(nodes=3, activations="tanh,relu"),
           "sizes": dict(nodes=3, min_nodes=1, activations="tanh,relu"),
           "gated": dict(nodes=2, activations="tanh,relu", operations="highway,glu,gate,sum", memory=True),
           "gated, no memory": dict(nodes=2, activations="tanh,relu", operations="highway,sum"),
-          "gated sizes": dict(nodes=2, min_nodes=1, activations="tanh,relu", operations="highway,gate,sum", memory=True),
+          "gated sizes": dict(nodes=2, min_nodes=1, activations="tanh,relu", operations="highway,sum", memory=True),
           "one activation": dict(nodes=3, min_nodes=2, activations="tanh,relu", activation_scope="cell"),
-          "widths and rates": dict(nodes=2, activations="tanh,relu", widths="4,8", rates="-1,0,1", hidden=8),
+          "widths and rates": dict(nodes=2, activations="tanh,relu", widths="4,8", rates=".5,1,2", hidden=8),
           "chain": dict(nodes=3, connections="chain"), "tree": dict(nodes=3, connections="tree"),
           "as enas": dict(nodes=3, connections="enas", activations="tanh,relu")}
 
@@ -333,9 +333,73 @@ def test_the_number_of_nodes_learns():
 @pytest.mark.parametrize("settings, words", [
     (dict(memory=True), "--memory|--operations"), (dict(operations="gate,sum"), "node 0"),
     (dict(operations="gatte"), "did you mean gate"), (dict(min_nodes=13), "--min_nodes 13"),
-    (dict(widths="0,4"), "--widths"), (dict(widths="4,x"), "--widths 4,x"), (dict(widths="400"), "1 to 200"),
+    (dict(widths="0,4"), "--widths"), (dict(widths="4,x"), "--widths 4,x"), (dict(widths="400"), "up to --hidden"),
+    (dict(rates="1,3"), "--rates 1,3|powers of 2"), (dict(rates="-1"), "powers of 2"),
     (dict(connections="enas", nodes=13), "12 nodes"), (dict(connections="chian"), "did you mean chain")])
 def test_an_impossible_space_is_refused(settings, words):
     with pytest.raises(UserError) as caught:
         search_space(Config(**settings))
     assert all(word in str(caught.value) for word in words.split("|"))
+
+
+# policies
+
+@pytest.mark.parametrize("name, family", [("uniform", None), ("enas,chain", ["enas", "chain"]), ("tree", ["tree"])])
+def test_policies_that_do_not_learn(name, family, tmp_path):
+    """The same interface; a family's cells are drawn alike, and log-probabilities are those of its size."""
+    config = Config(nodes=12, controller=name)
+    policy = menas.policy_of(config, search_space(config))
+    sample = policy.sample(300, 1)
+    if family is None:
+        size = math.factorial(11) * 4 ** 12
+        assert torch.equal(sample.rows, uniform_rows(search_space(config), 300, 1))
+    else:
+        size, counts = len(family), {cell: 0 for cell in family}
+        for row in sample.rows:
+            counts[next(name for name in family if decode(row) == CELLS[name])] += 1
+        assert min(counts.values()) > 300 / size - 50
+    assert sample.log_prob.shape == sample.entropy.shape == (300,)
+    assert torch.allclose(-sample.log_prob, torch.tensor(math.log(size)).expand(300), rtol=1e-6)
+
+
+def test_a_mistyped_policy_is_named():
+    with pytest.raises(UserError, match="did you mean uniform"):
+        menas.policy_of(Config(controller="unifrom"), search_space(Config()))
+
+
+@pytest.mark.parametrize("settings", [dict(controller="uniform"), dict(controller="enas,chain", nodes=12), dict(
+    operations="highway,glu,gate,sum", memory=True, state="warm"), dict(widths="4,8", min_nodes=2), dict(
+    rates=".5,1,2", response="sampled", shared_samples=1), dict(anneal=1, activation_scope="cell")])
+def test_every_space_searches(settings, text, tmp_path):
+    """From the command line to a cell that trains from scratch."""
+    base = dict(data=str(text), hidden=8, nodes=3, epochs=1, shared_steps=3, controller_steps=2, controller_samples=3,
+                derive_samples=3, batch=8, bptt=10, out=str(tmp_path / "run"))
+    flags = [x for name, value in {**base, **settings}.items() for x in (f"--{name}", str(value))]
+    assert menas.main(["search", "--preset", "smoke", *flags]) == 0
+    train = ["train", "--preset", "smoke", "--data", str(text), "--epochs", "1", "--hidden", "8"]
+    assert menas.main([*train, "--cell", str(tmp_path / "run"), "--out", str(tmp_path / "train")]) == 0
+
+
+def test_annealing_turns_the_bonus_into_a_penalty():
+    """On a line over the last rounds of learning; none of it before, and none at all by default."""
+    game = menas.Search.__new__(menas.Search)
+    game.config = Config(epochs=6, anneal=2, entropy=.1, penalty=1.0)
+    assert [round(game.entropy_weight(x), 6) for x in (1, 4, 5, 6)] == [.1, .1, -.45, -1.0]
+    game.config = Config(epochs=6, entropy=.1)
+    assert game.entropy_weight(6) == .1
+
+
+def test_a_small_width_alone_is_faster():
+    """Cut, not masked: an eighth of the units in far less than the time of all (medians; the margin is wide)."""
+    import statistics
+    import time
+    config = Config(hidden=256, nodes=6)
+    weights, tokens = shared_weights(config, 50), torch.randint(50, (20, 16))
+    rows, seconds = encode([Cell((Node(0, "tanh"),) + (Node(1, "relu"),) * 5, width=w) for w in (32, 256)]), [[], []]
+    for _ in range(7):
+        for i in range(2):
+            start = time.perf_counter()
+            losses, _ = network(weights, rows[i:i + 1], Batch(tokens, tokens, torch.zeros(1, 16, 256), {}))
+            seconds[i].append(time.perf_counter() - start)
+    small, large = map(statistics.median, seconds)
+    assert small < .6 * large

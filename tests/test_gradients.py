@@ -324,12 +324,13 @@ def test_every_pair_searches_and_moves_the_controller(look, respond):
     assert any(not torch.equal(w, before[name]) for name, w in game.controller.state_dict().items())
 
 
-@pytest.mark.parametrize("respond, clip", [("unrolled", 1000.0), ("neumann", 1000.0), ("sampled", 1000.0), ("sampled", .1)])
+@pytest.mark.parametrize("respond, clip", [*((name, 1000.0) for name in RESPONSE if name != "none"), ("sampled", .1)])
 def test_a_learning_rate_as_a_decision(respond, clip):
-    """Three architectures that differ in nothing but their rate. The direct term is blind to it; oracle of the response:
-    a finite difference of the mean reward after the steps that training takes, in their probabilities."""
-    config = configure("search", "smoke", hidden=8, batch=8, nodes=1, activations="tanh", rates="-1,0,1", lr=.02,
-                       weight_decay=0.0, lookahead="none" if respond == "sampled" else "fresh", response=respond, clip=clip)
+    """Three architectures that differ in nothing but their rate. The direct term is blind to it; oracle of the
+    response: a finite difference of the mean reward after the steps that training takes, in their probabilities."""
+    config = configure("search", "smoke", hidden=8, batch=8, nodes=1, activations="tanh", rates=".5,1,2", lr=.02,
+                       weight_decay=0.0, lookahead="none" if respond == "sampled" else "fresh", response=respond,
+                       clip=clip)
     game = Search(config, load_corpus(config))
     cells = game.controller.sample(64, 1).rows.unique(dim=0)
     assert cells.shape == (3, 9)

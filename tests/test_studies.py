@@ -7,8 +7,8 @@ import torch
 
 import menas
 from menas import Batch, Search, configure, load_corpus, main, run_study
-from results.report import differences, report, summary, t_test
-from results.studies import STUDIES, arms_of, frozen
+from results.report import differences, followed, report, summary, t_test
+from results.studies import STUDIES, arms_of, chosen, conditional, frozen, kendall, reward_error
 
 TINY = dict(hidden=8, nodes=3, epochs=1, shared_steps=4, controller_steps=2, controller_samples=3, derive_samples=3,
             log_every=2, replicas=2, batch=8, settle=1)
@@ -93,3 +93,57 @@ def test_the_commands_run(tmp_path, study, capsys):
 def test_a_similarity_that_would_measure_nothing_is_refused(tmp_path, capsys):
     command = ["similarity", "--preset", "smoke", "--shared_steps", "2", "--epochs", "1", "--out", str(tmp_path)]
     assert main(command) == 2 and "nothing would be measured" in capsys.readouterr().err
+
+
+def test_kendall_is_that_of_the_definition():
+    """Oracle: counting pairs; a permutation and its reverse are 1 and -1."""
+    a, b = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])
+    assert kendall(a, b) == pytest.approx((5 - 1) / 6) and kendall(a, a) == 1 and kendall(a, -a) == -1
+
+
+@pytest.mark.parametrize("study", ["spaces", "optimizer", "anneal"])
+def test_arms_differ_in_what_they_say(study):
+    """Every arm is a search that the settings allow; the first is the plain one."""
+    for preset in ("smoke", "tiny"):
+        config = configure(study, preset)
+        arms = arms_of(study, config)
+        assert len(arms) > 1 and next(iter(arms.values())) == {}
+        for settings in arms.values():
+            menas.check(replace(config, **settings))
+            menas.search_space(replace(config, **settings))
+
+
+def test_what_a_search_ends_with():
+    """The best entry of derived.json, which is sorted; after annealing the most frequent."""
+    derived = [[1, 0, 2.0], [1, 1, 3.0], [1, 1, 3.0]]
+    assert chosen(configure("anneal"), derived) == [1, 0, 2.0]
+    assert chosen(configure("anneal", anneal=1), derived) == [1, 1, 3.0]
+
+
+def test_a_controller_that_is_asked_follows():
+    """On targets between those that it was trained on; a correlation of 0 is what one that does not listen has."""
+    config = configure("conditional", "tiny", nodes=6, min_nodes=2, controller_lr=.02)
+    found = conditional(config, "parameters", 200)
+    correlation, error, blind = followed(found)
+    assert correlation > .5 and error < blind
+
+
+def test_the_reward_under_a_policy_for_the_state(tmp_path):
+    """Oracle: with whole-split segments, no carried state and one stream, the reward is the evaluation itself."""
+    config = configure("state", "smoke", **{**TINY, "batch": 4}, out=str(tmp_path / "run"))
+    run_study("search", menas.study_search, config)
+    found = reward_error(config, tmp_path / "run", load_corpus(config), segments=4)
+    assert set(found) == set(menas.STATES)
+    for bias, tau in found.values():
+        assert abs(bias) < 1 and -1 <= tau <= 1
+    assert abs(found["warm"][0]) < 1
+
+
+@pytest.mark.parametrize("study", ["spaces", "optimizer", "anneal", "state", "conditional"])
+def test_the_wider_spaces_studies_run(tmp_path, study, text):
+    tiny = {**TINY, "nodes": 4, "retrain_epochs": 1} if study != "conditional" else {"controller_steps": 3}
+    tiny["data"] = text
+    settings = [x for name, value in tiny.items() for x in (f"--{name}", str(value))]
+    assert main([study, "--preset", "smoke", *settings, "--out", str(tmp_path / "run")]) == 0
+    report(str(tmp_path), str(tmp_path / "none.md"))
+    assert (tmp_path / f"{study}.png").stat().st_size > 5000
