@@ -22,6 +22,7 @@ them on the same minibatch, under shared weights (ENAS) or each under its own (m
     K, N, D         -           architectures in a batch, nodes of a cell, decisions
     T, B, H, V      -           steps of a segment (bptt), parallel streams (batch), hidden units, words
     slot            s           what a node can read: slot 0 is the input pair (x_t, h_{t-1}), slot i + 1 is node i
+    state           h, m        what a step hands on [K, B, H], in cells with a memory m_t [K, B, 2H]
 
 ENAS (Pham et al. 2018) alternates omega <- omega - lr d/domega E_m L_train(omega; m), an architecture or a few at a
 time, and theta <- theta + lr E_m [ reward(m) dlog pi(m)/dtheta ], the reward from L_valid(omega; m). That omega will
@@ -56,7 +57,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 # 1. Config and presets -----------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Config:
     task: str = option("none", "none, or frozen: a constructed task in which only the response knows what is good")
     settle: int = option(0, "rounds at the end in which only the shared weights learn, to fit the policy", ">= 0")
     entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward", ">= 0")
-    anneal: int = option(0, "last rounds of learning, in which this weight goes down to minus --penalty", ">= 0")
+    anneal: int = option(0, "last rounds of learning, in which this weight goes to minus --penalty", ">= 0")
     penalty: float = option(1.0, "so that the policy ends at one architecture; see --anneal", ">= 0")
     temperature: float = option(5.0, "divides the controller's logits", "> 0")
     tanh_constant: float = option(2.5, "bounds them: constant * tanh(logits / temperature)", "> 0")
@@ -414,6 +414,8 @@ def check_node(i, node, n):
     needs = NEEDS[choose(f"operation of node {i}", operation, OPERATIONS)]
     if not isinstance(node, dict) or any(name not in node for name in needs):
         raise UserError(f"node {i} needs {' and '.join(map(repr, needs))}")
+    for name in node:
+        choose(f"entry of node {i}, a {operation},", name, ("operation", *needs))
     if "activation" in needs:
         choose(f"activation of node {i}", node["activation"], ACTIVATIONS)
     reads = [node[name] for name in needs if name != "activation"]
@@ -439,16 +441,18 @@ def cell_from_json(cell):
 
     for i in range(n):
         visit(i, [])
-    whole = lambda name, lowest, highest: cell.get(name, 0) in range(lowest, highest + 1) and cell.get(name) is not True
-    if cell.get("memory") not in [None, *range(n)] or not whole("width", 0, 10 ** 6) or not whole("rate", -20, 20):
-        raise UserError(f"the cell's memory is a node, 0 to {n - 1}, its width and rate whole numbers")
-    if cell.get("memory") is None and any("memory" in sources for sources in reads):
+    whole = dict(memory=range(n), width=range(10 ** 6), rate=range(-20, 21))
+    for name in cell:
+        choose("entry of a cell", name, ("output", "nodes", *whole))
+        if name in whole and (type(cell[name]) is not int or cell[name] not in whole[name]):
+            raise UserError(f"the cell's {name} is {cell[name]!r}: not from {whole[name][0]} to {whole[name][-1]}")
+    if "memory" not in cell and any("memory" in sources for sources in reads):
         raise UserError("a node reads the memory, but the cell has no 'memory': the node that is carried")
-    slot = {"input": INPUT, "memory": MEMORY, None: 0, **{i: place + 1 for place, i in enumerate(order)}}
+    slot = {"input": INPUT, "memory": MEMORY, **{i: place + 1 for place, i in enumerate(order)}}
     made = [Node(slot[reads[i][0]], nodes[i].get("activation", "tanh"), nodes[i].get("operation", "highway"),
-                 slot[reads[i][1]] if len(reads[i]) > 1 else MEMORY) for i in order]
-    return Cell(tuple(made), choose("output", cell.get("output", "leaves"), OUTPUTS), slot[cell.get("memory")],
-                cell.get("width", 0), cell.get("rate", 0))
+                 slot[[*reads[i], "memory"][1]]) for i in order]
+    return Cell(tuple(made), choose("output", cell.get("output", "leaves"), OUTPUTS),
+                slot[cell["memory"]] if "memory" in cell else 0, cell.get("width", 0), cell.get("rate", 0))
 
 # A row of integers [D] is a cell. In ENAS's space, D = 2 + 2N: its number of nodes, its output, then for each node the
 # slot read and the activation. Any other cell has 3 + 2N columns more: memory, width, rate, then for each node the
@@ -522,15 +526,17 @@ def reads_of(config, gated):
         return [((INPUT,) if gated or i == 0 else ()) + tuple(range(1, i + 1)) for i in range(config.nodes)]
     if config.connections in FAMILIES:
         return [(FAMILIES[config.connections](i) if i else INPUT,) for i in range(config.nodes)]
-    nodes = load_cell(replace(config, connections="any"), config.connections, ("any", *FAMILIES)).nodes
-    if len(nodes) < config.nodes:
-        raise UserError(f"--connections {config.connections} has {len(nodes)} nodes, fewer than --nodes {config.nodes}")
-    return [(node.read,) for node in nodes]
+    cell = load_cell(replace(config, connections="any"), config.connections, ("any", *FAMILIES))
+    reads = [(node.read,) for node in cell.nodes]
+    if len(reads) < config.nodes or not gated and (INPUT,) in reads[1:]:
+        raise UserError(f"--connections {config.connections} has {len(reads)} nodes, not --nodes {config.nodes}, "
+                        "or several read the input pair, which needs --operations with glu, gate or sum")
+    return reads
 
 def search_space(config):
     """The list of Decisions. ENAS: every node but the first reads an earlier one, any activation. Then, if asked for:
-    several numbers of nodes; fixed connections; one activation for the whole cell; operations with a second
-    predecessor, where any node may read the input pair; a memory; widths; factors of the learning rate."""
+    several numbers of nodes; fixed connections; one activation for the whole cell; operations with a second one read,
+    where any node may read the input pair; as a memory one of the --min_nodes first; widths; rates."""
     n, least = config.nodes, config.min_nodes or config.nodes
     if not 1 <= least <= n:
         raise UserError(f"--nodes {n} must be at least 1, and --min_nodes {least} from 1 to that")
@@ -569,21 +575,22 @@ def search_space(config):
 def ways(decisions):
     """A function (i, known) -> [(value, what is known then, number of different cells from there)] of decision i; known
     are the (column, value) that a later `when` asks about. From (0, ()) the numbers add up to the space's size."""
-    asked = {column: i for i, d in enumerate(decisions) for column, _ in d.when}  # by which decision last
+    last_use = {column: i for i, d in enumerate(decisions) for column, _ in d.when}
 
     @lru_cache(maxsize=None)
     def options(i, known):
         d, found = decisions[i], []
         for value in d.choices if all(dict(known)[column] in values for column, values in d.when) else (0,):
             now = (*known, *((column, value) for column in d.columns))
-            then = tuple((column, x) for column, x in now if asked.get(column, -1) > i)
+            then = tuple((column, x) for column, x in now if last_use.get(column, -1) > i)
             found.append((value, then, sum(n for *_, n in options(i + 1, then)) if i + 1 < len(decisions) else 1))
         return found
 
     return options
 
 def uniform_rows(decisions, k, *key):
-    """K rows drawn uniformly from the different cells of the space, which an untrained controller only nearly does."""
+    """K rows drawn uniformly from the different cells of the space, which an untrained controller only nearly does, and
+    with --min_nodes not at all: most cells have the most nodes, so nearly all of these rows have."""
     options, width = ways(decisions), 1 + max(column for d in decisions for column in d.columns)
     rows = torch.zeros(k, width, dtype=torch.long)
     for row, draws in zip(rows, torch.rand(k, len(decisions), generator=rng(*key)).tolist()):
@@ -591,7 +598,7 @@ def uniform_rows(decisions, k, *key):
         for i, (d, u) in enumerate(zip(decisions, draws)):
             found = options(i, known)
             sums = list(accumulate(n for *_, n in found))  # a value's chance is its share of the cells
-            row[list(d.columns)], known, _ = found[bisect(sums, u * sums[-1], hi=len(sums) - 1)]
+            row[list(d.columns)], known, _ = found[bisect(sums, int(u * 2 ** 53) * sums[-1] >> 53)]
     return rows
 
 def recurrent_parameters(cell, hidden):
@@ -608,56 +615,12 @@ def leaves(cell):
     n, read = len(cell.nodes), {slot for node in cell.nodes for slot in slots_read(node)}
     return [i for i in range(n) if (i > 0 or n == 1 if cell.output == "all" else i + 1 not in read)]
 
-def to_slots(cell, source, combine):
-    """{slot: combine(values of the slots it reads)}, source for the input pair and the memory."""
-    values = {None: source, INPUT: source}
-    for i, node in enumerate(cell.nodes):
-        values[i + 1] = combine(values[slot] for slot in slots_read(node))
-    return values
-
-def depths(cell):
-    """{slot: the nodes on the longest path to it}."""
-    return to_slots(cell, 0, lambda read: 1 + max(read))
-
-def draw_cell(cell, title="", axes=None):
-    """The cell as a picture, input at the bottom, h_t at the top, the second predecessors' arrows dashed; returns
-    matplotlib's axes."""
-    depth = depths(cell)
-    top = max(depth.values()) + 1
-    rows = [[slot for slot, d in depth.items() if d == row and (slot is not None or cell.memory)] for row in range(top)]
-    width = max(map(len, rows))
-    place = {slot: (j - (len(row) - 1) / 2, y) for y, row in enumerate(rows) for j, slot in enumerate(row)}
-    axes = axes or Figure(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained").subplots()
-    colours = {"tanh": "#7fb3d5", "relu": "#f5b041", "identity": "#d5d8dc", "sigmoid": "#82e0aa"}
-
-    box = lambda x, y, text, colour="white": axes.text(
-        x, y, text, ha="center", va="center", fontsize=11, zorder=3,
-        bbox=dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour))
-    arrow = lambda x, y, x_end, y_end, **style: axes.annotate(  # from the top of one box to the bottom of another
-        "", (x_end, y_end - 0.22), (x, y + 0.22), zorder=1,
-        arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "color": "#333333", **style})
-    box(*place[INPUT], "$x_t,\\ h_{t-1}$")
-    if cell.memory:
-        box(*place[None], "$m_{t-1}$")
-    for i, node in enumerate(cell.nodes):
-        for slot, style in zip(slots_read(node), ({}, {"linestyle": "--"})):
-            arrow(*place[slot], *place[i + 1], **style)
-        text = {"highway": node.activation, "sum": "+"}.get(node.operation, f"{node.operation} {node.activation}")
-        carried = ", $m_t$" if i + 1 == cell.memory else ""
-        box(*place[i + 1], f"{i}: {text}{carried}", colours[node.activation] if node.operation != "sum" else "white")
-    for i in leaves(cell):
-        arrow(*place[i + 1], 0, top, color="#aaaaaa", linestyle=":")
-    box(0, top, "$h_t$ = mean")
-    axes.set(xlim=(-width / 2, width / 2), ylim=(-0.5, top + 0.5), title=title)
-    axes.axis("off")
-    return axes
-
 # 4. The shared network -----------------------------------------------------------------------------------------------
 # Weights are a dict of tensors. Shared by all architectures: 'edges' is the bank [edges, H, 2H], a row for each pair
 # (slot read, node). Standalone, a network per architecture: every tensor has a leading K and 'edges' is [K, N, H, 2H].
 # In gated spaces any node may read the input pair, so 'input', else [H, 2H], is [N, H, 2H], a matrix for each.
 
-STATE_BOUND = 25.0  # largest norm of h_t, as in the peers
+STATE_BOUND = 25.0  # largest norm of h_t, as in the peers, and of m_t
 
 def edge_index(slot, node):
     """The bank's row of the edge slot -> node: node i can read slots 0 .. i."""
@@ -686,7 +649,18 @@ def standalone_weights(config, words, cells, seeds):
     inputs = () if cells.shape[1] % 2 == 0 else (n,)
     nodes = dict.fromkeys((f"node {i}" for i in range(n)), (h, 2 * h))
     weights = initial(config, {"embedding": (words, h), "input": (*inputs, h, 2 * h), **nodes}, seeds)
+    for k, width in enumerate(columns(cells).width.tolist()):
+        for w in weights.values():
+            w[k] *= math.sqrt(h / (width or h)) if config.init == 0 else 1  # as if made with that many units
     return {"edges": torch.stack([weights.pop(node) for node in nodes], 1), **weights}
+
+def check_fit(cells, nodes, hidden, gated):
+    """A UserError if weights of so many nodes and units, of a gated space or not, do not hold one of the cells."""
+    for cell in cells:
+        if len(cell.nodes) > nodes or cell.width > hidden:
+            raise UserError(f"{len(cell.nodes)} nodes, width {cell.width}: the weights have {nodes} and {hidden}")
+        if not gated and [node.read for node in cell.nodes].count(INPUT) > 1:
+            raise UserError("several nodes read the input pair, which shared weights allow with --operations glu, ...")
 
 def inherit(shared, cells):
     """Standalone weights that start from the shared ones: each network gets its own copy."""
@@ -1528,7 +1502,7 @@ SCHEDULES = {"constant": lambda epoch, epochs: 1.0,
 def train_networks(config, run, corpus, weights, cells, seeds):
     """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging, stopping, failure.
     Returns the best weights of each by validation and a dict of lists: best_loss, best_epoch, epochs, failed. A
-    network that has stopped leaves the batch. Segment lengths are common to all. cells: rows [K, D]; of LSTMs zeros [K, 2]."""
+    network that has stopped leaves the batch. Segment lengths are common to all. cells: rows [K, D]; LSTMs: 0."""
     device, valid = device_of(config), corpus.valid.to(device_of(config))
     stream = Stream(corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt).to(device)
     weights, full = to_device(weights, device), lambda value: torch.full((len(seeds),), value, device=device)
@@ -1594,7 +1568,7 @@ def validate(config, s, valid, epoch):
 
 @torch.no_grad()
 def warm_start(weights, cells, segment, carried, dtype):
-    """h after the segment before, read from 0 by the architectures themselves [K, B, H]; costs a forward pass."""
+    """The state after the segment before, read from 0 by the architectures themselves; costs a forward pass."""
     if segment.before is None:
         return torch.zeros_like(carried)
     before = Batch(segment.before, torch.full_like(segment.before, -1), torch.zeros_like(carried), {})
@@ -1611,13 +1585,13 @@ def start_batch(config, weights, cells, segment, carried, masks):
     return Batch(segment.inputs, segment.targets, state, masks)
 
 def score(config, weights, cells, segment, carried):
-    """Losses [K] of architectures on one validation segment in eval mode, and the state to carry on [1, B, H]."""
+    """Losses [K] of architectures on one validation segment in eval mode, and the state to carry on [1, B, H or 2H]."""
     batch = start_batch(config, weights, cells, segment, carried, {})
     losses, state = network(weights, cells, batch, DTYPES[config.dtype])
     return losses, mean_state(losses.detach(), state)
 
 def mean_state(losses, state):
-    """The mean of h over the architectures whose loss is finite [1, B, H]."""
+    """The mean of the states of the architectures whose loss is finite [1, B, H or 2H]."""
     finite = torch.isfinite(losses)[:, None, None]
     return torch.where(finite, state, 0.0).sum(0, keepdim=True) / finite.sum().clamp(min=1)
 
@@ -1631,6 +1605,9 @@ def policy_of(config, decisions):
     if config.controller in POLICIES:
         return Uniform(decisions) if config.controller == "uniform" else Controller(decisions, config)
     cells = [load_cell(config, name, POLICIES) for name in config.controller.split(",")]
+    check_fit(cells, config.nodes, config.hidden, config.operations != "highway")
+    if config.shared_samples > 1 and any(cell.rate for cell in cells):
+        raise UserError("a cell with a rate of its own needs --shared_samples 1")
     return Uniform(decisions, encode(cells, config.nodes))
 
 class Search:
@@ -1748,7 +1725,7 @@ class Search:
         return sample, extra_rewards(*how, s["weights"], sample.rows, fold, rewards, step)
 
     def entropy_weight(self, progress):
-        """--entropy; in the last --anneal rounds of learning on a line from there to minus --penalty."""
+        """--entropy; in the last --anneal rounds of learning on its way to minus --penalty, a step a round."""
         config, left = self.config, self.config.epochs - progress
         share = max(0.0, 1 - left / config.anneal) if config.anneal else 0.0
         return (1 - share) * config.entropy - share * config.penalty
@@ -1830,8 +1807,11 @@ def load_cell(config, name, others=("lstm",)):
         return CELLS[name]
     if re.fullmatch(ROW, name):
         try:
-            cell = decode(torch.tensor([int(x) for x in re.findall(r"(?:^|-)(-?\d+)", name)]))
-        except IndexError:
+            row = torch.tensor([[int(x) for x in re.findall(r"(?:^|-)(-?\d+)", name)]])
+            n, cell = columns(row).read.shape[1], decode(row[0])
+            if row.shape[1] not in (2 + 2 * n, 5 + 4 * n) or not 1 <= row[0, 0] <= n:
+                raise ValueError
+        except (IndexError, ValueError, OverflowError):
             raise UserError(f"'{name}' is not a cell's row") from None
         return cell_from_json(cell_to_json(cell))  # which checks it
     if name.startswith("random:"):
@@ -1856,6 +1836,8 @@ def check(config):
             raise UserError(f"--{f.name} {value} must be {must_be}: {f.metadata['help']}")
     if config.baseline == "leave_one_out" and config.controller_samples == 1:
         raise UserError("--controller_samples 1: leave_one_out needs at least 2; or --baseline moving_average")
+    if config.anneal > max(0, config.epochs - config.warm_epochs):
+        raise UserError(f"--anneal {config.anneal} is more than the rounds of learning, --epochs minus --warm_epochs")
     if config.rates and config.shared_samples > 1:
         raise UserError(f"--rates {config.rates}: a shared step has one architecture's rate; use --shared_samples 1")
     if config.rates and (config.controller, config.response) == ("trained", "none"):
@@ -1881,8 +1863,8 @@ def load_shared(config, words, cells):
         weights = torch.load(path, weights_only=True)
         if weights.get("embedding", torch.empty(0)).shape != (words, config.hidden):  # standalone: one more dimension
             raise ValueError(f"it does not hold the shared weights for {words} words and --hidden {config.hidden}")
-        if structure(cells)[1].max() >= len(weights["edges"]):
-            raise ValueError(f"it is for smaller cells than those of --cell {config.cell}")
+        nodes = math.isqrt(2 * len(weights["edges"]))  # there are nodes (nodes + 1) / 2 edges
+        check_fit(map(decode, cells), nodes, config.hidden, weights["input"].dim() == 3)
     return weights
 
 def study_train(config, run):
@@ -1895,6 +1877,7 @@ def study_train(config, run):
         cells = encode([load_cell(config, name) for name in names])
         weights = inherit(load_shared(config, words, cells), cells) if config.weights else \
             standalone_weights(config, words, cells, seeds)
+        check_fit(map(decode, cells), cells.shape[1], config.hidden, True)
         recurrent = [recurrent_parameters(decode(row), config.hidden) for row in cells]
     elif config.weights or set(names) != {"lstm"}:
         raise UserError("--cell lstm is another network: train it in a run of its own, without --weights")
@@ -1904,13 +1887,14 @@ def study_train(config, run):
     best, records = train_networks(config, run, corpus, weights, cells, seeds)
     run.say("evaluating the best weights on the whole of each split, in float32")
     write_tensors(run.folder / "weights.pt", to_device(best, "cpu"))
-    columns = {"cell": names, "seed": seeds}
+    found = {"cell": names, "seed": seeds}
     for split in SPLITS:
         losses = evaluate(best, cells.to(device), getattr(corpus, split).to(device), config.eval_batch)
-        columns[f"{split}_perplexity"] = [perplexity(loss) for loss in losses.tolist()]
-    parameters = [r + words * (config.hidden + 1) for r in recurrent]
-    columns.update(recurrent_parameters=recurrent, parameters=parameters, **records)
-    networks = [dict(zip(columns, values)) for values in zip(*columns.values())]
+        found[f"{split}_perplexity"] = [perplexity(loss) for loss in losses.tolist()]
+    widths = [width or config.hidden for width in columns(cells).width.tolist()]
+    parameters = [r + words * (width + 1) for r, width in zip(recurrent, widths)]
+    found.update(recurrent_parameters=recurrent, parameters=parameters, **records)
+    networks = [dict(zip(found, values)) for values in zip(*found.values())]
     floor = {"floor_perplexity": corpus.floor["test"]} if corpus.floor else {}
     return {**(networks[0] if len(networks) == 1 else {}), "networks": networks, **floor}
 
@@ -1943,6 +1927,7 @@ def study_search(config, run):
         write_json(run.folder / f"{name}cell.json", metrics[f"{name}best_cell"])
     (run.folder / "derived.json").write_text(json.dumps(derived))  # each a row of integers, then its perplexity
     write_tensors(run.folder / "weights.pt", to_device(weights, "cpu"))
+    from results.report import draw_cell  # where tables and pictures are made
     draw_cell(cell_from_json(metrics["best_cell"]), "the cell found").figure.savefig(run.folder / "cell.png", dpi=110)
     if corpus.floor:
         metrics["floor_perplexity"] = corpus.floor["valid"]

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from menas import ROW, UserError, cell_from_json, draw_cell, read_json
-from results.studies import OUTCOMES
+from menas import INPUT, ROW, UserError, cell_from_json, leaves, read_json, slots_read
+from results.studies import OUTCOMES, depths
 
 PUBLISHED = {"enas": "- / 56.3 (first: 55.8)", "darts_v1": "60.2 / 57.6", "darts_v2": "58.1 / 55.7",
              "enas_lm": "- / 57.3"}
@@ -70,7 +70,7 @@ def t_test(values, tests=1):
     values = torch.tensor(values, dtype=torch.float64)
     mean, error, (t, p) = values.mean().item(), values.std().item() / math.sqrt(len(values)), student_t(len(values) - 1)
     quantile = lambda q: t[torch.searchsorted(p, q)].item()
-    at = min(int(abs(mean) / max(error, 1e-300) / 500 * 1000000), len(p) - 1)
+    at = int(min(abs(mean) / max(error, 1e-300) / 500, 1) * (len(p) - 1))
     least = (quantile(1 - .025 / tests) + quantile(.8)) * error
     return mean, quantile(.975) * error, min(1.0, tests * 2 * (1 - p[at].item())), least
 
@@ -83,18 +83,20 @@ def differences(record, outcome):
     """{arm: its difference to the first arm, a value for each seed} of a record; {} if the outcome was not measured."""
     arms = record["metrics"]["arms"]
     base = next(iter(arms.values())).get(outcome, [])
-    if len(base) < 2 or outcome == "frozen" and record["config"]["task"] == "none":
+    if not base or outcome == "frozen" and record["config"]["task"] == "none":
         return {}
     return {arm: [x - y for x, y in zip(found[outcome], base)] for arm, found in arms.items()}
 
 def table_arms(records):
-    """Means over the seeds, and paired differences to the first arm: of losses, less is better."""
+    """Means over the seeds, and paired differences to the first arm: of losses, less is better. p is corrected for the
+    arms of an outcome, not for the outcomes."""
     rows = []
     for record, outcome in ((r, o) for r in records for o in ABOUT[r["study"]]):
         found = differences(record, outcome)
         for i, arm in enumerate(found):
             values, (mean, half, p, least) = record["metrics"]["arms"][arm][outcome], t_test(found[arm], len(found) - 1)
-            shown = (f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}") if i else ("", "", "")
+            compared = i and len(values) > 1
+            shown = (f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}") if compared else ("", "", "")
             rows.append((OUTCOMES[outcome], arm, f"{sum(values) / len(values):.3f}", *shown, len(values)))
     arms = "lookahead, response" if records[0]["study"] == "extra" else "arm"
     return table(("outcome", arms, "mean", "difference", "p, corrected", "detectable", "seeds"), rows)
@@ -110,25 +112,24 @@ def table_state(records):
     record, mean = records[0], lambda values: "{:.3f} +- {:.3f}".format(*t_test(values)[:2])
     errors, context = reward_errors(record), record["metrics"]["context"]
     lengths = record["metrics"]["sentence_lengths"]
-    at = lambda q: lengths[round(q * (len(lengths) - 1))]
     return "\n\n".join((
         table(("state", *errors, "tau minus carry's"),
               [(name, *(mean(found[name]) for found in errors.values()),
                 mean([x - y for x, y in zip(errors["Kendall's tau"][name], errors["Kendall's tau"]["carry"])])
                 if name != "carry" else "") for name in errors["bias, nats"]]),
         table_arms([record]),
-        table(("words seen before", *context), [("validation perplexity", *context.values())]),
-        table(("quantile of the sentence lengths", *(f"{q:.0%}" for q in (.05, .25, .5, .75, .95, 1))),
-              [("words with <eos>", *map(at, (.05, .25, .5, .75, .95, 1)))])))
+        table(("words seen", *(f"{int(c) + 1} to {2 * int(c)}" if c != "1" else "2" for c in context)),
+              [("validation perplexity", *context.values())]),
+        table(("sentences", *lengths), [("words with <eos>", *lengths.values())])))
 
 def followed(found):
     """Of one seed's test targets: correlation of the samples with what was asked for, their mean absolute error and
-    the uniform policy's on the same targets, both in the uniform policy's standard deviations."""
-    uniform, pairs = torch.tensor(found["uniform"]), [(float(t), x) for t, v in found["targets"].items() for x in v]
+    the untrained controller's on the same targets, both in the latter's standard deviations."""
+    blind_to, pairs = torch.tensor(found["untrained"]), [(float(t), x) for t, v in found["targets"].items() for x in v]
     asked, got = torch.tensor(pairs).t()
-    blind = sum((uniform - float(t)).abs().mean() for t in found["targets"]) / len(found["targets"])
-    return [torch.corrcoef(torch.stack((asked, got)))[0, 1].item(), ((asked - got).abs().mean() / uniform.std()).item(),
-            (blind / uniform.std()).item()]
+    blind = sum((blind_to - float(t)).abs().mean() for t in found["targets"]) / len(found["targets"])
+    errors = torch.stack(((asked - got).abs().mean(), blind)) / blind_to.std()
+    return [torch.corrcoef(torch.stack((asked, got)))[0, 1].item(), *errors.tolist()]
 
 def table_conditional(records):
     """How well samples follow targets that the controller was not trained on; means over seeds, 95 % intervals."""
@@ -136,7 +137,7 @@ def table_conditional(records):
     for name, seeds in records[0]["metrics"]["properties"].items():
         measures = zip(*map(followed, seeds))
         rows.append((name, *("{:.2f} +- {:.2f}".format(*t_test(list(values))[:2]) for values in measures), len(seeds)))
-    return table(("asked for", "correlation", "error, sd", "error of the uniform policy, sd", "seeds"), rows)
+    return table(("asked for", "correlation", "error, sd", "error untrained, sd", "seeds"), rows)
 
 def cosines(record):
     """{cosine: {estimator: its mean over the search, a value for each seed}}."""
@@ -176,6 +177,39 @@ def summary(record):
         split = "test" if "networks" in metrics else "validation"
         lines.append(f"the best possible {split} perplexity, under the true grammar: {metrics['floor_perplexity']:.2f}")
     return "\n\n".join(lines)
+
+def draw_cell(cell, title="", axes=None):
+    """The cell as a picture, input at the bottom, h_t at the top, the second predecessors' arrows dashed; returns
+    matplotlib's axes."""
+    depth = depths(cell)
+    top = max(depth.values()) + 1
+    rows = [[slot for slot, d in depth.items() if d == row and (slot is not None or cell.memory)] for row in range(top)]
+    width = max(map(len, rows))
+    place = {slot: (j - (len(row) - 1) / 2, y) for y, row in enumerate(rows) for j, slot in enumerate(row)}
+    axes = axes or Figure(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained").subplots()
+    colours = {"tanh": "#7fb3d5", "relu": "#f5b041", "identity": "#d5d8dc", "sigmoid": "#82e0aa"}
+
+    box = lambda x, y, text, colour="white": axes.text(
+        x, y, text, ha="center", va="center", fontsize=11, zorder=3,
+        bbox=dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour))
+    arrow = lambda x, y, x_end, y_end, **style: axes.annotate(  # from the top of one box to the bottom of another
+        "", (x_end, y_end - 0.22), (x, y + 0.22), zorder=1,
+        arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "color": "#333333", **style})
+    box(*place[INPUT], "$x_t,\\ h_{t-1}$")
+    if cell.memory:
+        box(*place[None], "$m_{t-1}$")
+    for i, node in enumerate(cell.nodes):
+        for slot, style in zip(slots_read(node), ({}, {"linestyle": "--"})):
+            arrow(*place[slot], *place[i + 1], **style)
+        text = {"highway": node.activation, "sum": "+"}.get(node.operation, f"{node.operation} {node.activation}")
+        carried = ", $m_t$" if i + 1 == cell.memory else ""
+        box(*place[i + 1], f"{i}: {text}{carried}", colours[node.activation] if node.operation != "sum" else "white")
+    for i in leaves(cell):
+        arrow(*place[i + 1], 0, top, color="#aaaaaa", linestyle=":")
+    box(0, top, "$h_t$ = mean")
+    axes.set(xlim=(-width / 2, width / 2), ylim=(-0.5, top + 0.5), title=title)
+    axes.axis("off")
+    return axes
 
 def draw_curves(records, axes, y, scale=1):
     """Metric y of metrics.jsonl against the step, a line per run."""

@@ -18,12 +18,12 @@ from timeit import timeit
 import torch
 import torch.nn.functional as F
 
-from menas import (ACTIVATIONS, CELLS, DTYPES, PRESETS, RESPONSE, STATES, TASKS, Batch, Controller, Search, Stream,
-                   UserError, Workspace, columns, decode, depths, device_of, draw_masks, encode,
+from menas import (ACTIVATIONS, CELLS, DTYPES, INPUT, PRESETS, RESPONSE, STATES, TASKS, Batch, Controller, Search,
+                   Stream, UserError, Workspace, check, columns, decode, device_of, draw_masks, encode,
                    evaluate, extra_rewards, leave_one_out, leaves, load_corpus, lstm_weights,
-                   mean_gradient, network, perplexity, policy_loss, read_json, recurrent_parameters,
-                   reference_losses, retrain, rng, row_name, run_study, score, search_space,
-                   shared_weights, study_search, to_device, to_slots, uniform_rows,
+                   mean_gradient, named, network, perplexity, policy_loss, read_json,
+                   recurrent_parameters, reference_losses, retrain, rng, row_name, run_study, score,
+                   search_space, shared_weights, slots_read, study_search, to_device, uniform_rows,
                    worst_for_failures, zero_state)
 
 SEARCHES = dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=1, derive_samples=24, replicas=5)
@@ -71,7 +71,7 @@ OUTCOMES = {"expected": "F", "best": "the best cell's loss", "scratch": "from sc
 
 def arms_of(study, config):
     """{arm: the settings in which it differs} of a study; the others are compared with the first."""
-    gated, n = "highway,glu,gate,sum", config.nodes
+    gated, n, half = "highway,glu,gate,sum", config.nodes, max(1, (config.epochs - config.warm_epochs) // 2)
     return {
         "extra": {**{", ".join(pair): dict(zip(("lookahead", "response"), pair)) for pair in PAIRS},
                   "none, none, 4x steps": dict(controller_steps=4 * config.controller_steps)},  # a response's cost
@@ -80,12 +80,12 @@ def arms_of(study, config):
                    f"{n // 2} to {n} nodes": dict(min_nodes=n // 2),
                    "three widths": dict(widths=",".join(str(config.hidden // x) for x in (4, 2, 1))),
                    "gated": dict(operations=gated), "gated, memory": dict(operations=gated, memory=True)},
-        "optimizer": {"no choice": {}, "no choice, response": dict(lookahead="none", response="sampled"),
+        "optimizer": {"no choice": {}, "no choice, response": dict(lookahead="fresh", response="sampled"),
                       "rates at random": dict(rates=".25,.5,1,2,4", controller="uniform"),
-                      "rates, sampled": dict(rates=".25,.5,1,2,4", lookahead="none", response="sampled"),
+                      "rates, sampled": dict(rates=".25,.5,1,2,4", lookahead="fresh", response="sampled"),
                       "rates, unrolled": dict(rates=".25,.5,1,2,4", lookahead="fresh", response="unrolled")},
-        "anneal": {"best of a sample": {},
-                   "annealed": dict(anneal=max(1, config.epochs // 2), epochs=config.epochs + 1)},
+        "anneal": {"best of a sample": {}, "annealed": dict(anneal=half),
+                   "annealed, a round more": dict(anneal=half, epochs=config.epochs + 1)},
         "state": {state: dict(state=state) for state in STATES},
     }[study]
 
@@ -113,6 +113,9 @@ def study_arms(study, config, run):
     F itself, the mean validation loss of the controller's samples once the shared weights have been trained on for the
     fixed controller (--settle); and, with --retrain, that of a few of them from scratch (anneal: of the one chosen)."""
     arms, guess = arms_of(study, config), len(load_corpus(config).words)
+    for settings in arms.values():  # before any work is done
+        check(replace(config, **settings))
+        search_space(replace(config, **settings))
     found = {name: {outcome: [] for outcome in OUTCOMES} for name in arms}
     for seed, name in ((config.seed + i, name) for i in range(config.replicas) for name in arms):
         folder = run.folder / f"{name}, {seed}"
@@ -134,6 +137,14 @@ def study_arms(study, config, run):
 
 # 2. The gradient that looks ahead
 
+def learner(config, corpus):
+    """The Search of a controller that has a gradient."""
+    if config.controller not in ("trained", "untrained"):
+        raise UserError(f"--controller {config.controller} does not learn: it has no gradient to measure")
+    game = Search(config, corpus)
+    game.remembers = True
+    return game
+
 def policy_gradient(controller, sample, rewards):
     """The flat leave-one-out estimate of dE[reward]/dtheta, without the entropy's part."""
     rewards = worst_for_failures(rewards.detach())
@@ -144,8 +155,8 @@ def policy_gradient(controller, sample, rewards):
 def alternate(config, corpus, run):
     """A search of one shared and one controller step in turn; it stops before every --log_every-th shared step, which
     the caller then takes."""
-    game = Search(config, corpus)
-    game.remembers, steps = True, config.epochs * game.shared_steps
+    game = learner(config, corpus)
+    steps = config.epochs * game.shared_steps
     if steps < config.log_every:
         raise UserError(f"--log_every {config.log_every} is more than the {steps} steps: nothing would be measured")
     while game.s["step"] < steps:
@@ -196,8 +207,7 @@ def study_cost(config, run):
 
     Relative to plain ENAS's: median seconds; variance, a mean that a single exploding draw may rule; and the typical
     squared deviation, a median."""
-    game = Search(config, load_corpus(config))
-    game.remembers = True
+    game = learner(config, load_corpus(config))
     for _ in range(game.shared_steps):  # to where the weights are no longer random
         game.shared_step(0.0)
         game.s["step"] += 1
@@ -227,28 +237,31 @@ def kendall(a, b):
     sign = lambda x: torch.sign(x[:, None] - x[None])
     return (sign(a) * sign(b)).sum().item() / (len(a) * (len(a) - 1))
 
-def reward_error(config, folder, corpus, segments=60):
-    """{policy: [bias, tau]} of what a controller step sees of architectures, under each policy for the hidden state.
+def reward_error(config, folder, corpus, k=30, at_least=30):
+    """{policy: [bias, tau]} of what a controller step sees of k uniform cells, under each policy for the hidden state,
+    with the shared weights of one search.
 
-    As in a search, each segment of the validation split is read by other architectures than the one before. bias: the
-    mean loss on segments minus that on the whole split, nats; tau: Kendall's, of the order of 30 architectures on one
-    segment and on the whole split, mean over segments."""
+    As in a search, each segment of the validation split is read by other architectures than the one before; whole
+    passes over the split, of at_least so many segments. bias: the mean loss of a token minus that in the evaluation of the
+    whole split, nats; tau: Kendall's, of the order of the cells on one segment and on the whole split, mean over
+    segments."""
     weights, decisions, found = torch.load(folder / "weights.pt", weights_only=True), search_space(config), {}
     dtype = DTYPES[config.dtype]
-    scored = [row[:-1] for row in read_json(folder / "derived.json")["uniform_cells"][:30]]
-    rows = torch.tensor(scored)
+    rows = uniform_rows(decisions, k, config.seed, "scored")
     whole = evaluate(weights, rows, corpus.valid, config.eval_batch, dtype=dtype)
     for policy in STATES:
         stream, carried = Stream(corpus.valid, config.batch, config.bptt), zero_state(weights, config.batch)
-        now, losses = replace(config, state=policy), []
-        for step in range(segments):
+        now, losses, tokens = replace(config, state=policy), [], []
+        while len(losses) < at_least or stream.at > 0:
             segment = stream.next()
             losses.append(score(now, weights, rows, segment, carried)[0])
-            others = uniform_rows(decisions, config.controller_samples, config.seed, "state", step)
+            tokens.append((segment.targets >= 0).sum())
+            others = uniform_rows(decisions, config.controller_samples, config.seed, "others", len(losses))
             carried = score(now, weights, others, segment, carried)[1]
-        losses = torch.stack(losses)                                                     # [segments, K]
-        found[policy] = [(losses.mean(0) - whole).mean().item(),
-                         sum(kendall(loss, whole) for loss in losses) / segments]
+        taus = [kendall(loss, whole) for loss in losses]
+        losses, tokens = torch.stack(losses), torch.stack(tokens)                        # [segments, K], [segments]
+        mean = (losses * tokens[:, None]).sum(0) / tokens.sum()
+        found[policy] = [(mean - whole).mean().item(), sum(taus) / len(taus)]
     return found
 
 CONTEXTS = (1, 2, 4, 8, 16, 32, 64)  # words
@@ -256,36 +269,51 @@ CONTEXTS = (1, 2, 4, 8, 16, 32, 64)  # words
 def study_state(config, run):
     """How should the hidden state be kept between segments whose architectures differ? And how much context is there?
 
-    Searches under each policy; the error of the reward under each; sentence lengths; and the validation perplexity of a
-    trained cell that sees between c and 2 c words before the one it predicts, for c in CONTEXTS."""
+    Searches under each policy; the error of the reward under each, with the weights of the first; quantiles of the
+    sentences' lengths; and the validation perplexity of a trained cell that has seen c + 1 to 2 c words, for c in
+    CONTEXTS, before the one it predicts."""
     corpus, metrics = load_corpus(config), study_arms("state", config, run)
     metrics["reward"] = [reward_error(replace(config, seed=seed), run.folder / f"carry, {seed}", corpus)
                          for seed in range(config.seed, config.seed + config.replicas)]
     ends = (corpus.train == corpus.words.index("<eos>")).nonzero().flatten()
-    metrics["sentence_lengths"] = sorted((ends[1:] - ends[:-1]).tolist())[::max(1, len(ends) // 100)]  # percentiles
+    quantiles, lengths = torch.tensor((.05, .25, .5, .75, .95, 1.0)), (ends[1:] - ends[:-1]).float()
+    metrics["sentence_lengths"] = dict(zip(("5 %", "25 %", "50 %", "75 %", "95 %", "longest"),
+                                           lengths.quantile(quantiles, interpolation="nearest").int().tolist()))
     retrain(config, "enas", run.folder / "context")
     weights, cells = torch.load(run.folder / "context/weights.pt", weights_only=True), encode([CELLS["enas"]])
     losses = [evaluate(weights, cells, corpus.valid, len(corpus.valid), warm=words) for words in CONTEXTS]
     metrics["context"] = {str(words): perplexity(loss.item()) for words, loss in zip(CONTEXTS, losses)}
     return metrics
 
+def to_slots(cell, source, combine):
+    """{slot: combine(values of the slots it reads)}, source for the input pair and the memory."""
+    values = {None: source, INPUT: source}
+    for i, node in enumerate(cell.nodes):
+        values[i + 1] = combine(values[slot] for slot in slots_read(node))
+    return values
+
 def path_count(cell):
     """Paths from the input pair or the memory to h_t within a step."""
     paths = to_slots(cell, 1, sum)
     return sum(paths[i + 1] for i in leaves(cell))
+
+def depths(cell):
+    """{slot: the nodes on the longest path to it}."""
+    return to_slots(cell, 0, lambda read: 1 + max(read))
 
 PROPERTIES = {"parameters": lambda cell, hidden: recurrent_parameters(cell, hidden),
               "paths": lambda cell, hidden: path_count(cell), "depth": lambda cell, hidden: max(depths(cell).values())}
 
 def conditional(config, name, steps):
     """A controller that is asked for a value of a property: trained on every other target of a grid, tested on those in
-    between. {target: the values of 50 samples}, and those of the uniform policy."""
+    between. {target: the values of 50 samples}, and those of the untrained controller."""
     decisions = search_space(config)
     controller = Controller(decisions, config, asked=True)
     value = lambda rows: torch.tensor([float(PROPERTIES[name](decode(row), config.hidden)) for row in rows])
-    anywhere = value(uniform_rows(decisions, 500, config.seed, "targets"))
+    anywhere = value(controller.sample(500, config.seed, "targets").rows)
     mean, spread = anywhere.mean(), anywhere.std()
     targets = torch.quantile(anywhere, torch.linspace(.02, .98, 9)).round().unique()
+    targets = targets[:len(targets) - 1 + len(targets) % 2]  # an odd number: the last one is trained on
     if len(targets) < 3:
         raise UserError(f"the space has too few values of {name} to ask for: --min_nodes and --operations widen it")
     adam = torch.optim.Adam(controller.parameters(), lr=config.controller_lr)
@@ -300,17 +328,18 @@ def conditional(config, name, steps):
     with torch.no_grad():
         draw = lambda target: controller.sample(50, config.seed, "test", asked=asked(target)[:1].expand(50)).rows
         test = {target.item(): value(draw(target)) for target in targets[1::2]}
-    return {"targets": {str(target): values.tolist() for target, values in test.items()}, "uniform": anywhere.tolist()}
+    return {"targets": {str(t): values.tolist() for t, values in test.items()}, "untrained": anywhere.tolist()}
 
 def study_conditional(config, run):
     """Does a controller that is told what to aim for follow? Targets that it was not trained on, --replicas seeds."""
-    found = {name: [] for name in PROPERTIES}
-    for name in found:
-        for seed in range(config.seed, config.seed + config.replicas):
-            found[name].append(conditional(replace(config, seed=seed), name, config.controller_steps))
+    saved = run.restore() or {"properties": {name: [] for name in PROPERTIES}}
+    for name, found in saved["properties"].items():
+        for seed in range(config.seed + len(found), config.seed + config.replicas):
+            found.append(conditional(replace(config, seed=seed), name, config.controller_steps))
             run.say(f"{name}, seed {seed}: done")
+            run.keep(saved)
             run.obey()
-    return {"properties": found}
+    return saved
 
 # 4. Speed
 

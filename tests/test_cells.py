@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import menas
+from results.report import draw_cell
 
 # The published cells as their papers write them: 'node:(predecessor, activation)' after node 0, tanh on the input.
 ENAS = "1:(0,tanh) 2:(1,relu) 3:(2,relu) 4:(2,tanh) 5:(2,tanh) 6:(5,relu) 7:(1,tanh) 8:(6,relu) 9:(8,relu) " \
@@ -233,7 +234,7 @@ def test_an_impossible_space_is_refused(settings, words):
 @pytest.mark.parametrize("name", menas.CELLS)
 def test_the_picture_shows_every_node_once(name):
     cell = menas.CELLS[name]
-    axes = menas.draw_cell(cell, name)
+    axes = draw_cell(cell, name)
     shown = [text for text in axes.texts if text.get_text()]
     labels = [text.get_text() for text in shown]
     assert axes.get_title() == name
@@ -248,5 +249,5 @@ def test_the_picture_shows_every_node_once(name):
 
 def test_a_picture_goes_on_the_axes_given():
     axes = plt.subplots()[1]
-    assert menas.draw_cell(menas.CELLS["chain"], axes=axes) is axes
+    assert draw_cell(menas.CELLS["chain"], axes=axes) is axes
     plt.close(axes.figure)

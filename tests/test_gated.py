@@ -191,8 +191,10 @@ GATE = {"from": "input", "activation": "tanh", "operation": "gate", "with": "mem
     ({"nodes": [GATE]}, "memory|'memory'"),
     ({"nodes": [{**GATE, "with": 3}], "memory": 0}, "node 0|node 3"),
     ({"nodes": [{**GATE, "with": 0}], "memory": 0}, "0 reads 0"),
-    ({"nodes": [GATE], "memory": 1}, "memory|0 to 0"), ({"nodes": [GATE], "memory": 0, "width": -1}, "width"),
-    ({"nodes": [GATE], "memory": 0, "rate": True}, "rate"), ({"nodes": [GATE], "memory": 0, "rate": .5}, "rate")])
+    ({"nodes": [GATE], "memory": 1}, "memory|from 0 to 0"), ({"nodes": [GATE], "memory": 0, "width": -1}, "width"),
+    ({"nodes": [GATE], "memory": 0, "rate": True}, "rate"), ({"nodes": [GATE], "memory": 0, "rate": .5}, "rate"),
+    ({"nodes": [GATE], "memory": True}, "memory"), ({"nodes": [GATE], "memmory": 0}, "memmory|did you mean memory"),
+    ({"nodes": [{"from": "input", "activation": "tanh", "opperation": "gate"}]}, "node 0|did you mean operation")])
 def test_mistakes_are_named(cell, words):
     with pytest.raises(UserError) as caught:
         cell_from_json(cell)
@@ -403,3 +405,40 @@ def test_a_small_width_alone_is_faster():
             seconds[i].append(time.perf_counter() - start)
     small, large = map(statistics.median, seconds)
     assert small < .6 * large
+
+
+def test_shared_weights_refuse_what_they_do_not_hold(text, tmp_path, capsys):
+    """One matrix on the input pair, too few nodes or units: nothing is computed with what is missing."""
+    base = ["search", "--preset", "smoke", "--data", str(text), "--out", str(tmp_path / "run"), "--nodes", "4"]
+    for more, words in ((["--controller", "lstm_cell"], "input pair"), (["--connections", "lstm_cell"], "input pair"),
+                        (["--controller", "enas"], "12 nodes"), (["--connections", "enas", "--nodes", "13"], "12 nodes")):
+        assert menas.main([*base, *more]) == 2
+        assert words in capsys.readouterr().err
+    assert menas.main([*base, "--epochs", "1", "--shared_steps", "2", "--derive_samples", "2"]) == 0
+    train = ["train", "--preset", "smoke", "--data", str(text), "--weights", str(tmp_path / "run"), "--out",
+             str(tmp_path / "train")]
+    for cell, words in (("lstm_cell", "input pair"), ("enas", "12 nodes")):
+        capsys.readouterr()
+        assert menas.main([*train, "--cell", cell]) == 2
+        assert words in capsys.readouterr().err
+    wide = tmp_path / "wide.json"
+    wide.write_text(json.dumps({"width": 100, "nodes": [{"from": "input", "activation": "tanh"}]}))
+    assert menas.main(["train", "--preset", "smoke", "--cell", str(wide), "--out", str(tmp_path / "wide")]) == 2
+
+
+def test_a_narrow_network_starts_as_one_made_so_small():
+    """The same bound as a network of that hidden size; its parameters are those it uses."""
+    cell = Cell((Node(0, "tanh"), Node(1, "relu")), width=4)
+    weights = standalone_weights(Config(hidden=64), WORDS, encode([cell, cell._replace(width=0)]), [1, 1])
+    assert weights["edges"][0].abs().max().item() == pytest.approx(math.sqrt(3 / 4), rel=1e-2)
+    assert weights["edges"][1].abs().max().item() == pytest.approx(math.sqrt(3 / 64), rel=1e-2)
+
+
+@pytest.mark.parametrize("row", ["4-0-0-0", "1-0-0-0-0", "99999999999999999999-0-0-0", "2-0-0-0", "0-0-0-0"])
+def test_rows_that_are_none_are_refused(row):
+    with pytest.raises(UserError, match="not a cell's row"):
+        menas.load_cell(Config(), row)
+
+
+def test_a_large_space_can_be_drawn_from():
+    assert uniform_rows(search_space(Config(nodes=140)), 2, 1).shape == (2, 282)

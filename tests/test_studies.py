@@ -128,15 +128,16 @@ def test_a_controller_that_is_asked_follows():
     assert correlation > .5 and error < blind
 
 
-def test_the_reward_under_a_policy_for_the_state(tmp_path):
-    """Oracle: with whole-split segments, no carried state and one stream, the reward is the evaluation itself."""
-    config = configure("state", "smoke", **{**TINY, "batch": 4}, out=str(tmp_path / "run"))
+def test_the_reward_under_a_policy_for_the_state(tmp_path, text):
+    """Oracle: with segments as long as the split and one stream, every policy's reward is the evaluation itself."""
+    config = configure("state", "smoke", **{**TINY, "data": str(text)}, out=str(tmp_path / "run"))
     run_study("search", menas.study_search, config)
-    found = reward_error(config, tmp_path / "run", load_corpus(config), segments=4)
-    assert set(found) == set(menas.STATES)
-    for bias, tau in found.values():
-        assert abs(bias) < 1 and -1 <= tau <= 1
-    assert abs(found["warm"][0]) < 1
+    corpus = load_corpus(config)
+    whole = replace(config, batch=1, bptt=len(corpus.valid), eval_batch=1)
+    for bias, tau in reward_error(whole, tmp_path / "run", corpus, k=5, at_least=1).values():
+        assert abs(bias) < 1e-5 and tau == 1
+    short = reward_error(config, tmp_path / "run", corpus, k=5, at_least=1)
+    assert len({round(bias, 6) for bias, _ in short.values()}) == 3  # now they differ
 
 
 @pytest.mark.parametrize("study", ["spaces", "optimizer", "anneal", "state", "conditional"])
@@ -147,3 +148,12 @@ def test_the_wider_spaces_studies_run(tmp_path, study, text):
     assert main([study, "--preset", "smoke", *settings, "--out", str(tmp_path / "run")]) == 0
     report(str(tmp_path), str(tmp_path / "none.md"))
     assert (tmp_path / f"{study}.png").stat().st_size > 5000
+
+
+def test_a_study_of_gradients_wants_a_controller_that_has_one(tmp_path, capsys):
+    assert main(["cost", "--preset", "smoke", "--controller", "uniform", "--out", str(tmp_path)]) == 2
+    assert "does not learn" in capsys.readouterr().err
+
+
+def test_differences_that_are_all_alike():
+    assert t_test([480000.0] * 3, 8)[0] == 480000.0
