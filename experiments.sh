@@ -51,6 +51,15 @@ run extra-toy extra --preset $tiny
 run extra-$preset extra --preset $preset
 run extra-frozen extra --preset $tiny --task frozen --lr 2 --clip 1 --retrain false --replicas 4
 
+# What is in the space, and does it matter? Expected on the toy corpus: see the README. Half an hour, then minutes each.
+run spaces spaces --preset $tiny
+run state state --preset $tiny
+run anneal anneal --preset $tiny
+run optimizer optimizer --preset $tiny
+run conditional conditional --preset $tiny
+# The same on Penn Treebank, not run by us: one and a half to three hours each on a laptop.
+for study in spaces state anneal optimizer; do run $study-$preset $study --preset $preset; done
+
 # How fast? Ratios to the plain loop. Expected: above 1, but for scoring at 1000 units in float32.
 run bench bench --preset $preset --hidden $([ -z "${SMOKE:-}" ] && echo 1000 || echo 32)
 

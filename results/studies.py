@@ -29,6 +29,11 @@ from menas import (ACTIVATIONS, CELLS, DTYPES, INPUT, PRESETS, RESPONSE, STATES,
 SEARCHES = dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=1, derive_samples=24, replicas=5)
 BRIEF = dict(epochs=1, shared_steps=5, settle=1, derive_samples=4, replicas=2)
 WIDER = dict(min_nodes=2, operations="highway,glu,gate,sum")
+SMALL = dict(hidden=64, nodes=8, epochs=5, batch=20, shared_steps=120, controller_steps=12, replicas=3, settle=1,
+             controller_samples=8, controller_lr=.02, warm_epochs=1, derive_samples=8, retrain=True, retrain_epochs=1,
+             retrain_cells=2)
+LARGE = dict(nodes=8, epochs=20, shared_steps=200, controller_lr=3.5e-3, warm_epochs=2, settle=2, replicas=10,
+             derive_samples=32)
 # preset -> study -> its settings beside the preset's own
 SETTINGS = {"smoke": {
     **dict.fromkeys(("extra", "spaces", "anneal", "state"), dict(BRIEF, retrain=True, retrain_epochs=2)),
@@ -42,12 +47,10 @@ SETTINGS = {"smoke": {
     "optimizer": dict(SEARCHES, lr=2.5),
     "conditional": dict(WIDER, nodes=12, min_nodes=4, controller_steps=800, controller_lr=.01, entropy=.01, replicas=5),
 }, "ptb": {
-    "extra": dict(hidden=64, nodes=8, epochs=5, batch=20, shared_steps=120, controller_steps=12, replicas=3,
-                  controller_samples=8, controller_lr=.02, warm_epochs=1, settle=1, derive_samples=8, retrain=True,
-                  retrain_epochs=1, retrain_cells=2),
+    **dict.fromkeys(("extra", "spaces", "state"), SMALL), "optimizer": dict(SMALL, retrain=False, lr=5.0),
+    "anneal": dict(SMALL, settle=0, derive_samples=100),
 }, "paper": {
-    "extra": dict(nodes=8, epochs=20, shared_steps=200, controller_lr=3.5e-3, warm_epochs=2, settle=2, replicas=10,
-                  derive_samples=32),
+    **dict.fromkeys(("extra", "spaces", "state", "optimizer"), LARGE), "anneal": dict(LARGE, derive_samples=100),
 }}
 for preset, settings in SETTINGS.items():
     PRESETS[preset].update(settings)
@@ -242,8 +245,8 @@ def reward_error(config, folder, corpus, k=30, at_least=30):
     with the shared weights of one search.
 
     As in a search, each segment of the validation split is read by other architectures than the one before; whole
-    passes over the split, of at_least so many segments. bias: the mean loss of a token minus that in the evaluation of the
-    whole split, nats; tau: Kendall's, of the order of the cells on one segment and on the whole split, mean over
+    passes over the split, of at_least so many segments. bias: the mean loss of a token minus that in the evaluation of
+    the whole split, nats; tau: Kendall's, of the order of the cells on one segment and on the whole split, mean over
     segments."""
     weights, decisions, found = torch.load(folder / "weights.pt", weights_only=True), search_space(config), {}
     dtype = DTYPES[config.dtype]

@@ -411,7 +411,8 @@ def test_shared_weights_refuse_what_they_do_not_hold(text, tmp_path, capsys):
     """One matrix on the input pair, too few nodes or units: nothing is computed with what is missing."""
     base = ["search", "--preset", "smoke", "--data", str(text), "--out", str(tmp_path / "run"), "--nodes", "4"]
     for more, words in ((["--controller", "lstm_cell"], "input pair"), (["--connections", "lstm_cell"], "input pair"),
-                        (["--controller", "enas"], "12 nodes"), (["--connections", "enas", "--nodes", "13"], "12 nodes")):
+                        (["--controller", "enas"], "12 nodes"),
+                        (["--connections", "enas", "--nodes", "13"], "12 nodes")):
         assert menas.main([*base, *more]) == 2
         assert words in capsys.readouterr().err
     assert menas.main([*base, "--epochs", "1", "--shared_steps", "2", "--derive_samples", "2"]) == 0
