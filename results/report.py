@@ -77,7 +77,7 @@ def t_test(values, tests=1):
 LOSSES = ("expected", "best", "scratch")  # of the OUTCOMES, in nats per token
 # study of arms -> the outcomes that it is about
 ABOUT = {"extra": ("expected", "scratch", "frozen"), "spaces": ("expected", "best", "scratch", "parameters"),
-         "optimizer": ("expected", "rate"), "anneal": ("best", "scratch", "distinct"), "state": ("expected", "scratch")}
+         "optimizer": ("expected", "rate"), "anneal": ("best", "scratch", "share"), "state": ("expected", "scratch")}
 
 def differences(record, outcome):
     """{arm: its difference to the first arm, a value for each seed} of a record; {} if the outcome was not measured."""
@@ -90,14 +90,14 @@ def differences(record, outcome):
 def table_arms(records):
     """Means over the seeds, and paired differences to the first arm: of losses, less is better. p is corrected for the
     arms of an outcome, not for the outcomes."""
-    rows = []
+    rows, show = [], lambda x, sign="": f"{x:{sign}.3f}" if abs(x) < 1000 else f"{x:{sign},.0f}"
     for record, outcome in ((r, o) for r in records for o in ABOUT[r["study"]]):
         found = differences(record, outcome)
         for i, arm in enumerate(found):
             values, (mean, half, p, least) = record["metrics"]["arms"][arm][outcome], t_test(found[arm], len(found) - 1)
             compared = i and len(values) > 1
-            shown = (f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}") if compared else ("", "", "")
-            rows.append((OUTCOMES[outcome], arm, f"{sum(values) / len(values):.3f}", *shown, len(values)))
+            shown = (f"{show(mean, '+')} +- {show(half)}", f"{p:.3f}", show(least)) if compared else ("", "", "")
+            rows.append((OUTCOMES[outcome], arm, show(sum(values) / len(values)), *shown, len(values)))
     arms = "lookahead, response" if records[0]["study"] == "extra" else "arm"
     return table(("outcome", arms, "mean", "difference", "p, corrected", "detectable", "seeds"), rows)
 

@@ -70,7 +70,7 @@ PAIRS = [("none", "none"), ("momentum", "none"), ("recent", "none"),
 
 # name -> label: what is measured of a finished search; see outcomes().
 OUTCOMES = {"expected": "F", "best": "the best cell's loss", "scratch": "from scratch", "frozen": "fraction frozen",
-            "distinct": "distinct cells of a sample", "parameters": "recurrent weights", "rate": "log2 of the rate"}
+            "share": "share of the chosen cell", "parameters": "recurrent weights", "rate": "log2 of the rate"}
 
 def arms_of(study, config):
     """{arm: the settings in which it differs} of a study; the others are compared with the first."""
@@ -106,7 +106,7 @@ def outcomes(config, folder, guess):
     cells = [decode(row) for row in rows]
     mean = lambda values: sum(values) / len(cells)
     return {"expected": mean_loss([row[-1] for row in derived]), "best": mean_loss([named[-1]]),
-            "frozen": 1 - TASKS[config.task](rows)[0].mean().item(), "distinct": len(set(cells)),
+            "frozen": 1 - TASKS[config.task](rows)[0].mean().item(), "share": derived.count(named) / len(derived),
             "parameters": mean(recurrent_parameters(cell, config.hidden) for cell in cells),
             "rate": mean(cell.rate for cell in cells)}
 
