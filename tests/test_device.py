@@ -13,6 +13,7 @@ import results.studies  # which has the task 'frozen'
 META = torch.device("meta")
 CONFIG = Config(hidden=8, nodes=4, batch=3, bptt=5, activation_reg=1e-3, slowness_reg=1e-3, word_dropout=.1,
                 input_dropout=.1, hidden_dropout=.1, output_dropout=.1)
+WIDE = dict(operations="highway,glu,gate,sum", memory=True, widths="4,8", min_nodes=2)
 HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
 
 
@@ -35,8 +36,9 @@ def to_meta(tensors):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("state", ["carry", "zero", "warm"])
-def test_a_training_step_and_a_reward(dtype, state):
-    config = Config(**{**vars(CONFIG), "dtype": dtype, "state": state})
+@pytest.mark.parametrize("space", [{}, WIDE])
+def test_a_training_step_and_a_reward(dtype, state, space):
+    config = Config(**{**vars(CONFIG), "dtype": dtype, "state": state, **space})
     weights = to_meta(shared_weights(config, 20))
     masks = to_meta(draw_masks(config, 20, config.batch, [1], 0))
     controller = Controller(search_space(config), config).to(META)
@@ -93,9 +95,10 @@ def test_the_watcher_sees_mistakes(mistake):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-4), ("bfloat16", 0.05)])
-def test_cuda_equals_cpu(dtype, tolerance):
+@pytest.mark.parametrize("space", [{}, WIDE])
+def test_cuda_equals_cpu(dtype, tolerance, space):
     """Oracle: the CPU, the same weights, masks and text; losses, and weights after a step of SGD."""
-    config, found = Config(**{**vars(CONFIG), "dtype": dtype}), []
+    config, found = Config(**{**vars(CONFIG), "dtype": dtype, **space}), []
     tokens = torch.randint(20, (2, 5, 3), generator=torch.Generator().manual_seed(0))
     cells = Controller(search_space(config), config).sample(2, 1).rows
     for device in ("cpu", "cuda"):
