@@ -118,8 +118,8 @@ def table_state(records):
                 mean([x - y for x, y in zip(errors["Kendall's tau"][name], errors["Kendall's tau"]["carry"])])
                 if name != "carry" else "") for name in errors["bias, nats"]]),
         table_arms([record]),
-        table(("words seen", *(f"{int(c) + 1} to {2 * int(c)}" if c != "1" else "2" for c in context)),
-              [("validation perplexity", *context.values())]),
+        table(("words seen", *(f"{int(c) + 1} to {2 * int(c)}" if c != "1" else "2" for c in context["lstm"])),
+              [(f"perplexity of {name}", *found.values()) for name, found in context.items()]),
         table(("sentences", *lengths), [("words with <eos>", *lengths.values())])))
 
 def followed(found):

@@ -273,8 +273,8 @@ def study_state(config, run):
     """How should the hidden state be kept between segments whose architectures differ? And how much context is there?
 
     Searches under each policy; the error of the reward under each, with the weights of the first; quantiles of the
-    sentences' lengths; and the validation perplexity of a trained cell that has seen c + 1 to 2 c words, for c in
-    CONTEXTS, before the one it predicts."""
+    sentences' lengths; and the validation perplexity of a trained ENAS cell and LSTM that have seen c + 1 to 2 c
+    words, for c in CONTEXTS, before the one they predict."""
     corpus, metrics = load_corpus(config), study_arms("state", config, run)
     metrics["reward"] = [reward_error(replace(config, seed=seed), run.folder / f"carry, {seed}", corpus)
                          for seed in range(config.seed, config.seed + config.replicas)]
@@ -282,10 +282,12 @@ def study_state(config, run):
     quantiles, lengths = torch.tensor((.05, .25, .5, .75, .95, 1.0)), (ends[1:] - ends[:-1]).float()
     metrics["sentence_lengths"] = dict(zip(("5 %", "25 %", "50 %", "75 %", "95 %", "longest"),
                                            lengths.quantile(quantiles, interpolation="nearest").int().tolist()))
-    retrain(config, "enas", run.folder / "context")
-    weights, cells = torch.load(run.folder / "context/weights.pt", weights_only=True), encode([CELLS["enas"]])
-    losses = [evaluate(weights, cells, corpus.valid, len(corpus.valid), warm=words) for words in CONTEXTS]
-    metrics["context"] = {str(words): perplexity(loss.item()) for words, loss in zip(CONTEXTS, losses)}
+    metrics["context"] = {}
+    for name, cells in (("enas", encode([CELLS["enas"]])), ("lstm", torch.zeros(1, 2))):
+        retrain(replace(config, retrain_epochs=0), name, folder := run.folder / f"context {name}")
+        weights = torch.load(folder / "weights.pt", weights_only=True)
+        losses = [evaluate(weights, cells, corpus.valid, len(corpus.valid), warm=words) for words in CONTEXTS]
+        metrics["context"][name] = {str(words): perplexity(loss.item()) for words, loss in zip(CONTEXTS, losses)}
     return metrics
 
 def to_slots(cell, source, combine):
