@@ -279,17 +279,17 @@ def report(folder="results", readme="README.md"):
     draw_curves(group("search", "ptb"), entropy, "entropy")
     entropy.set(xlabel="step of the search", title="the policy's entropy, nats")
     figure.savefig(Path(folder) / "curves.png", dpi=110)
-    cosine, loss = "cosine with the gradient at t + 1", "minus the first arm's, nats"
     for study in sorted({r["study"] for r in records} & {*ABOUT, "similarity"}):
         panels = []
         for record in group(study):
             if study == "similarity":
-                panels += [(title, cosine, found) for title, found in cosines(record).items()]
+                panels += [(title, "cosine with the gradient at t + 1", x) for title, x in cosines(record).items()]
             else:
+                loss = f"minus that of '{next(iter(record['metrics']['arms']))}', nats"
                 panels += [(f"{label(record)}: {OUTCOMES[outcome]}", loss, differences(record, outcome))
                            for outcome in ABOUT[study] if outcome in LOSSES and differences(record, outcome)]
             if study == "state":
-                panels += [(label(record), title, found) for title, found in reward_errors(record).items()]
+                panels += [(f"{label(record)}: the reward", title, x) for title, x in reward_errors(record).items()]
         if panels:
             draw_intervals(Path(folder) / f"{study}.png", panels)
     for record in group("conditional")[:1]:

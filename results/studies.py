@@ -245,8 +245,8 @@ def reward_error(config, folder, corpus, k=30, at_least=30):
     with the shared weights of one search.
 
     As in a search, each segment of the validation split is read by other architectures than the one before; whole
-    passes over the split, of at_least so many segments. bias: the median cell's mean loss minus that in the evaluation of
-    the whole split, nats; tau: Kendall's, of the order of the cells on one segment and on the whole split, mean over
+    passes over the split, of at_least so many segments. bias: the median cell's mean loss minus that in the evaluation
+    of the whole split, nats; tau: Kendall's, of the order of the cells on one segment and on the whole split, mean over
     segments."""
     weights, decisions, found = torch.load(folder / "weights.pt", weights_only=True), search_space(config), {}
     dtype = DTYPES[config.dtype]
