@@ -658,7 +658,7 @@ def check_fit(cells, nodes, hidden, gated):
     """A UserError if weights of so many nodes and units, of a gated space or not, do not hold one of the cells."""
     for cell in cells:
         if len(cell.nodes) > nodes or cell.width > hidden:
-            raise UserError(f"{len(cell.nodes)} nodes, width {cell.width}: the weights have {nodes} and {hidden}")
+            raise UserError(f"{len(cell.nodes)} nodes, width {cell.width}: a cell larger than {nodes} and {hidden}")
         if not gated and [node.read for node in cell.nodes].count(INPUT) > 1:
             raise UserError("several nodes read the input pair, which shared weights allow with --operations glu, ...")
 
