@@ -6,8 +6,8 @@
 #   PRESET=paper ./experiments.sh       the published schedules, on a GPU box
 #   LAUNCH="srun --gres=gpu:1 -c 4" ./experiments.sh     a prefix for every run
 #
-# Hardware and hours: --preset ptb is for a laptop: on two CPU cores with bfloat16 about half an hour a network or search,
-# eight hours in all. --preset paper is the published schedule, for a GPU; it was not run by us.
+# Hardware and hours: --preset ptb is for a laptop: on two CPU cores with bfloat16 half an hour to an hour a network or search,
+# about twenty hours in all. --preset paper is the published schedule, for a GPU; it was not run by us.
 set -euo pipefail
 cd "$(dirname "$0")"
 preset=${PRESET:-ptb} out=${OUT:-results} tiny=tiny
@@ -44,7 +44,7 @@ ${LAUNCH:-} python toy_enas.py "$out/toy_enas.png"
 # What does it cost, and how noisy is it? Expected: unrolled below 5 times the plain controller step.
 run cost cost --preset $tiny --threads 1
 run cost-$preset cost --preset $preset --batch 20 --shared_steps 20 --controller_steps 5 --threads 1
-# Is the gradient that looks ahead closer to the next one? Expected: no.
+# Is the gradient that looks ahead closer to the next one? Expected: yes, a fresh one on the same samples.
 run similarity similarity --preset $tiny
 # Does it find better cells? Expected: no, but for a task made so that it must. Half an hour, two hours, and ten minutes.
 run extra-toy extra --preset $tiny

@@ -22,7 +22,7 @@ them on the same minibatch, under shared weights (ENAS) or each under its own (m
     K, N, D         -           architectures in a batch, nodes of a cell, decisions
     T, B, H, V      -           steps of a segment (bptt), parallel streams (batch), hidden units, words
     slot            s           what a node can read: slot 0 is the input pair (x_t, h_{t-1}), slot i + 1 is node i
-    state           h, m        what a step hands on [K, B, H], in cells with a memory m_t [K, B, 2H]
+    state           h_t, m_t    what a step hands on [K, B, H], in cells with a memory [K, B, 2H]
 
 ENAS (Pham et al. 2018) alternates omega <- omega - lr d/domega E_m L_train(omega; m), an architecture or a few at a
 time, and theta <- theta + lr E_m [ reward(m) dlog pi(m)/dtheta ], the reward from L_valid(omega; m). That omega will
@@ -224,6 +224,15 @@ def write_atomically(path, content):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+def write_json(path, value):
+    """Indented, atomic."""
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+def read_json(path):
+    """The JSON object in it, or a UserError that names the file."""
+    with refusing(path):
+        return {**json.loads(Path(path).read_text())}
 
 def ptb_folder(cache, mirrors=PTB_MIRRORS):
     """The folder of the three PTB files; an absent one comes from the first mirror with the right hash."""
@@ -455,8 +464,8 @@ def cell_from_json(cell):
                 slot[cell["memory"]] if "memory" in cell else 0, cell.get("width", 0), cell.get("rate", 0))
 
 # A row of integers [D] is a cell. In ENAS's space, D = 2 + 2N: its number of nodes, its output, then for each node the
-# slot read and the activation. Any other cell has 3 + 2N columns more: memory, width, rate, then for each node the
-# operation and the second slot; where they are missing they are 0.
+# slot read and the activation. Any other cell has 3 + 2N columns more, so an odd D: memory, width, rate, then for each
+# node the operation and the second slot; where they are missing they are 0.
 Columns = namedtuple("Columns", "count output memory width rate read act operation second")
 
 def columns(rows):
@@ -558,7 +567,7 @@ def search_space(config):
     if whole_cell:
         decisions.append(Decision("activation", tuple(range(3, rest, 2)), activations))
     for i in range(n):
-        there, at = ((0, tuple(range(i + 1, n + 1))),) if i >= least else (), rest + 3 + 2 * i
+        at, there = rest + 3 + 2 * i, (((0, tuple(range(i + 1, n + 1))),) if i >= least else ())
         seconds = tuple(range(0 if config.memory else 1, i + 1))
         mine = tuple(o for o in operations if seconds or o not in (GATE, SUM))
         decisions.append(Decision(f"predecessor of {i}", (2 + 2 * i,), reads[i], there))
@@ -615,6 +624,30 @@ def leaves(cell):
     n, read = len(cell.nodes), {slot for node in cell.nodes for slot in slots_read(node)}
     return [i for i in range(n) if (i > 0 or n == 1 if cell.output == "all" else i + 1 not in read)]
 
+ROW = r"\d+(--?\d+)+"  # a cell's integers, as they stand in derived.json
+
+def load_cell(config, name, others=("lstm",)):
+    """A cell by name, 'random:SEED' (uniform over the space), its row '1-0-0-1', a JSON file, or a search's folder;
+    a refusal names the others, too."""
+    if name in CELLS:
+        return CELLS[name]
+    if re.fullmatch(ROW, name):
+        try:
+            row = torch.tensor([[int(x) for x in re.findall(r"(?:^|-)(-?\d+)", name)]])
+            n, cell = columns(row).read.shape[1], decode(row[0])
+            if row.shape[1] not in (2 + 2 * n, 5 + 4 * n) or not 1 <= row[0, 0] <= n:
+                raise ValueError
+        except (IndexError, ValueError, OverflowError):
+            raise UserError(f"'{name}' is not a cell's row") from None
+        return cell_from_json(cell_to_json(cell))  # which checks it
+    if name.startswith("random:"):
+        return decode(uniform_rows(search_space(config), 1, "random cell", name)[0])
+    path = Path(name)
+    if name and path.is_dir() or path.suffix == ".json":
+        return cell_from_json(read_json(path / "cell.json" if path.is_dir() else path))
+    raise UserError(f"unknown cell '{name}'{nearest(name, [*CELLS, *others])}; choose from "
+                    f"{', '.join((*CELLS, *others))}, random:SEED, a JSON file, or a search's folder")
+
 # 4. The shared network -----------------------------------------------------------------------------------------------
 # Weights are a dict of tensors. Shared by all architectures: 'edges' is the bank [edges, H, 2H], a row for each pair
 # (slot read, node). Standalone, a network per architecture: every tensor has a leading K and 'edges' is [K, N, H, 2H].
@@ -662,11 +695,6 @@ def check_fit(cells, nodes, hidden, gated):
         if not gated and [node.read for node in cell.nodes].count(INPUT) > 1:
             raise UserError("several nodes read the input pair, which shared weights allow with --operations glu, ...")
 
-def inherit(shared, cells):
-    """Standalone weights that start from the shared ones: each network gets its own copy."""
-    copies = {name: w.expand(len(cells), *w.shape).clone() for name, w in shared.items() if name != "edges"}
-    return {**copies, "edges": shared["edges"][structure(cells)[1]].transpose(0, 1).contiguous()}
-
 def is_shared(weights):
     """Is it the supernet, or K networks each with its own?"""
     return weights["embedding"].dim() == 2
@@ -692,6 +720,11 @@ def structure(cells, hidden=0):
     more = Gates(operation, second, c.memory, live) if cells.shape[1] % 2 else None
     return Structure(read, edge_index(read, node), act, leaf.double() / leaf.sum(0), exists & (read == INPUT), more)
 
+def inherit(shared, cells):
+    """Standalone weights that start from the shared ones: each network gets its own copy."""
+    copies = {name: w.expand(len(cells), *w.shape).clone() for name, w in shared.items() if name != "edges"}
+    return {**copies, "edges": shared["edges"][structure(cells).edge].transpose(0, 1).contiguous()}
+
 # One step's input to the network: inputs [T, B]; targets [T, B], -1 where there is nothing to predict; state
 # [K or 1, B, H or 2H], h before the first token and, if there is one, the memory beside it; masks, a dict of
 # dropout's, see draw_masks, {} in evaluation.
@@ -709,7 +742,7 @@ def reference_losses(weights, row, batch, k=0):
     """The network as the peers write it, for ONE architecture: the mean loss, and the states [T, B, H or 2H].
     Highway node (Pham et al. 2018): [c, u] = s_p W;  s_i = s_p + sigmoid(c) * (act(u) - s_p). Others: OPERATIONS."""
     mine = weights if is_shared(weights) else {name: w[k] for name, w in weights.items()}
-    mask = {name: m[k % len(m)] for name, m in batch.masks.items()}
+    mask = {name: x[k % len(x)] for name, x in batch.masks.items()}
     cell, states, hidden = decode(row), [], mine["embedding"].shape[-1]
     live = (torch.arange(hidden) < (cell.width or hidden)).to(mine["embedding"])         # the top-left block of weights
     h, *m = batch.state[k % len(batch.state)].split(hidden, -1)
@@ -764,14 +797,14 @@ COEFFICIENTS = {"tanh":     (2.0, 2.0, -1.0, 0.0, 0.0,           -0.5, 0.0, 0.5,
                 "identity": (1.0, 0.0, 0.0, 1.0, -math.inf,      0.0, 0.0, 1.0, 0.0),
                 "sigmoid":  (1.0, 1.0, 0.0, 0.0, 0.0,            -1.0, 1.0, 0.0, 0.0)}
 
-def coefficients(act, dtype):
-    """The table's columns for act [N, K]: nine tensors [N, K, 1, 1]."""
-    return coefficient_table(dtype, act.device)[act][..., None, None].unbind(2)
-
 @lru_cache
 def coefficient_table(dtype, device):
     """Built once per device: a copy from the host inside a step would stop a GPU, and a CUDA graph's capture."""
     return torch.tensor([COEFFICIENTS[name] for name in ACTIVATIONS], dtype=dtype, device=device)
+
+def coefficients(act, dtype):
+    """The table's columns for act [N, K]: nine tensors [N, K, 1, 1]."""
+    return coefficient_table(dtype, act.device)[act][..., None, None].unbind(2)
 
 def bound_norm(x):
     """x min(1, bound / |x|), and that factor."""
@@ -800,7 +833,7 @@ class Recurrence(torch.autograd.Function):
         h, shrink = w.new_empty(k, t_, b, hidden), w.new_empty(k, t_, b, 1)
         p, pm, z = (w.new_empty(k, b, width) for width in (hidden, hidden, 2 * hidden))
         alone = k == 1 and w.device.type == "cpu"  # then the host knows the cell: it gathers nothing
-        z_c, z_u = z.view(k, b, 2, hidden).unbind(2)
+        z_c, z_u = z.view(k, b, 2, hidden).unbind(2)  # c, and slope * u, of the product that bmm writes to z
         flat = lambda slot: slot * k + torch.arange(k, device=w.device)                  # [.., K] rows of slots, flat
         index, leaf = flat(cell.read), cell.leaf.t()[:, None].to(w.dtype).contiguous()   # [N, K]; [K, 1, N]
         slope, spread = act[0], lambda x: x.flatten().tolist() if alone else x.unbind()
@@ -830,14 +863,14 @@ class Recurrence(torch.autograd.Function):
                     q = rows.index_select(0, second[i])
                     z_u.copy_(torch.where(gated[1][i], q * slope[i], z_u))
                 g = gates[i if training else 0, :, now]                                  # [K, B, 2, H]
-                c, u = torch.sigmoid(z.view_as(g), out=g).unbind(2)
+                c, y = torch.sigmoid(z.view_as(g), out=g).unbind(2)
                 if not alone:
-                    torch.add(torch.maximum(z_u.mul_(linear), floor).addcmul_(u, scale), shift, out=u)
+                    torch.add(torch.maximum(z_u.mul_(linear), floor).addcmul_(y, scale), shift, out=y)
                 elif linear:
-                    torch.clamp(z_u, min=floor, out=u)
+                    torch.clamp(z_u, min=floor, out=y)
                 elif scale != 1:
-                    u.mul_(scale).add_(shift)
-                torch.lerp(p * gated[0][i] if gated else p, u, c, out=values[i + 1])     # glu and gate carry nothing
+                    y.mul_(scale).add_(shift)
+                torch.lerp(p * gated[0][i] if gated else p, y, c, out=values[i + 1])     # glu and gate carry nothing
                 if gated:
                     values[i + 1].copy_(torch.where(gated[2][i], p + q, values[i + 1]))
             mean = torch.bmm(leaf, slots[1:n + 1, :, now].view(n, k, b * hidden).transpose(0, 1)).view(k, b, hidden)
@@ -866,21 +899,21 @@ class Recurrence(torch.autograd.Function):
         wheres = index.flatten().tolist() if alone else index.unbind()
         values = lambda where: slots[where] if alone else flat.index_select(0, where)    # [K, T, B, H]
         keep, passed = (Workspace.take(w, n, k, t_, b, hidden) if x else None for x in (True, gated))
-        # Local derivatives of s = p + c (u - p), all steps at once: gates become ds/dc~ and ds/dz, keep ds/dp = 1 - c.
+        # Local derivatives of s = p + c (y - p), all steps at once: gates become ds/dc~ and ds/dz, keep ds/dp = 1 - c.
         # passed is ds/dq; where ds/dz belongs to q's activation (gate), z has none.
         for i in range(n):
-            c, u = gates[i].unbind(3)
+            c, y = gates[i].unbind(3)
             torch.sub(1, c, out=keep[i])
-            slope_u = u.mul(square[i][:, None]).add_(line[i][:, None]).mul_(u).add_(constant[i][:, None])
-            slope_u.addcmul_(step[i][:, None], (u > 0).to(u.dtype)).mul_(c)
+            slope_u = y.mul(square[i][:, None]).add_(line[i][:, None]).mul_(y).add_(constant[i][:, None])
+            slope_u.addcmul_(step[i][:, None], (y > 0).to(y.dtype)).mul_(c)
             p = values(wheres[i])
             if gated:
                 highway, gate, sum_ = (x[i][:, None] for x in gated[:3])
                 torch.where(gate, slope_u * slope[i][:, None], sum_.to(w.dtype), out=passed[i])
                 slope_u, p = torch.where(gate | sum_, 0, slope_u), p * highway
-            u.sub_(p).mul_(c).mul_(keep[i])
-            c.copy_(u if not gated else torch.where(sum_, 0, u))
-            u.copy_(slope_u)
+            y.sub_(p).mul_(c).mul_(keep[i])  # ds/dc~ = (y - p) c (1 - c)
+            c.copy_(y if not gated else torch.where(sum_, 0, y))
+            y.copy_(slope_u)
             if gated:
                 keep[i].mul_(highway).add_(sum_)
         # Back through time: ds [slots, K, B, H] collects the gradient of every slot of one step.
@@ -890,13 +923,13 @@ class Recurrence(torch.autograd.Function):
         ds_flat, dz_pair = ds.view(count * k, b, hidden), dz.view(k, b, 2, hidden)
         for t in reversed(range(t_)):
             dh = grad[:, t] if dh is None else grad[:, t] + dh
-            dm = bound_norm_backward(dh, h[:, t], shrink[:, t])
+            dmean = bound_norm_backward(dh, h[:, t], shrink[:, t])
             if gated:
                 *_, second, memory, live, has, m, m_shrink = gated
-                dm, carried = dm * live, bound_norm_backward(ds[-1], m[:, t], m_shrink[:, t]) * has
+                dmean, carried = dmean * live, bound_norm_backward(ds[-1], m[:, t], m_shrink[:, t]) * has
                 ds[-1] = 0
             ds[0] = 0
-            torch.mul(dm, leaf, out=ds[1:n + 1])
+            torch.mul(dmean, leaf, out=ds[1:n + 1])
             if gated:
                 ds_flat.index_add_(0, memory, carried)
             for i, (d, where, w_t, local, stay) in reversed(list(enumerate(per_node))):
@@ -964,6 +997,16 @@ class CrossEntropy(torch.autograd.Function):
         grad = grad.to(dw.dtype)[:, None]
         return None, dh * grad[..., None].to(dh.dtype), dw * grad[..., None], db * grad, *[None] * 3
 
+def embed(weights, batch):
+    """The embedded, dropped input [K or 1, T, B, H]."""
+    table, tokens, masks = weights["embedding"], batch.inputs, batch.masks
+    copies = 1 if is_shared(weights) else len(table)
+    offset = torch.arange(copies, device=tokens.device)[:, None, None] * table.shape[-2]
+    x = F.embedding(tokens + offset, table.view(-1, table.shape[-1]))                    # K tables, one after the other
+    if "word" in masks:
+        x = x * masks["word"][:, tokens][..., None]
+    return x * masks["input"][:, None] if "input" in masks else x
+
 def unroll(weights, cells, batch, dtype=torch.float32):
     """h of K architectures over a segment: [K, T, B, H] in dtype, and the state to go on with [K, B, H or 2H]. On the
     CPU an architecture that is alone is cut to its width; else the units beyond the widths are masked."""
@@ -995,16 +1038,6 @@ def unroll(weights, cells, batch, dtype=torch.float32):
                             None if mask is None else cast(mask), on_input, cell, *act)
     state = [F.pad(s.detach(), (0, hidden - d)).to(batch.state.dtype) for s in (h[:, -1], m) if s is not None]
     return h, torch.cat(state, -1)
-
-def embed(weights, batch):
-    """The embedded, dropped input [K or 1, T, B, H]."""
-    table, tokens, masks = weights["embedding"], batch.inputs, batch.masks
-    copies = 1 if is_shared(weights) else len(table)
-    offset = torch.arange(copies, device=tokens.device)[:, None, None] * table.shape[-2]
-    x = F.embedding(tokens + offset, table.view(-1, table.shape[-1]))                    # K tables, one after the other
-    if "word" in masks:
-        x = x * masks["word"][:, tokens][..., None]
-    return x * masks["input"][:, None] if "input" in masks else x
 
 def unroll_lstm(weights, cells, batch, dtype=torch.float32):
     """torch.nn.LSTM in the place of unroll, one after the other for K seeds; the state is h and c side by side."""
@@ -1146,7 +1179,8 @@ REWARDS = {"perplexity": lambda losses: 80 * torch.exp(-losses), "loss": torch.n
 
 class Step(NamedTuple):
     """The next shared step as the controller foresees it: omega' = omega - lr (g min(1, clip / |g|) + decay omega)."""
-    losses: object     # (weights, cells [K, D], batch) -> L_T [K], differentiable once
+    losses: object     # (weights, cells [K, D], batch) -> L_T [K], differentiable once; times an
+    #                      architecture's own factor of lr
     batch: object      # the training minibatch with its dropout masks, the same in every pass
     cells: object      # [A, D] the fold of architectures that g is estimated from
     lr: float
@@ -1264,12 +1298,12 @@ def sampled(v, weights, g, step, cells):
 # (v, weights, g, step, cells) -> [K]: what training on each architecture does to everyone's reward.
 RESPONSE = {"none": no_response, "unrolled": unrolled, "neumann": neumann, "sampled": sampled}
 
-def extra_rewards(look, respond, weights, cells, fold, rewards, step):
+def extra_rewards(look, respond, weights, cells, others, rewards, step):
     """The rewards R(omega'; m) [K] and the responses [K], whose sum REINFORCE climbs.
 
-    rewards: (weights, cells) -> [K]. cells, fold and step.cells are independent draws from the policy: omega' is made
-    from step.cells, v from fold; scoring those very draws again would bias both terms. Given omega' and v the mean is
-    exact. Over the folds of an unclipped step 'unrolled' is too where rewards are quadratic in omega, the direct term
+    rewards: (weights, cells) -> [K]. cells, others and step.cells are independent draws from the policy: omega' is made
+    from step.cells, v from others; scoring those very draws again would bias both terms. Given omega' and v the mean is
+    exact. Averaged over step.cells, unclipped, 'unrolled' is too where rewards are quadratic in omega, the direct term
     only where they curve alike: half the curvature times the variance of omega' is added to each."""
     g = LOOKAHEAD[look](weights, step)
     ahead = look_ahead(weights, g, step)
@@ -1277,7 +1311,7 @@ def extra_rewards(look, respond, weights, cells, fold, rewards, step):
         direct = rewards(ahead, cells)
     if respond == "none":  # spares the passes for v
         return direct, no_response(None, weights, g, step, cells)
-    v = mean_gradient(lambda w: rewards(w, fold), ahead)
+    v = mean_gradient(lambda w: rewards(w, others), ahead)
     return direct, RESPONSE[respond](v, weights, fresh(weights, step) if g is None else g, step, cells)
 
 def leave_one_out(rewards, memory, decay):
@@ -1314,19 +1348,17 @@ def policy_loss(sample, rewards, baseline, entropy_weight):
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 WHEREABOUTS = {"out", "cache", "device", "threads", "checkpoint_seconds"}  # settings that may differ when a run resumes
 
-def write_json(path, value):
-    """Indented, atomic."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
-def read_json(path):
-    """The JSON object in it, or a UserError that names the file."""
-    with refusing(path):
-        return {**json.loads(Path(path).read_text())}
-
 def write_tensors(path, value):
     """torch.save, atomic."""
     torch.save(value, buffer := io.BytesIO())
     write_atomically(path, buffer.getvalue())
+
+def device_of(config):
+    """The torch.device that --device names: cpu, cuda, cuda:1, ..., or auto."""
+    kind, there = choose("device", config.device.split(":")[0], ("auto", "cpu", "cuda")), torch.cuda.is_available()
+    if kind == "cuda" and not there:
+        raise UserError(f"--device {config.device}: there is no CUDA device here; use --device cpu")
+    return torch.device(config.device if kind != "auto" else "cuda" if there else "cpu")
 
 @lru_cache
 def tensorboard(folder):
@@ -1445,14 +1477,7 @@ class Run:
         write_json(self.folder / "result.json", record)
         return record
 
-def device_of(config):
-    """The torch.device that --device names: cpu, cuda, cuda:1, ..., or auto."""
-    kind, there = choose("device", config.device.split(":")[0], ("auto", "cpu", "cuda")), torch.cuda.is_available()
-    if kind == "cuda" and not there:
-        raise UserError(f"--device {config.device}: there is no CUDA device here; use --device cpu")
-    return torch.device(config.device if kind != "auto" else "cuda" if there else "cpu")
-
-# 8. Evaluate and train ----------------------------------------------------------------------------------------------
+# 8. Evaluate and train -----------------------------------------------------------------------------------------------
 
 def to_device(tensors, device):
     """A dict of tensors, moved; without their gradients."""
@@ -1484,13 +1509,13 @@ def perplexity(loss):
     """exp(loss); infinite where that overflows or the loss is not a number."""
     return math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
 
-def train_step(weights, cells, batch, lr, config, rate=1.0):
+def train_step(weights, cells, batch, lr, config, share=1.0):
     """A step of SGD on the mean loss of K architectures (shared weights) or on each's own: losses, state, gradient.
-    rate [K]: factors of the losses that the shared weights learn from, see TASKS."""
+    share [K]: weights of the losses that the shared weights learn from, see TASKS."""
     for w in weights.values():
         w.requires_grad_()
     losses, state = network(weights, cells, batch, DTYPES[config.dtype], config.activation_reg, config.slowness_reg)
-    grads = gradients(rate * losses / len(losses) if is_shared(weights) else losses, weights)
+    grads = gradients(share * losses / len(losses) if is_shared(weights) else losses, weights)
     sgd_step(weights, grads, lr, config.clip, config.weight_decay)
     return losses.detach(), state, grads
 
@@ -1498,6 +1523,26 @@ def train_step(weights, cells, batch, lr, config, rate=1.0):
 SCHEDULES = {"constant": lambda epoch, epochs: 1.0,
              "cosine": lambda epoch, epochs: 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / epochs))),
              "decay": lambda epoch, epochs: 0.96 ** max(0, int(epoch) - 14)}
+
+@torch.no_grad()
+def validate(config, s, valid, epoch):
+    """Losses of the alive networks; keep the best weights; start averaging, lower lr, or let go where none improves."""
+    alive, current = s["alive"], s["mean"] or s["weights"]
+    loss = evaluate(current, s["cells"], valid, config.eval_batch, dtype=DTYPES[config.dtype]).float()
+    better = loss < s["best_loss"][alive]
+    won, lost = alive[better], alive[~better]
+    for name, w in current.items():
+        s["best"][name][won] = w[better]
+    s["best_loss"][won], s["best_epoch"][won], s["bad"][won], s["epochs"][alive] = loss[better], epoch, 0, epoch
+    s["bad"][lost] += 1
+    s["lr"][lost] /= config.plateau
+    s["since"][lost] = s["since"][lost].clamp(max=s["step"])  # the step from which they average
+    stay = (s["bad"][alive] < config.patience) & ~s["failed"][alive]
+    s["alive"], s["cells"] = alive[stay], s["cells"][stay]
+    s["seeds"] = [seed for seed, stays in zip(s["seeds"], stay.tolist()) if stays]
+    for part in ("weights", "mean"):
+        s[part] = {name: w[stay] for name, w in s[part].items()}
+    return loss
 
 def train_networks(config, run, corpus, weights, cells, seeds):
     """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging, stopping, failure.
@@ -1544,26 +1589,6 @@ def train_networks(config, run, corpus, weights, cells, seeds):
         run.obey()
     return s["best"], {name: s[name].tolist() for name in ("best_loss", "best_epoch", "epochs", "failed")}
 
-@torch.no_grad()
-def validate(config, s, valid, epoch):
-    """Losses of the alive networks; keep the best weights; start averaging, lower lr, or let go where none improves."""
-    alive, current = s["alive"], s["mean"] or s["weights"]
-    loss = evaluate(current, s["cells"], valid, config.eval_batch, dtype=DTYPES[config.dtype]).float()
-    better = loss < s["best_loss"][alive]
-    won, lost = alive[better], alive[~better]
-    for name, w in current.items():
-        s["best"][name][won] = w[better]
-    s["best_loss"][won], s["best_epoch"][won], s["bad"][won], s["epochs"][alive] = loss[better], epoch, 0, epoch
-    s["bad"][lost] += 1
-    s["lr"][lost] /= config.plateau
-    s["since"][lost] = s["since"][lost].clamp(max=s["step"])  # the step from which they average
-    stay = (s["bad"][alive] < config.patience) & ~s["failed"][alive]
-    s["alive"], s["cells"] = alive[stay], s["cells"][stay]
-    s["seeds"] = [seed for seed, stays in zip(s["seeds"], stay.tolist()) if stays]
-    for part in ("weights", "mean"):
-        s[part] = {name: w[stay] for name, w in s[part].items()}
-    return loss
-
 # 9. Search and derive ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -1584,16 +1609,16 @@ def start_batch(config, weights, cells, segment, carried, masks):
     state = STATES[config.state](weights, cells, segment, carried, DTYPES[config.dtype])
     return Batch(segment.inputs, segment.targets, state, masks)
 
+def mean_state(losses, state):
+    """The mean of the states of the architectures whose loss is finite [1, B, H or 2H]."""
+    finite = torch.isfinite(losses)[:, None, None]
+    return torch.where(finite, state, 0.0).sum(0, keepdim=True) / finite.sum().clamp(min=1)
+
 def score(config, weights, cells, segment, carried):
     """Losses [K] of architectures on one validation segment in eval mode, and the state to carry on [1, B, H or 2H]."""
     batch = start_batch(config, weights, cells, segment, carried, {})
     losses, state = network(weights, cells, batch, DTYPES[config.dtype])
     return losses, mean_state(losses.detach(), state)
-
-def mean_state(losses, state):
-    """The mean of the states of the architectures whose loss is finite [1, B, H or 2H]."""
-    finite = torch.isfinite(losses)[:, None, None]
-    return torch.where(finite, state, 0.0).sum(0, keepdim=True) / finite.sum().clamp(min=1)
 
 # rows -> factors of the training losses [K], and what is added to the rewards' [K]. results/studies.py adds a task.
 TASKS = {"none": lambda cells: (torch.ones_like(cells[:, 0], dtype=torch.float32), 0.0)}
@@ -1659,7 +1684,7 @@ class Search:
         return to_device(draw_masks(self.config, self.words, self.config.batch, [self.config.seed], step), self.device)
 
     def lr(self, progress, segment):
-        """Of the shared weights, after this many rounds; a segment of another length has its share (--random_bptt)."""
+        """That of omega after so many rounds; a segment of another length has its share (--random_bptt)."""
         factor = SCHEDULES[self.config.schedule](progress, self.config.epochs + self.config.settle)
         return self.config.lr * factor * len(segment.inputs) / self.config.bptt
 
@@ -1693,7 +1718,7 @@ class Search:
         def each(weights, cells, segment, v):
             own = inherit(weights, cells)
             grads = mean_gradient(lambda w: own_losses(w, cells, segment) * len(cells), own)
-            v = {**v, "edges": v["edges"][structure(cells)[1]].transpose(0, 1)}
+            v = {**v, "edges": v["edges"][structure(cells).edge].transpose(0, 1)}
             square = sum(x.flatten(1).square().sum(1) for x in grads.values())
             along = sum((grads[name] * v[name]).flatten(1).sum(1) for name in grads)
             return square.sqrt(), rates_of(cells) * along
@@ -1798,31 +1823,7 @@ def derive(config, weights, rows, corpus, at_once=10):
     order = sorted(range(len(rows)), key=scored.__getitem__)
     return rows.cpu()[order], [scored[i] for i in order]
 
-ROW = r"\d+(--?\d+)+"  # a cell's integers, as they stand in derived.json
-
-def load_cell(config, name, others=("lstm",)):
-    """A cell by name, 'random:SEED' (uniform over the space), its row '1-0-0-1', a JSON file, or a search's folder;
-    a refusal names the others, too."""
-    if name in CELLS:
-        return CELLS[name]
-    if re.fullmatch(ROW, name):
-        try:
-            row = torch.tensor([[int(x) for x in re.findall(r"(?:^|-)(-?\d+)", name)]])
-            n, cell = columns(row).read.shape[1], decode(row[0])
-            if row.shape[1] not in (2 + 2 * n, 5 + 4 * n) or not 1 <= row[0, 0] <= n:
-                raise ValueError
-        except (IndexError, ValueError, OverflowError):
-            raise UserError(f"'{name}' is not a cell's row") from None
-        return cell_from_json(cell_to_json(cell))  # which checks it
-    if name.startswith("random:"):
-        return decode(uniform_rows(search_space(config), 1, "random cell", name)[0])
-    path = Path(name)
-    if name and path.is_dir() or path.suffix == ".json":
-        return cell_from_json(read_json(path / "cell.json" if path.is_dir() else path))
-    raise UserError(f"unknown cell '{name}'{nearest(name, [*CELLS, *others])}; choose from "
-                    f"{', '.join((*CELLS, *others))}, random:SEED, a JSON file, or a search's folder")
-
-# 10. The two commands -------------------------------------------------------------------------------------------------
+# 10. The two commands ------------------------------------------------------------------------------------------------
 
 def check(config):
     """Wrong settings, each with its name, before any work is done."""
@@ -1877,7 +1878,7 @@ def study_train(config, run):
         cells = encode([load_cell(config, name) for name in names])
         weights = inherit(load_shared(config, words, cells), cells) if config.weights else \
             standalone_weights(config, words, cells, seeds)
-        check_fit(map(decode, cells), cells.shape[1], config.hidden, True)
+        check_fit(map(decode, cells), columns(cells).read.shape[1], config.hidden, True)
         recurrent = [recurrent_parameters(decode(row), config.hidden) for row in cells]
     elif config.weights or set(names) != {"lstm"}:
         raise UserError("--cell lstm is another network: train it in a run of its own, without --weights")

@@ -245,8 +245,8 @@ def test_a_searched_cell_trains_from_scratch_and_from_the_shared_weights(searche
     assert shared["floor_perplexity"] < shared["valid_perplexity"] < scratch["valid_perplexity"]
 
 
-@pytest.mark.parametrize("words, names", [("--cell tree --hidden 8", "weights.pt|8"), ("--cell enas", "12 nodes|than 4"),
-                                          ("--cell lstm", "lstm|--weights")])
+@pytest.mark.parametrize("words, names", [("--cell tree --hidden 8", "weights.pt|8"), ("--cell lstm", "lstm|--weights"),
+                                          ("--cell enas", "12 nodes|than 4")])
 def test_shared_weights_that_do_not_fit_are_refused(words, names, searched, capsys, tmp_path):
     """They are those of 16 units and of cells of 4 nodes."""
     said = refused(capsys, "train", *SMOKE, "--weights", searched, "--out", tmp_path / "run", *words.split())

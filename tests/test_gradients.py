@@ -146,10 +146,10 @@ MUTANTS = {"wrong sign": ("extra_rewards", "direct, RESPONSE", "direct, -RESPONS
            "missing clip scale": ("through_clip", "(step.clip / norm).clamp(max=1)", "1.0"),
            "missing clip projection": ("through_clip", "dot(v, g) / norm ** 2", "0.0 * norm"),
            "projection of an unclipped step": ("through_clip", "norm > step.clip", "norm > 0"),
-           "v at omega": ("extra_rewards", "rewards(w, fold), ahead)", "rewards(w, fold), weights)"),
+           "v at omega": ("extra_rewards", "rewards(w, others), ahead)", "rewards(w, others), weights)"),
            "response at omega'": ("extra_rewards", "](v, weights,", "](v, ahead,"),
            "no decay ahead": ("look_ahead", "step.decay)", "0.0)"),
-           "v of the loss": ("extra_rewards", "w: rewards(w, fold)", "w: -step.losses(w, fold, step.batch)")}
+           "v of the loss": ("extra_rewards", "w: rewards(w, others)", "w: -step.losses(w, others, step.batch)")}
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -1,12 +1,14 @@
 """The README shows what the committed records give. Run: pytest tests/test_report.py"""
 import json
 import re
+import shlex
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from menas import UserError, cell_from_json, main
+from menas import WHEREABOUTS, Config, UserError, cell_from_json, main, parse
 from results.report import label, report, summary, table
 
 ROOT = Path(__file__).parent.parent
@@ -80,3 +82,21 @@ def test_the_quick_start_shows_its_record():
     """Oracle: what a finished `python menas.py search` prints, made again from the committed record of one."""
     record = json.loads((ROOT / "results/tiny-search/result.json").read_text())
     assert summary(record) in (ROOT / "README.md").read_text()
+
+
+def test_a_finished_study_of_experiments_is_skipped():
+    """Oracle: the settings in the records; a line of experiments.sh that differs from its own record would stop there."""
+    lines = re.findall(r"^run (.*)$", (ROOT / "experiments.sh").read_text(), flags=re.M)
+    names, found = {"$preset": "ptb", "$tiny": "tiny", "$out": "results"}, 0
+    for line in lines:
+        line = re.sub(r"\$\(.*?\)", "1000", line)
+        for name, value in names.items():
+            line = line.replace(name, value)
+        folder, *words = shlex.split(line)
+        if (ROOT / "results" / folder / "config.json").exists():
+            found += 1
+            study, config = parse(words)
+            theirs = {**asdict(Config()), **json.loads((ROOT / "results" / folder / "config.json").read_text())}
+            mine = {"study": study, **asdict(config)}
+            assert {k: v for k, v in mine.items() if k not in WHEREABOUTS and theirs.get(k) != v} == {}, folder
+    assert found > 10
