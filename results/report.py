@@ -224,8 +224,13 @@ def draw_curves(records, axes, y, scale=1):
 
 def draw_intervals(path, panels):
     """Panels (title, x label, {name: its values, one for each seed}): the values, their means and 95 % intervals."""
-    figure = Figure(figsize=(4 * len(panels) + 1.5, 3.6), layout="constrained")
-    for axes, (title, xlabel, found) in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels):
+    wide = min(3, len(panels))
+    high = math.ceil(len(panels) / wide)
+    figure = Figure(figsize=(4 * wide + 1.5, 3.4 * high), layout="constrained")
+    grid = figure.subplots(high, wide, sharey=True, squeeze=False).flatten()
+    for axes in grid[len(panels):]:
+        axes.axis("off")
+    for axes, (title, xlabel, found) in zip(grid, panels):
         for y, values in enumerate(found.values()):
             mean, half = t_test(values)[:2]
             axes.plot(values, [y] * len(values), ".", color="#999999", label="" if y else "a seed")
