@@ -702,8 +702,9 @@ def is_shared(weights):
 # What the recurrence needs of rows [K, D]. [N, K]: slot read, its edge's row in the bank, activation, the node's weight
 # in h_t, does it take x_t? more is None in ENAS's space, else Gates:
 Structure = namedtuple("Structure", "read edge act leaf takes more")
-# operation, second [N, K]; memory [K], its node's slot; live [K, H], which units there are.
-Gates = namedtuple("Gates", "operation second memory live")
+# are nodes highway, gate, sum [N, K, 1, 1]; the second slot [N, K], N + 1 for the memory; the slot carried as memory
+# [K]; which units there are, live [K, 1, H], and in which of them is a memory, has.
+Gates = namedtuple("Gates", "highway gate sum second memory live has")
 
 def structure(cells, hidden=0):
     """The Structure of rows [K, D]; hidden is needed for its live units only."""
@@ -716,8 +717,10 @@ def structure(cells, hidden=0):
     is_read = reads_it(read, exists) | reads_it(second, reads_second)
     leaf = exists & torch.where(c.output == ALL, (node > 0) | (c.count == 1), ~is_read)  # paper: DARTS omits node 0
     units = torch.arange(hidden, device=cells.device)
-    live = (units < c.width[:, None]) | (c.width[:, None] == 0)                          # [K, H]
-    more = Gates(operation, second, c.memory, live) if cells.shape[1] % 2 else None
+    live = ((units < c.width[:, None]) | (c.width[:, None] == 0))[:, None]               # [K, 1, H]
+    kinds = ((operation == kind)[..., None, None] for kind in (HIGHWAY, GATE, SUM))
+    slots, has = torch.where(second == MEMORY, len(read) + 1, second), live & (c.memory > 0)[:, None, None]
+    more = Gates(*kinds, slots, c.memory, live, has) if cells.shape[1] % 2 else None
     return Structure(read, edge_index(read, node), act, leaf.double() / leaf.sum(0), exists & (read == INPUT), more)
 
 def inherit(shared, cells):
@@ -816,6 +819,36 @@ def bound_norm_backward(dy, y, shrink):
     radial = (y * dy).sum(-1, keepdim=True).mul_(shrink < 1).div_(STATE_BOUND ** 2)
     return torch.addcmul(dy, radial, y, value=-1).mul_(shrink)
 
+def activate(z, out, alone, scale, shift, linear, floor):
+    """sigmoid(c) and y = act(u) [K, B, H] of z [K, B, 2, H], which holds c and slope * u; both are views of out."""
+    c, y = torch.sigmoid(z, out=out).unbind(2)
+    z_u = z[:, :, 1]
+    if not alone:
+        torch.add(torch.maximum(z_u.mul_(linear), floor).addcmul_(y, scale), shift, out=y)
+    elif linear:
+        torch.clamp(z_u, min=floor, out=y)
+    elif scale != 1:
+        y.mul_(scale).add_(shift)
+    return c, y
+
+def local_derivatives(node, p, keep, act, kinds, passed):
+    """Of one node's s = p + c (y - p), all steps at once, in place: node [K, T, B, 2, H], which holds c and y = act(u),
+    becomes ds/dc~ and ds/dz, and keep [K, T, B, H] ds/dp. In gated cells kinds are its highway, gate, sum [K, 1, 1, 1],
+    and passed becomes ds/dq; where the activation is q's (gate), z has no derivative. act: nine coefficients."""
+    slope, square, line, constant, step = act[0], *act[5:]
+    c, y = node.unbind(3)
+    torch.sub(1, c, out=keep)
+    dz = y.mul(square).add_(line).mul_(y).add_(constant).addcmul_(step, (y > 0).to(y.dtype)).mul_(c)
+    if kinds is None:
+        c.copy_(y.sub_(p).mul_(c).mul_(keep))  # ds/dc~ = (y - p) c (1 - c)
+        y.copy_(dz)
+        return
+    highway, gate, sum_ = kinds
+    torch.where(gate, dz * slope, sum_.to(y.dtype), out=passed)
+    c.copy_(torch.where(sum_, 0, y.sub_(p * highway).mul_(c).mul_(keep)))
+    y.copy_(torch.where(gate | sum_, 0, dz))
+    keep.mul_(highway).add_(sum_)
+
 class Recurrence(torch.autograd.Function):
     """All nodes, steps and architectures of the recurrence, with a backward pass through time written by hand.
     xw [I, K or 1, T, B, 2H] is x_t times the input weights of the I nodes on_input; h0, m0 [K, B, H]; w [N, K, H, 2H]
@@ -833,18 +866,17 @@ class Recurrence(torch.autograd.Function):
         h, shrink = w.new_empty(k, t_, b, hidden), w.new_empty(k, t_, b, 1)
         p, pm, z = (w.new_empty(k, b, width) for width in (hidden, hidden, 2 * hidden))
         alone = k == 1 and w.device.type == "cpu"  # then the host knows the cell: it gathers nothing
-        z_c, z_u = z.view(k, b, 2, hidden).unbind(2)  # c, and slope * u, of the product that bmm writes to z
+        z_pair = z.view(k, b, 2, hidden)
+        z_c, z_u = z_pair.unbind(2)  # c, and slope * u, of the product that bmm writes to z
         flat = lambda slot: slot * k + torch.arange(k, device=w.device)                  # [.., K] rows of slots, flat
         index, leaf = flat(cell.read), cell.leaf.t()[:, None].to(w.dtype).contiguous()   # [N, K]; [K, 1, N]
         slope, spread = act[0], lambda x: x.flatten().tolist() if alone else x.unbind()
         per_node = list(zip(w, *map(spread, (index, *act[1:5]))))
-        takes, gated = cell.takes[..., None, None].to(w.dtype), None                     # [N, K, 1, 1]
-        if more is not None:
-            is_ = [(more.operation == o)[..., None, None] for o in (HIGHWAY, GATE, SUM)]                 # [N, K, 1, 1]
-            second = flat(torch.where(more.second == MEMORY, n + 1, more.second))
-            live = more.live[:, None].to(w.dtype)                                        # [K, 1, H]
-            has, m, m_shrink = live * (more.memory > 0)[:, None, None], torch.empty_like(h), torch.empty_like(shrink)
-            gated = is_[0].to(w.dtype), is_[1], is_[2], second, flat(more.memory), live, has, m, m_shrink
+        takes, gated, extra = cell.takes[..., None, None].to(w.dtype), more is not None, None            # [N, K, 1, 1]
+        if gated:
+            highway, live, has = (x.to(w.dtype) for x in (more.highway, more.live, more.has))
+            m, m_shrink = torch.empty_like(h), torch.empty_like(shrink)
+            extra = highway, live, has, (second := flat(more.second)), (memory := flat(more.memory)), m, m_shrink
         for t in range(t_):
             now = t if training else 0
             rows = slots.view(count * k, kept, b, hidden)[:, now]                        # [slots * K, B, H]
@@ -861,24 +893,17 @@ class Recurrence(torch.autograd.Function):
                     z_u.addcmul_(x[..., hidden:], takes[i] * slope[i])
                 if gated:  # a gate's activation is of the second slot
                     q = rows.index_select(0, second[i])
-                    z_u.copy_(torch.where(gated[1][i], q * slope[i], z_u))
-                g = gates[i if training else 0, :, now]                                  # [K, B, 2, H]
-                c, y = torch.sigmoid(z.view_as(g), out=g).unbind(2)
-                if not alone:
-                    torch.add(torch.maximum(z_u.mul_(linear), floor).addcmul_(y, scale), shift, out=y)
-                elif linear:
-                    torch.clamp(z_u, min=floor, out=y)
-                elif scale != 1:
-                    y.mul_(scale).add_(shift)
-                torch.lerp(p * gated[0][i] if gated else p, y, c, out=values[i + 1])     # glu and gate carry nothing
+                    z_u.copy_(torch.where(more.gate[i], q * slope[i], z_u))
+                c, y = activate(z_pair, gates[i if training else 0, :, now], alone, scale, shift, linear, floor)
+                torch.lerp(p * highway[i] if gated else p, y, c, out=values[i + 1])      # glu and gate carry nothing
                 if gated:
-                    values[i + 1].copy_(torch.where(gated[2][i], p + q, values[i + 1]))
+                    values[i + 1].copy_(torch.where(more.sum[i], p + q, values[i + 1]))
             mean = torch.bmm(leaf, slots[1:n + 1, :, now].view(n, k, b * hidden).transpose(0, 1)).view(k, b, hidden)
             h[:, t], shrink[:, t] = bound_norm(mean * live if gated else mean)
             if gated:
-                m[:, t], m_shrink[:, t] = bound_norm(rows.index_select(0, gated[4]) * has)
+                m[:, t], m_shrink[:, t] = bound_norm(rows.index_select(0, memory) * has)
         if training:
-            ctx.buffers = index, leaf, takes, gated, slots, gates, h.detach(), shrink  # else h would refer to itself
+            ctx.buffers = index, leaf, takes, extra, slots, gates, h.detach(), shrink  # else h would refer to itself
         else:
             Workspace.give(slots, gates)
         if not gated:
@@ -892,30 +917,18 @@ class Recurrence(torch.autograd.Function):
         training, xw, _, _, w, mask, on_input, cell, *act = ctx.inputs
         if ctx.buffers is None:  # a second backward: the first one has used them up
             Recurrence.forward(ctx, *ctx.inputs)
-        (index, leaf, takes, gated, slots, gates, h, shrink), ctx.buffers = ctx.buffers, None
-        (n, k, hidden, _), (t_, b), count = w.shape, h.shape[1:3], len(slots)
-        slope, (square, line, constant, step) = act[0], act[5:]
+        (index, leaf, takes, extra, slots, gates, h, shrink), ctx.buffers = ctx.buffers, None
+        (n, k, hidden, _), (t_, b), count, gated = w.shape, h.shape[1:3], len(slots), extra is not None
+        if gated:
+            highway, live, has, second, memory, m, m_shrink = extra
         flat, alone = slots.view(count * k, t_, b, hidden), k == 1 and w.device.type == "cpu"
         wheres = index.flatten().tolist() if alone else index.unbind()
         values = lambda where: slots[where] if alone else flat.index_select(0, where)    # [K, T, B, H]
         keep, passed = (Workspace.take(w, n, k, t_, b, hidden) if x else None for x in (True, gated))
-        # Local derivatives of s = p + c (y - p), all steps at once: gates become ds/dc~ and ds/dz, keep ds/dp = 1 - c.
-        # passed is ds/dq; where ds/dz belongs to q's activation (gate), z has none.
-        for i in range(n):
-            c, y = gates[i].unbind(3)
-            torch.sub(1, c, out=keep[i])
-            slope_u = y.mul(square[i][:, None]).add_(line[i][:, None]).mul_(y).add_(constant[i][:, None])
-            slope_u.addcmul_(step[i][:, None], (y > 0).to(y.dtype)).mul_(c)
-            p = values(wheres[i])
-            if gated:
-                highway, gate, sum_ = (x[i][:, None] for x in gated[:3])
-                torch.where(gate, slope_u * slope[i][:, None], sum_.to(w.dtype), out=passed[i])
-                slope_u, p = torch.where(gate | sum_, 0, slope_u), p * highway
-            y.sub_(p).mul_(c).mul_(keep[i])  # ds/dc~ = (y - p) c (1 - c)
-            c.copy_(y if not gated else torch.where(sum_, 0, y))
-            y.copy_(slope_u)
-            if gated:
-                keep[i].mul_(highway).add_(sum_)
+        for i in range(n):  # gates become ds/dc~ and ds/dz, keep ds/dp, passed ds/dq
+            kinds = [x[i][:, None] for x in (highway, cell.more.gate, cell.more.sum)] if gated else None
+            local_derivatives(gates[i], values(wheres[i]), keep[i], [x[i][:, None] for x in act], kinds,
+                              passed[i] if gated else None)
         # Back through time: ds [slots, K, B, H] collects the gradient of every slot of one step.
         ds, dz, dp = w.new_zeros(count, k, b, hidden), w.new_empty(k, b, 2 * hidden), w.new_empty(k, b, hidden)
         dh, leaf = None, leaf.permute(2, 0, 1)[..., None]                                # leaf [N, K, 1, 1]
@@ -925,7 +938,6 @@ class Recurrence(torch.autograd.Function):
             dh = grad[:, t] if dh is None else grad[:, t] + dh
             dmean = bound_norm_backward(dh, h[:, t], shrink[:, t])
             if gated:
-                *_, second, memory, live, has, m, m_shrink = gated
                 dmean, carried = dmean * live, bound_norm_backward(ds[-1], m[:, t], m_shrink[:, t]) * has
                 ds[-1] = 0
             ds[0] = 0
@@ -949,7 +961,7 @@ class Recurrence(torch.autograd.Function):
             read = values(wheres[i]) if mask is None else values(wheres[i]) * mask[:, None]
             torch.bmm(read.view(k, t_ * b, hidden).transpose(1, 2), gates[i].view(k, t_ * b, 2 * hidden), out=dw[i])
         dxw = gates[on_input] * takes[on_input][..., None, None]                         # [I, K, T, B, 2, H]
-        dxw[..., 1, :] *= slope[on_input][:, :, None]
+        dxw[..., 1, :] *= act[0][on_input][:, :, None]  # slope
         dxw = dxw.flatten(4)
         Workspace.give(slots, gates, keep, *[passed] * bool(gated))
         dxw, dm0 = dxw if xw.shape[1] == k else dxw.sum(1, keepdim=True), ds[-1].clone() if gated else None
@@ -1024,13 +1036,12 @@ def unroll(weights, cells, batch, dtype=torch.float32):
         if host and len(cells) == 1:
             d = int(live.sum())
         elif not host or not live.all():
-            mask = live[:, None].to(x.dtype) if mask is None else mask * live[:, None]
-            x = x * live[:, None, None]
+            mask, x = live.to(x.dtype) if mask is None else mask * live, x * live[:, None]
     if d < hidden:
         block = lambda w: torch.cat([w[..., :d, :d], w[..., :d, hidden:hidden + d]], -1)
         w, w_x, x, h0, m0 = block(w), block(w_x), x[..., :d], h0[..., :d], m0[..., :d]
         mask = None if mask is None else mask[..., :d]
-        cell = cell._replace(more=cell.more._replace(live=live[:, :d]))
+        cell = cell._replace(more=cell.more._replace(live=live[..., :d], has=cell.more.has[..., :d]))
     cast, act = lambda x: x.to(dtype), coefficients(cell.act, dtype)
     xw = (cast(x).flatten(1, 2)[:, None] @ cast(w_x[:, on_input])).unflatten(2, x.shape[1:3])            # over all rows
     w = torch.cat([cast(w[..., :d]), cast(w[..., d:]) * act[0]], -1)                     # u times slope
@@ -1484,7 +1495,7 @@ def to_device(tensors, device):
     return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
 
 def zero_state(weights, batch):
-    """h before the first word [1, B, H]; an LSTM's c beside it."""
+    """h before the first word [1, B, H]; an LSTM's c beside it. A memory that a state lacks is 0, see unroll."""
     width = 2 * weights["weight_hh_l0"].shape[-1] if "weight_hh_l0" in weights else weights["embedding"].shape[-1]
     return weights["embedding"].new_zeros(1, batch, width)
 
@@ -1547,7 +1558,7 @@ def validate(config, s, valid, epoch):
 def train_networks(config, run, corpus, weights, cells, seeds):
     """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging, stopping, failure.
     Returns the best weights of each by validation and a dict of lists: best_loss, best_epoch, epochs, failed. A
-    network that has stopped leaves the batch. Segment lengths are common to all. cells: rows [K, D]; LSTMs: 0."""
+    network that has stopped leaves the batch. Segment lengths are common. cells: rows [K, D], of LSTMs zeros [K, 2]."""
     device, valid = device_of(config), corpus.valid.to(device_of(config))
     stream = Stream(corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt).to(device)
     weights, full = to_device(weights, device), lambda value: torch.full((len(seeds),), value, device=device)

@@ -224,7 +224,7 @@ def draw_curves(records, axes, y, scale=1):
 
 def draw_intervals(path, panels):
     """Panels (title, x label, {name: its values, one for each seed}): the values, their means and 95 % intervals."""
-    wide = min(3, len(panels))
+    wide = 2 if len(panels) == 4 else min(3, len(panels))
     high = math.ceil(len(panels) / wide)
     figure = Figure(figsize=(4 * wide + 1.5, 3.4 * high), layout="constrained")
     grid = figure.subplots(high, wide, sharey=True, squeeze=False).flatten()

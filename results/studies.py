@@ -69,7 +69,7 @@ PAIRS = [("none", "none"), ("momentum", "none"), ("recent", "none"),
          *(("fresh", response) for response in RESPONSE)]  # of lookahead and response
 
 # name -> label: what is measured of a finished search; see outcomes().
-OUTCOMES = {"expected": "F", "best": "the best cell's loss", "scratch": "from scratch", "frozen": "fraction frozen",
+OUTCOMES = {"expected": "F", "best": "the chosen cell's loss", "scratch": "from scratch", "frozen": "fraction frozen",
             "share": "share of the chosen cell", "parameters": "recurrent weights", "rate": "log2 of the rate"}
 
 def arms_of(study, config):
@@ -84,7 +84,7 @@ def arms_of(study, config):
                    "three widths": dict(widths=",".join(str(config.hidden // x) for x in (4, 2, 1))),
                    "gated": dict(operations=gated), "gated, memory": dict(operations=gated, memory=True)},
         "optimizer": {"no choice": {}, "no choice, response": dict(lookahead="fresh", response="sampled"),
-                      "rates at random": dict(rates=".25,.5,1,2,4", controller="uniform"),
+                      "rates and cells at random": dict(rates=".25,.5,1,2,4", controller="uniform"),
                       "rates, sampled": dict(rates=".25,.5,1,2,4", lookahead="fresh", response="sampled"),
                       "rates, unrolled": dict(rates=".25,.5,1,2,4", lookahead="fresh", response="unrolled")},
         "anneal": {"best of a sample": {}, "annealed": dict(anneal=half),
@@ -96,11 +96,10 @@ def chosen(config, derived):
     """The entry of derived.json that a search ends with: the best one, or after --anneal the most frequent."""
     return max(derived, key=derived.count) if config.anneal else derived[0]
 
-def outcomes(config, folder, guess):
-    """{outcome: its value} of a finished search. A cell that is worse than guessing counts as guessing, log of the
-    vocabulary's size, so one that diverged has a mean."""
+def outcomes(config, derived, guess):
+    """{outcome: its value} of derived.json's sampled cells, best first. A cell that is worse than guessing counts as
+    guessing, log of the vocabulary's size, so one that diverged has a mean."""
     mean_loss = lambda perplexities: sum(math.log(min(p, guess)) for p in perplexities) / len(perplexities)
-    derived = read_json(folder / "derived.json")["cells"]  # best first
     named = chosen(config, derived)
     rows = torch.tensor([row[:-1] for row in derived])
     cells = [decode(row) for row in rows]
@@ -124,9 +123,9 @@ def study_arms(study, config, run):
         folder = run.folder / f"{name}, {seed}"
         sub = replace(config, seed=seed, replicas=1, retrain=False, out=str(folder), **arms[name])
         run_study("search", study_search, sub)
-        measured = outcomes(sub, folder, guess)
+        derived = read_json(folder / "derived.json")["cells"]
+        measured = outcomes(sub, derived, guess)
         if config.retrain:
-            derived = read_json(folder / "derived.json")["cells"]
             some = torch.randperm(len(derived), generator=rng(seed, "scratch"))[:config.retrain_cells].tolist()
             entries = [chosen(sub, derived)] if study == "anneal" else [derived[i] for i in some]
             names = ",".join(map(row_name, entries))
