@@ -32,6 +32,7 @@ WIDER = dict(min_nodes=2, operations="highway,glu,gate,sum")
 SMALL = dict(hidden=64, nodes=8, epochs=5, batch=20, shared_steps=120, controller_steps=12, replicas=3, settle=1,
              controller_samples=8, controller_lr=.02, warm_epochs=1, derive_samples=8, retrain=True, retrain_epochs=1,
              retrain_cells=2)
+BARE = dict(SMALL, dtype="float32", retrain=False, retrain_epochs=4)  # at 64 units bfloat16 is no faster
 LARGE = dict(nodes=8, epochs=20, shared_steps=200, controller_lr=3.5e-3, warm_epochs=2, settle=2, replicas=10,
              derive_samples=32)
 # preset -> study -> its settings beside the preset's own
@@ -47,8 +48,8 @@ SETTINGS = {"smoke": {
     "optimizer": dict(SEARCHES, lr=2.5),
     "conditional": dict(WIDER, nodes=12, min_nodes=4, controller_steps=800, controller_lr=.01, entropy=.01, replicas=5),
 }, "ptb": {
-    **dict.fromkeys(("extra", "spaces", "state"), SMALL), "optimizer": dict(SMALL, retrain=False, lr=5.0),
-    "anneal": dict(SMALL, settle=0, derive_samples=100),
+    "extra": SMALL, **dict.fromkeys(("spaces", "state"), BARE), "optimizer": dict(BARE, lr=5.0),
+    "anneal": dict(BARE, settle=0, derive_samples=30, retrain=True, retrain_epochs=1),
 }, "paper": {
     **dict.fromkeys(("extra", "spaces", "state", "optimizer"), LARGE), "anneal": dict(LARGE, derive_samples=100),
 }}
@@ -67,6 +68,7 @@ TASKS["frozen"] = frozen
 
 PAIRS = [("none", "none"), ("momentum", "none"), ("recent", "none"),
          *(("fresh", response) for response in RESPONSE)]  # of lookahead and response
+RESPONSE["zero"] = RESPONSE["none"]  # a control: rates to choose from, and no reason to choose one
 
 # name -> label: what is measured of a finished search; see outcomes().
 OUTCOMES = {"expected": "F", "best": "the chosen cell's loss", "scratch": "from scratch", "frozen": "fraction frozen",
@@ -85,8 +87,8 @@ def arms_of(study, config):
                    "gated": dict(operations=gated), "gated, memory": dict(operations=gated, memory=True)},
         "optimizer": {"no choice": {}, "no choice, response": dict(lookahead="fresh", response="sampled"),
                       "rates and cells at random": dict(rates=".25,.5,1,2,4", controller="uniform"),
-                      "rates, sampled": dict(rates=".25,.5,1,2,4", lookahead="fresh", response="sampled"),
-                      "rates, unrolled": dict(rates=".25,.5,1,2,4", lookahead="fresh", response="unrolled")},
+                      **{f"rates, {response}": dict(rates=".25,.5,1,2,4", lookahead="fresh", response=response)
+                         for response in ("zero", "sampled", "unrolled")}},
         "anneal": {"best of a sample": {}, "annealed": dict(anneal=half),
                    "annealed, a round more": dict(anneal=half, epochs=config.epochs + 1)},
         "state": {state: dict(state=state) for state in STATES},
@@ -283,7 +285,8 @@ def study_state(config, run):
                                            lengths.quantile(quantiles, interpolation="nearest").int().tolist()))
     metrics["context"] = {}
     for name, cells in (("enas", encode([CELLS["enas"]])), ("lstm", torch.zeros(1, 2))):
-        retrain(replace(config, retrain_epochs=0), name, folder := run.folder / f"context {name}")
+        epochs = 0 if config.retrain else config.retrain_epochs  # with --retrain it is the sampled cells' number
+        retrain(replace(config, retrain_epochs=epochs), name, folder := run.folder / f"context {name}")
         weights = torch.load(folder / "weights.pt", weights_only=True)
         losses = [evaluate(weights, cells, corpus.valid, len(corpus.valid), warm=words) for words in CONTEXTS]
         metrics["context"][name] = {str(words): perplexity(loss.item()) for words, loss in zip(CONTEXTS, losses)}
