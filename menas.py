@@ -50,6 +50,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import lru_cache
+from graphlib import CycleError, TopologicalSorter
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -377,8 +378,9 @@ OUTPUTS = ("leaves", "all")  # h_t is the mean of the leaves (nodes nobody reads
 LEAVES, ALL = range(2)
 INPUT = MEMORY = 0  # slot 0 is the input pair, but as a second predecessor the memory; node i's value is slot i + 1
 
-# A node: the slot it reads, its activation's name, and in gated cells an operation and a second slot.
-Node = namedtuple("Node", "read activation operation second", defaults=("highway", MEMORY))
+# A node: the slot it reads, its activation's name; in gated cells an operation and a second slot; and for ablations a
+# slot read also (0: none), by one node at most: [c, u] and s_p are means over both, each through its own edge.
+Node = namedtuple("Node", "read activation operation second also", defaults=("highway", MEMORY, 0))
 
 # A recurrent cell as people write it: Nodes, one of OUTPUTS, the slot of the node whose value is carried to the next
 # step as the memory m_t (0: none), its units (0: as many as there are), and log2 of its factor of the learning rate.
@@ -410,25 +412,27 @@ def cell_to_json(cell):
     """The cell as a dict that json.dumps prints and a person can edit; what is as in ENAS's space is left out."""
     name_of = lambda slot, other: slot - 1 if slot else other
     nodes = []
-    for read, act, operation, second in cell.nodes:
+    for read, act, operation, second, also in cell.nodes:
         node = {"from": name_of(read, "input"), "activation": act, "with": name_of(second, "memory")}
         nodes.append({name: node[name] for name in NEEDS[operation]})
         nodes[-1].update({} if operation == "highway" else {"operation": operation})
+        nodes[-1].update({"also": also - 1} if also else {})
     more = {"memory": cell.memory - 1, "width": cell.width, "rate": cell.rate}
     return {"output": cell.output, **{name: x for name, x in more.items() if getattr(cell, name)}, "nodes": nodes}
 
 def check_node(i, node, n):
-    """Node i of n as JSON, or a UserError about it; returns what it reads: numbers of nodes, 'input', 'memory'."""
+    """Node i of n as JSON, or a UserError about it; returns what it reads: numbers of nodes, 'input', 'memory'; the
+    last is that of 'also', if it has one."""
     operation = node.get("operation", "highway") if isinstance(node, dict) else "highway"
     needs = NEEDS[choose(f"operation of node {i}", operation, OPERATIONS)]
     if not isinstance(node, dict) or any(name not in node for name in needs):
         raise UserError(f"node {i} needs {' and '.join(map(repr, needs))}")
     for name in node:
-        choose(f"entry of node {i}, a {operation},", name, ("operation", *needs))
+        choose(f"entry of node {i}, a {operation},", name, ("operation", *needs, *["also"] * ("activation" in needs)))
     if "activation" in needs:
         choose(f"activation of node {i}", node["activation"], ACTIVATIONS)
-    reads = [node[name] for name in needs if name != "activation"]
-    for source, other in zip(reads, ("input", "memory")):
+    reads = [node[name] for name in (*needs, "also") if name != "activation" and name in node]
+    for source, other in zip(reads, ("input", *["memory"] * ("with" in needs), None)):
         if source != other and (type(source) is not int or source not in range(n)):
             raise UserError(f"node {i} reads node {source!r}, which is missing: nodes are 0 to {n - 1}")
     return reads
@@ -438,18 +442,16 @@ def cell_from_json(cell):
     if not isinstance(cell, dict) or not isinstance(cell.get("nodes"), list) or not cell["nodes"]:
         raise UserError('a cell is {"output": "leaves", "nodes": [{"from": "input", "activation": "tanh"}, ...]}')
     nodes, n = cell["nodes"], len(cell["nodes"])
-    reads, order = [check_node(i, node, n) for i, node in enumerate(nodes)], []
-
-    def visit(i, path):  # node i comes after all that it reads
-        if i in path:
-            raise UserError(f"the cell has a cycle: {' reads '.join(map(str, path[path.index(i):] + [i]))}")
-        for source in reads[i]:
-            if type(source) is int and source not in order:
-                visit(source, path + [i])
-        order.extend([] if i in order else [i])
-
-    for i in range(n):
-        visit(i, [])
+    reads = [check_node(i, node, n) for i, node in enumerate(nodes)]
+    graph, order = {i: [j for j in reads[i] if type(j) is int] for i in range(n)}, []
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise UserError(f"the cell has a cycle: {' reads '.join(map(str, error.args[1][::-1]))}") from None
+    while len(order) < n:  # the first of those that read only placed ones
+        order.append(next(i for i in graph if i not in order and {*graph[i]} <= {*order}))
+    if sum("also" in node for node in nodes) > 1:
+        raise UserError("several nodes have 'also'; one may")
     whole = dict(memory=range(n), width=range(10 ** 6), rate=range(-20, 21))
     for name in cell:
         choose("entry of a cell", name, ("output", "nodes", *whole))
@@ -459,23 +461,26 @@ def cell_from_json(cell):
         raise UserError("a node reads the memory, but the cell has no 'memory': the node that is carried")
     slot = {"input": INPUT, "memory": MEMORY, **{i: place + 1 for place, i in enumerate(order)}}
     made = [Node(slot[reads[i][0]], nodes[i].get("activation", "tanh"), nodes[i].get("operation", "highway"),
-                 slot[[*reads[i], "memory"][1]]) for i in order]
+                 slot[nodes[i].get("with", "memory")], slot.get(nodes[i].get("also"), 0)) for i in order]
     return Cell(tuple(made), choose("output", cell.get("output", "leaves"), OUTPUTS),
                 slot[cell["memory"]] if "memory" in cell else 0, cell.get("width", 0), cell.get("rate", 0))
 
 # A row of integers [D] is a cell. In ENAS's space, D = 2 + 2N: its number of nodes, its output, then for each node the
 # slot read and the activation. Any other cell has 3 + 2N columns more, so an odd D: memory, width, rate, then for each
-# node the operation and the second slot; where they are missing they are 0.
-Columns = namedtuple("Columns", "count output memory width rate read act operation second")
+# node the operation and the second slot; with a slot read also another two, the node's own slot and that. What is
+# missing is 0. So D says which of them there are: D % 4 is 1 without and 3 with the last two.
+Columns = namedtuple("Columns", "count output memory width rate read act operation second extra also")
 
 def columns(rows):
-    """The columns of rows [K, D] by name: five of [K], and read, act, operation, second [K, N]."""
+    """The columns of rows [K, D] by name: of [K], and read, act, operation, second [K, N]."""
     if rows.shape[1] % 2 == 0:
         rows = F.pad(rows, (0, rows.shape[1] + 1))
-    n = (rows.shape[1] - 5) // 4
-    enas, rest = rows[:, 2:2 + 2 * n], rows[:, 2 + 2 * n:]
+    if rows.shape[1] % 4 == 1:
+        rows = F.pad(rows, (0, 2))
+    n = (rows.shape[1] - 7) // 4
+    enas, rest, extra = rows[:, 2:2 + 2 * n], rows[:, 2 + 2 * n:-2], rows[:, -2:]
     return Columns(*rows[:, :2].unbind(1), *rest[:, :3].unbind(1), enas[:, ::2], enas[:, 1::2], rest[:, 3::2],
-                   rest[:, 4::2])
+                   rest[:, 4::2], *extra.unbind(1))
 
 def is_gated(cell):
     """Is it outside ENAS's space: a cell with more than one predecessor, activation and highway a node?"""
@@ -489,19 +494,23 @@ def rates_of(rows):
 def encode(cells, nodes=0):
     """Cells as rows [K, D]; N is the largest cell's, or more. Nodes a cell does not have are unused entries."""
     n = max([nodes, *(len(cell.nodes) for cell in cells)])
-    rows = torch.zeros(len(cells), 5 + 4 * n, dtype=torch.long)
+    rows = torch.zeros(len(cells), 7 + 4 * n, dtype=torch.long)
     for row, cell in zip(rows, cells):
         first = [x for node in cell.nodes for x in (node.read, list(ACTIVATIONS).index(node.activation))]
         rest = [x for node in cell.nodes for x in (OPERATIONS.index(node.operation), node.second)]
         row[:2 + len(first)] = torch.tensor([len(cell.nodes), OUTPUTS.index(cell.output)] + first)
         row[2 + 2 * n:][:3 + len(rest)] = torch.tensor([cell.memory, cell.width, cell.rate] + rest)
-    return rows if any(map(is_gated, cells)) else rows[:, :2 + 2 * n]
+        for i, node in enumerate(cell.nodes):
+            if node.also:
+                row[-2:] = torch.tensor([i + 1, node.also])
+    gated, extra = any(map(is_gated, cells)), rows[:, -1].any()
+    return rows if extra else rows[:, :-2] if gated else rows[:, :2 + 2 * n]
 
 def decode(row):
     """The Cell of one row [D]."""
-    count, output, memory, width, rate, *nodes = [x.tolist()[0] for x in columns(row[None])]
-    made = [Node(read, list(ACTIVATIONS)[act], OPERATIONS[operation], second)
-            for read, act, operation, second in list(zip(*nodes))[:count]]
+    count, output, memory, width, rate, *nodes, extra, also = [x.tolist()[0] for x in columns(row[None])]
+    made = [Node(read, list(ACTIVATIONS)[act], OPERATIONS[operation], second, also if extra == i + 1 else 0)
+            for i, (read, act, operation, second) in enumerate(list(zip(*nodes))[:count])]
     return Cell(tuple(made), OUTPUTS[output], memory, width, rate)
 
 # Something to decide: the columns of a row that it sets, the values it may take, and when it matters: (column, values)
@@ -613,11 +622,12 @@ def uniform_rows(decisions, k, *key):
 def recurrent_parameters(cell, hidden):
     """Weights that the recurrence uses: a matrix for each of c and u, from [x, h] on the input pair; no biases."""
     h, uses = cell.width or hidden, {"highway": 2, "glu": 2, "gate": 1, "sum": 0}
-    return sum(uses[node.operation] * h * (2 * h if node.read == INPUT else h) for node in cell.nodes)
+    return sum(uses[node.operation] * h * h * (1 + (node.read == INPUT) + (node.also > 0)) for node in cell.nodes)
 
 def slots_read(node):
     """The slots that a node reads, None for the memory."""
-    return (node.read, node.second or None) if node.operation in ("gate", "sum") else (node.read,)
+    seconds = (node.second or None,) if node.operation in ("gate", "sum") else ()
+    return (node.read, *seconds, *[node.also] * (node.also > 0))
 
 def leaves(cell):
     """The nodes whose mean is h_t."""
@@ -635,7 +645,7 @@ def load_cell(config, name, others=("lstm",)):
         try:
             row = torch.tensor([[int(x) for x in re.findall(r"(?:^|-)(-?\d+)", name)]])
             n, cell = columns(row).read.shape[1], decode(row[0])
-            if row.shape[1] not in (2 + 2 * n, 5 + 4 * n) or not 1 <= row[0, 0] <= n:
+            if row.shape[1] not in (2 + 2 * n, 5 + 4 * n, 7 + 4 * n) or not 1 <= row[0, 0] <= n:
                 raise ValueError
         except (IndexError, ValueError, OverflowError):
             raise UserError(f"'{name}' is not a cell's row") from None
@@ -680,7 +690,7 @@ def standalone_weights(config, words, cells, seeds):
     """Weights of K networks, each with only its own edges; drawn node by node, so padding a cell changes nothing."""
     h, n = config.hidden, columns(cells).read.shape[1]
     inputs = () if cells.shape[1] % 2 == 0 else (n,)
-    nodes = dict.fromkeys((f"node {i}" for i in range(n)), (h, 2 * h))
+    nodes = dict.fromkeys((*(f"node {i}" for i in range(n)), *["also"] * (cells.shape[1] % 4 == 3)), (h, 2 * h))
     weights = initial(config, {"embedding": (words, h), "input": (*inputs, h, 2 * h), **nodes}, seeds)
     for k, width in enumerate(columns(cells).width.tolist()):
         for w in weights.values():
@@ -703,8 +713,9 @@ def is_shared(weights):
 # in h_t, does it take x_t? more is None in ENAS's space, else Gates:
 Structure = namedtuple("Structure", "read edge act leaf takes more")
 # are nodes highway, gate, sum [N, K, 1, 1]; the second slot [N, K], N + 1 for the memory; the slot carried as memory
-# [K]; which units there are, live [K, 1, H], and in which of them is a memory, has.
-Gates = namedtuple("Gates", "highway gate sum second memory live has")
+# [K]; which units there are, live [K, 1, H], and in which of them is a memory, has; if rows have such columns, the slot
+# read also [K], else None, and the node that reads it, here [N, K, 1, 1]; then edge is [N + 1, K].
+Gates = namedtuple("Gates", "highway gate sum second memory live has also here")
 
 def structure(cells, hidden=0):
     """The Structure of rows [K, D]; hidden is needed for its live units only."""
@@ -714,14 +725,18 @@ def structure(cells, hidden=0):
     exists = node < c.count
     reads_second = exists & ((operation == GATE) | (operation == SUM))
     reads_it = lambda slot, reads: ((slot[None] == node[:, None] + 1) & reads[None]).any(1)              # [N, K]
-    is_read = reads_it(read, exists) | reads_it(second, reads_second)
+    is_read = reads_it(read, exists) | reads_it(second, reads_second) | (c.also == node + 1)
     leaf = exists & torch.where(c.output == ALL, (node > 0) | (c.count == 1), ~is_read)  # paper: DARTS omits node 0
     units = torch.arange(hidden, device=cells.device)
     live = ((units < c.width[:, None]) | (c.width[:, None] == 0))[:, None]               # [K, 1, H]
     kinds = ((operation == kind)[..., None, None] for kind in (HIGHWAY, GATE, SUM))
     slots, has = torch.where(second == MEMORY, len(read) + 1, second), live & (c.memory > 0)[:, None, None]
-    more = Gates(*kinds, slots, c.memory, live, has) if cells.shape[1] % 2 else None
-    return Structure(read, edge_index(read, node), act, leaf.double() / leaf.sum(0), exists & (read == INPUT), more)
+    edge, extra = edge_index(read, node), (None, None)
+    if cells.shape[1] % 4 == 3:
+        edge = torch.cat([edge, edge_index(c.also, (c.extra - 1).clamp(min=0))[None]])
+        extra = c.also, (c.extra == node + 1)[..., None, None]
+    more = Gates(*kinds, slots, c.memory, live, has, *extra) if cells.shape[1] % 2 else None
+    return Structure(read, edge, act, leaf.double() / leaf.sum(0), exists & (read == INPUT), more)
 
 def inherit(shared, cells):
     """Standalone weights that start from the shared ones: each network gets its own copy."""
@@ -752,6 +767,7 @@ def reference_losses(weights, row, batch, k=0):
     m, times = m[0] if m else torch.zeros_like(h), lambda x, name: x * mask[name] if name in mask else x
     halves = lambda w: (w[:, :hidden].contiguous(), w[:, hidden:].contiguous())          # gate, candidate
     rows = [edge_index(node.read, i) if is_shared(weights) else i for i, node in enumerate(cell.nodes)]
+    rows += [edge_index(node.also, i) if is_shared(weights) else -1 for i, node in enumerate(cell.nodes) if node.also]
     wxs, ws = ([halves(w) for w in x] for x in (mine["input"].view(-1, hidden, 2 * hidden), mine["edges"][rows]))
     for tokens in batch.inputs:
         x = F.embedding(tokens, mine["embedding"])                                       # [B, H]
@@ -763,6 +779,9 @@ def reference_losses(weights, row, batch, k=0):
             c, u = s @ w_c, s @ w_u
             if node.read == INPUT:
                 c, u = c + x @ wxs[i][0], u + x @ wxs[i][1]
+            if node.also:
+                r = live * times(slots[node.also], "hidden")
+                p, c, u = (p + slots[node.also]) / 2, (c + r @ ws[-1][0]) / 2, (u + r @ ws[-1][1]) / 2
             act, gate = ACTIVATIONS[node.activation], torch.sigmoid(c)
             slots.append({"highway": lambda: p + gate * (act(u) - p), "glu": lambda: gate * act(u),
                           "gate": lambda: gate * act(q), "sum": lambda: p + q}[node.operation]())
@@ -859,7 +878,7 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, training, xw, h0, m0, w, mask, on_input, cell, *act):
         ctx.inputs = training, xw, h0, m0, w, mask, on_input, cell, *act
-        (n, k, hidden, _), (t_, b), more = w.shape, xw.shape[2:4], cell.more
+        (n, k), hidden, (t_, b), more = cell.read.shape, w.shape[2], xw.shape[2:4], cell.more
         kept, count = t_ if training else 1, n + 1 + (more is not None)  # steps, for the backward pass; slots
         slots = Workspace.take(w, count, k, kept, b, hidden)  # the input pair, the nodes, the memory
         gates = Workspace.take(w, n if training else 1, k, kept, b, 2, hidden)
@@ -876,7 +895,8 @@ class Recurrence(torch.autograd.Function):
         if gated:
             highway, live, has = (x.to(w.dtype) for x in (more.highway, more.live, more.has))
             m, m_shrink = torch.empty_like(h), torch.empty_like(shrink)
-            extra = highway, live, has, (second := flat(more.second)), (memory := flat(more.memory)), m, m_shrink
+            also = None if more.also is None else flat(more.also)
+            extra = highway, live, has, (second := flat(more.second)), (memory := flat(more.memory)), m, m_shrink, also
         for t in range(t_):
             now = t if training else 0
             rows = slots.view(count * k, kept, b, hidden)[:, now]                        # [slots * K, B, H]
@@ -891,6 +911,11 @@ class Recurrence(torch.autograd.Function):
                     x = xw[on_input.index(i), :, t]
                     z_c.addcmul_(x[..., :hidden], takes[i])
                     z_u.addcmul_(x[..., hidden:], takes[i] * slope[i])
+                if gated and also is not None:
+                    r = rows.index_select(0, also)  # of the other nodes possibly not yet computed: no number
+                    z_r = torch.bmm(r if mask is None else r * mask, w[n])
+                    z.copy_(torch.where(more.here[i], (z + z_r) / 2, z))
+                    p = torch.where(more.here[i], (p + r) / 2, p)
                 if gated:  # a gate's activation is of the second slot
                     q = rows.index_select(0, second[i])
                     z_u.copy_(torch.where(more.gate[i], q * slope[i], z_u))
@@ -918,16 +943,20 @@ class Recurrence(torch.autograd.Function):
         if ctx.buffers is None:  # a second backward: the first one has used them up
             Recurrence.forward(ctx, *ctx.inputs)
         (index, leaf, takes, extra, slots, gates, h, shrink), ctx.buffers = ctx.buffers, None
-        (n, k, hidden, _), (t_, b), count, gated = w.shape, h.shape[1:3], len(slots), extra is not None
+        (n, k), hidden, (t_, b), count, gated = cell.read.shape, w.shape[2], h.shape[1:3], len(slots), extra is not None
         if gated:
-            highway, live, has, second, memory, m, m_shrink = extra
+            highway, live, has, second, memory, m, m_shrink, also = extra
+        if more := gated and also is not None:
+            half = cell.more.here.to(w.dtype) / 2
         flat, alone = slots.view(count * k, t_, b, hidden), k == 1 and w.device.type == "cpu"
         wheres = index.flatten().tolist() if alone else index.unbind()
         values = lambda where: slots[where] if alone else flat.index_select(0, where)    # [K, T, B, H]
+        r = flat.index_select(0, also) if more else None
+        carried = lambda i: torch.lerp(values(wheres[i]), r, half[i][:, None]) if more else values(wheres[i])
         keep, passed = (Workspace.take(w, n, k, t_, b, hidden) if x else None for x in (True, gated))
         for i in range(n):  # gates become ds/dc~ and ds/dz, keep ds/dp, passed ds/dq
             kinds = [x[i][:, None] for x in (highway, cell.more.gate, cell.more.sum)] if gated else None
-            local_derivatives(gates[i], values(wheres[i]), keep[i], [x[i][:, None] for x in act], kinds,
+            local_derivatives(gates[i], carried(i), keep[i], [x[i][:, None] for x in act], kinds,
                               passed[i] if gated else None)
         # Back through time: ds [slots, K, B, H] collects the gradient of every slot of one step.
         ds, dz, dp = w.new_zeros(count, k, b, hidden), w.new_empty(k, b, 2 * hidden), w.new_empty(k, b, hidden)
@@ -938,12 +967,12 @@ class Recurrence(torch.autograd.Function):
             dh = grad[:, t] if dh is None else grad[:, t] + dh
             dmean = bound_norm_backward(dh, h[:, t], shrink[:, t])
             if gated:
-                dmean, carried = dmean * live, bound_norm_backward(ds[-1], m[:, t], m_shrink[:, t]) * has
+                dmean, dm = dmean * live, bound_norm_backward(ds[-1], m[:, t], m_shrink[:, t]) * has
                 ds[-1] = 0
             ds[0] = 0
             torch.mul(dmean, leaf, out=ds[1:n + 1])
             if gated:
-                ds_flat.index_add_(0, memory, carried)
+                ds_flat.index_add_(0, memory, dm)
             for i, (d, where, w_t, local, stay) in reversed(list(enumerate(per_node))):
                 now = local[:, t]                                                        # [K, B, 2, H]
                 torch.mul(now, d[:, :, None], out=dz_pair)
@@ -952,14 +981,22 @@ class Recurrence(torch.autograd.Function):
                 if mask is not None:
                     dp.mul_(mask)
                 dp.addcmul_(d, stay[:, t])
+                if more:
+                    dr = torch.bmm(dz, w[n].transpose(1, 2))
+                    ds_flat.index_add_(0, also, half[i] * (dr if mask is None else dr * mask).addcmul_(d, stay[:, t]))
+                    dp.mul_(1 - half[i])
                 ds[where].add_(dp) if alone else ds_flat.index_add_(0, where, dp)
                 if gated:
                     ds_flat.index_add_(0, second[i], d * passed[i][:, t])
             dh = ds[0]
         dw = torch.empty_like(w)
+        masked = lambda x: (x if mask is None else x * mask[:, None]).view(k, t_ * b, hidden).transpose(1, 2)
+        if more:  # both edges of a node have their share of the gradient
+            sums = (gates.view(n, k, -1) * half[..., 0]).sum(0).view(k, t_ * b, 2 * hidden)
+            torch.bmm(masked(r), sums, out=dw[n])
+            gates.view(n, k, -1).mul_(1 - half[..., 0])
         for i in range(n):
-            read = values(wheres[i]) if mask is None else values(wheres[i]) * mask[:, None]
-            torch.bmm(read.view(k, t_ * b, hidden).transpose(1, 2), gates[i].view(k, t_ * b, 2 * hidden), out=dw[i])
+            torch.bmm(masked(values(wheres[i])), gates[i].view(k, t_ * b, 2 * hidden), out=dw[i])
         dxw = gates[on_input] * takes[on_input][..., None, None]                         # [I, K, T, B, 2, H]
         dxw[..., 1, :] *= act[0][on_input][:, :, None]  # slope
         dxw = dxw.flatten(4)
@@ -1044,7 +1081,10 @@ def unroll(weights, cells, batch, dtype=torch.float32):
         cell = cell._replace(more=cell.more._replace(live=live[..., :d], has=cell.more.has[..., :d]))
     cast, act = lambda x: x.to(dtype), coefficients(cell.act, dtype)
     xw = (cast(x).flatten(1, 2)[:, None] @ cast(w_x[:, on_input])).unflatten(2, x.shape[1:3])            # over all rows
-    w = torch.cat([cast(w[..., :d]), cast(w[..., d:]) * act[0]], -1)                     # u times slope
+    slope = act[0]
+    if len(w) > len(slope):  # that of the node which reads a slot also
+        slope = torch.cat([slope, (cell.more.here * slope).sum(0, keepdim=True)])
+    w = torch.cat([cast(w[..., :d]), cast(w[..., d:]) * slope], -1)                      # u times slope
     h, m = Recurrence.apply(torch.is_grad_enabled(), xw.transpose(0, 1), cast(h0), cast(m0), w,
                             None if mask is None else cast(mask), on_input, cell, *act)
     state = [F.pad(s.detach(), (0, hidden - d)).to(batch.state.dtype) for s in (h[:, -1], m) if s is not None]

@@ -31,7 +31,12 @@ def gated_cell(seed, nodes=NODES, widths=(0,)):
 
     n = draw.randint(1, nodes)
     memory = draw.randint(0, n)
-    made = tuple(node(i, memory) for i in range(n))
+    made = [node(i, memory) for i in range(n)]
+    weighted = [i for i in range(1, n) if made[i].operation != "sum"]
+    if weighted and draw.random() < .7:
+        i = draw.choice(weighted)
+        made[i] = made[i]._replace(also=draw.randint(1, i))
+    made = tuple(made)
     return Cell(made, draw.choice(OUTPUTS), memory, draw.choice(widths))
 
 
@@ -65,6 +70,8 @@ def test_mixed_operations_equal_the_reference(k, shared, steps, dropout, size, w
     """Oracle: the plain loop, one after the other; memories, sizes, widths are mixed, large states reach the bound."""
     for seed in range(6):
         weights, rows, batch = setting(k, shared, steps, seed, dropout, size, widths)
+        for buffer in menas.Workspace.free:  # what is not computed must not matter
+            buffer.fill_(math.nan)
         losses, state = network(weights, rows, batch, torch.float64)
         expected, states = zip(*(reference_losses(weights, rows[i], batch, i) for i in range(k)))
         assert (losses - torch.stack(expected)).abs().max() < 1e-10
@@ -185,6 +192,8 @@ def test_an_lstm_as_people_write_it():
 GATE = {"from": "input", "activation": "tanh", "operation": "gate", "with": "memory"}
 
 
+HIGHWAY = {"from": "input", "activation": "tanh"}
+
 @pytest.mark.parametrize("cell, words", [
     ({"nodes": [{**GATE, "operation": "gait"}]}, "operation of node 0|did you mean gate?"),
     ({"nodes": [{"from": "input", "activation": "tanh", "operation": "gate"}]}, "node 0|'with'"),
@@ -193,6 +202,10 @@ GATE = {"from": "input", "activation": "tanh", "operation": "gate", "with": "mem
     ({"nodes": [{**GATE, "with": 0}], "memory": 0}, "0 reads 0"),
     ({"nodes": [GATE], "memory": 1}, "memory|from 0 to 0"), ({"nodes": [GATE], "memory": 0, "width": -1}, "width"),
     ({"nodes": [GATE], "memory": 0, "rate": True}, "rate"), ({"nodes": [GATE], "memory": 0, "rate": .5}, "rate"),
+    ({"nodes": [HIGHWAY, {**HIGHWAY, "also": 1}]}, "1 reads 1"),
+    ({"nodes": [HIGHWAY, {**HIGHWAY, "also": "input"}]}, "node 1|'input'"),
+    ({"nodes": [HIGHWAY, *[{**HIGHWAY, "also": 0}] * 2]}, "several|'also'"),
+    ({"nodes": [HIGHWAY, {"from": 0, "with": 0, "operation": "sum", "also": 0}]}, "entry of node 1|also"),
     ({"nodes": [GATE], "memory": True}, "memory"), ({"nodes": [GATE], "memmory": 0}, "memmory|did you mean memory"),
     ({"nodes": [{"from": "input", "activation": "tanh", "opperation": "gate"}]}, "node 0|did you mean operation")])
 def test_mistakes_are_named(cell, words):
@@ -207,7 +220,8 @@ def brute_force_paths(cell):
         if slot in (None, INPUT):
             return 1
         node = cell.nodes[slot - 1]
-        below = [node.read] + ([node.second or None] if node.operation in ("gate", "sum") else [])
+        below = [node.read] + ([node.second or None] if node.operation in ("gate", "sum") else []) + [node.also] * (
+            node.also > 0)
         return sum(walk(s) for s in below)
     return sum(walk(i + 1) for i in menas.leaves(cell))
 
