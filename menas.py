@@ -130,6 +130,8 @@ class Config:
     temperature: float = option(5.0, "divides the controller's logits", "> 0")
     tanh_constant: float = option(2.5, "bounds them: constant * tanh(logits / temperature)", "> 0")
     reward: str = option("perplexity", "perplexity (80 / perplexity) or loss (minus the loss)")
+    reward_words: float = option(0.0, "drop rate of whole words in the input that rewards are measured on", "in [0, 1)")
+    reward_noise: float = option(0.0, "and noise on that embedded input, in units of the embeddings' rms", ">= 0")
     baseline: str = option("leave_one_out", "leave_one_out or moving_average")
     baseline_decay: float = option(0.95, "of the moving average", "in [0, 1)")
     derive_samples: int = option(100, "architectures scored on the whole validation split at the end", ">= 1")
@@ -145,6 +147,7 @@ class Config:
     eval_batch: int = option(64, "parallel streams of an evaluation", ">= 1")
     # records
     log_every: int = option(20, "steps from one line of metrics to the next; a run resumes at such a line", ">= 1")
+    part: str = option("", "I/N: only every N-th of a study's sub-runs, from the I-th; without it the study is completed")
     checkpoint_seconds: float = option(30.0, "least time between two checkpoints", ">= 0")
 
 # preset -> study -> settings; "all" holds for every study and comes first. results/studies.py adds those of its own.
@@ -216,7 +219,7 @@ def refusing(path, advice=""):
 
 def write_atomically(path, content):
     """The file appears whole or not at all, also when the process is killed in between."""
-    temporary = path.with_name(f".menas-{path.name}")
+    temporary = path.with_name(f".menas-{os.getpid()}-{path.name}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -756,6 +759,12 @@ def draw_masks(config, words, batch, seeds, step):
     return {name: torch.stack([torch.rand(shapes[name], generator=rng(seed, name, step)) >= rate for seed in seeds])
             / (1 - rate) for name, rate in rates.items() if rate > 0}
 
+def perturbations(words, noise, vocabulary, shape, *key):
+    """Masks of a perturbed input of shape [T, B, H]: at a rate whole words of the vocabulary are dropped, word [1, V];
+    and Gaussian noise, in units of the embeddings' root mean square, is added, noise [1, T, B, H]."""
+    masks = draw_masks(Config(word_dropout=words), vocabulary, 1, [key], 0)
+    return {**masks, "noise": noise * torch.randn(1, *shape, generator=rng("noise", *key))} if noise else masks
+
 def reference_losses(weights, row, batch, k=0):
     """The network as the peers write it, for ONE architecture: the mean loss, and the states [T, B, H or 2H].
     Highway node (Pham et al. 2018): [c, u] = s_p W;  s_i = s_p + sigmoid(c) * (act(u) - s_p). Others: OPERATIONS."""
@@ -769,8 +778,9 @@ def reference_losses(weights, row, batch, k=0):
     rows = [edge_index(node.read, i) if is_shared(weights) else i for i, node in enumerate(cell.nodes)]
     rows += [edge_index(node.also, i) if is_shared(weights) else -1 for i, node in enumerate(cell.nodes) if node.also]
     wxs, ws = ([halves(w) for w in x] for x in (mine["input"].view(-1, hidden, 2 * hidden), mine["edges"][rows]))
-    for tokens in batch.inputs:
+    for t, tokens in enumerate(batch.inputs):
         x = F.embedding(tokens, mine["embedding"])                                       # [B, H]
+        x = x + mask["noise"][t] * mine["embedding"].square().mean().sqrt() if "noise" in mask else x
         x = live * times(x * mask["word"][tokens][:, None] if "word" in mask else x, "input")
         slots = [h]
         for i, (node, (w_c, w_u)) in enumerate(zip(cell.nodes, ws)):
@@ -1052,6 +1062,8 @@ def embed(weights, batch):
     copies = 1 if is_shared(weights) else len(table)
     offset = torch.arange(copies, device=tokens.device)[:, None, None] * table.shape[-2]
     x = F.embedding(tokens + offset, table.view(-1, table.shape[-1]))                    # K tables, one after the other
+    if "noise" in masks:
+        x = x + masks["noise"] * table.square().mean((-2, -1)).sqrt().view(-1, 1, 1, 1)
     if "word" in masks:
         x = x * masks["word"][:, tokens][..., None]
     return x * masks["input"][:, None] if "input" in masks else x
@@ -1397,7 +1409,7 @@ def policy_loss(sample, rewards, baseline, entropy_weight):
 # 7. Runs and records -------------------------------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-WHEREABOUTS = {"out", "cache", "device", "threads", "checkpoint_seconds"}  # settings that may differ when a run resumes
+WHEREABOUTS = {"out", "cache", "device", "threads", "part", "checkpoint_seconds"}  # may differ when a run resumes
 
 def write_tensors(path, value):
     """torch.save, atomic."""
@@ -1443,7 +1455,7 @@ class Run:
     def __enter__(self):
         with refusing(self.folder, "; another run may be at work there: give this one another --out"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "w")
+            self.lock = open(self.folder / f"lock {self.config.part.replace('/', ' of ')}".strip(), "w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system's own, so a killed run frees it
         path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
         if not path.exists():
@@ -1500,6 +1512,17 @@ class Run:
             self.say(f"stopped by {signal.Signals(self.stop).name}; the same command goes on from here")
             raise SystemExit(128 + self.stop)
 
+    def mine(self, i):
+        """Is a study's i-th sub-run this command's? Under --part I/N one of N is."""
+        part, parts = map(int, (self.config.part or "1/1").split("/"))
+        return i % parts == part - 1
+
+    def end_of_part(self):
+        """Leave, if this command was for a part only: the study needs the others, too."""
+        if self.config.part:
+            self.say(f"part {self.config.part} is done")
+            raise SystemExit(0)
+
     def say(self, text):
         print(f"[{self.study}] {text}", flush=True)
 
@@ -1540,9 +1563,10 @@ def zero_state(weights, batch):
     return weights["embedding"].new_zeros(1, batch, width)
 
 @torch.no_grad()
-def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32, warm=70):
+def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32, warm=70, masks=lambda inputs, at: {}):
     """Mean loss [K] over a whole split: every token but the first exactly once, no dropout. Its exp() is perplexity.
-    warm: words read before a stream's first scored one, so that cutting the text in streams hardly matters."""
+    warm: words read before a stream's first scored one, so that cutting the text in streams hardly matters.
+    masks: (inputs [T, B], their place) -> those of a perturbed input."""
     n, total = len(tokens) - 1, 0.0                                                      # targets
     text = Stream(tokens, min(batch, max(1, n // warm)), bptt)
     inputs, targets = text.inputs[:text.length], text.targets[:text.length]
@@ -1551,7 +1575,7 @@ def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32, war
     state = network(weights, cells, Batch(before, torch.full_like(before, -1), zeros, {}), dtype)[1]
     state[:, 0] = 0
     for lo in range(0, text.length, bptt):
-        part = Batch(inputs[lo:lo + bptt], targets[lo:lo + bptt], state, {})
+        part = Batch(inputs[lo:lo + bptt], targets[lo:lo + bptt], state, masks(inputs[lo:lo + bptt], lo))
         losses, state = network(weights, cells, part, dtype)
         total = total + losses * (part.targets >= 0).sum()
     return total / n
@@ -1665,9 +1689,17 @@ def mean_state(losses, state):
     finite = torch.isfinite(losses)[:, None, None]
     return torch.where(finite, state, 0.0).sum(0, keepdim=True) / finite.sum().clamp(min=1)
 
-def score(config, weights, cells, segment, carried):
+def perturbed(config, weights):
+    """(inputs [T, B], key) -> the masks of --reward_words and --reward_noise; none without them."""
+    def masks(inputs, *key):
+        shape, how = (*inputs.shape, weights["embedding"].shape[1]), (config.reward_words, config.reward_noise)
+        return to_device(perturbations(*how, len(weights["embedding"]), shape, config.seed, *key), inputs.device)
+
+    return masks
+
+def score(config, weights, cells, segment, carried, masks={}):
     """Losses [K] of architectures on one validation segment in eval mode, and the state to carry on [1, B, H or 2H]."""
-    batch = start_batch(config, weights, cells, segment, carried, {})
+    batch = start_batch(config, weights, cells, segment, carried, masks)
     losses, state = network(weights, cells, batch, DTYPES[config.dtype])
     return losses, mean_state(losses.detach(), state)
 
@@ -1781,9 +1813,10 @@ class Search:
     def rewards_on(self, segment):
         """(weights, cells) -> rewards [K] on a validation segment; the state that they leave is carried on."""
         carried = self.s["state"]["valid"]
+        masks = perturbed(self.config, self.s["weights"])(segment.inputs, self.s["step"])
 
         def rewards(weights, cells):
-            losses, self.s["state"]["valid"] = score(self.config, weights, cells, segment, carried)
+            losses, self.s["state"]["valid"] = score(self.config, weights, cells, segment, carried, masks)
             return REWARDS[self.config.reward](losses + TASKS[self.config.task](cells)[1])
 
         return rewards
@@ -1868,7 +1901,8 @@ def derive(config, weights, rows, corpus, at_once=10):
     """Architectures under the shared weights on the whole validation split, best first: rows [K, D], perplexities."""
     device = device_of(config)
     distinct, which = rows.to(device).unique(dim=0, return_inverse=True)
-    losses = torch.cat([evaluate(weights, part, corpus.valid.to(device), config.eval_batch, dtype=DTYPES[config.dtype])
+    valid, masks = corpus.valid.to(device), perturbed(config, weights)
+    losses = torch.cat([evaluate(weights, part, valid, config.eval_batch, dtype=DTYPES[config.dtype], masks=masks)
                         for part in distinct.split(at_once)])  # some at a time, for memory's sake
     scored = [perplexity(loss) for loss in losses[which].tolist()]
     order = sorted(range(len(rows)), key=scored.__getitem__)
@@ -1895,11 +1929,16 @@ def check(config):
     if config.rates and (config.controller, config.response) == ("trained", "none"):
         raise UserError(f"--rates {config.rates}: without a --response the controller has no gradient for them, as the "
                         "loss at any common omega' is the same for every rate")
+    parts = re.fullmatch(r"(\d+)/(\d+)", config.part)
+    if config.part and not (parts and 1 <= int(parts[1]) <= int(parts[2])):
+        raise UserError(f"--part {config.part} must be I/N, I from 1 to N")
     device_of(config)
 
 def run_study(study, work, config):
     """Run, resume, or find finished one study, whose metrics work(config, run) gives; its record."""
     check(config)
+    if config.part and not getattr(work, "parts", False):
+        raise UserError(f"--part {config.part}: {study} has no sub-runs to share out")
     if config.threads:
         torch.set_num_threads(config.threads)
     with Run(study, config) as run:
