@@ -6,14 +6,13 @@ between two comments, and each figure beside the records, so all of them are mad
 import json
 import math
 import re
-from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from menas import INPUT, ROW, UserError, cell_from_json, leaves, read_json, slots_read
+from results.stats import t_test
 from results.studies import OUTCOMES, depths
 
 PUBLISHED = {"enas": "- / 56.3 (first: 55.8)", "darts_v1": "60.2 / 57.6", "darts_v2": "58.1 / 55.7",
@@ -53,26 +52,6 @@ def table_bench(records):
     return table(("", "ms an architecture", "plain loop / this"),
                  [(x["name"], f"{1e3 * x['seconds']:.1f}" if x["seconds"] else "", x["ratio"])
                   for r in records for x in r["metrics"]["ratios"] if "plain" not in x["name"]])
-
-@lru_cache
-def student_t(df):
-    """Student's distribution on a grid from 0: t and its cumulative probability."""
-    t = torch.linspace(0, 500, 1000001, dtype=torch.float64)
-    log_c = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
-    density = torch.exp(log_c - (df + 1) / 2 * torch.log1p(t * t / df))
-    return t, 0.5 + F.pad(torch.cumulative_trapezoid(density, t), (1, 0))
-
-def t_test(values, tests=1):
-    """Of a sample [n]: mean, half of its 95 % interval, p of the mean being 0, Bonferroni-corrected for so many tests,
-    and the smallest true mean that this corrected test finds in about 80 of 100 cases."""
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return values[0] if len(values) == 1 else math.nan, math.nan, math.nan, math.nan
-    values = torch.tensor(values, dtype=torch.float64)
-    mean, error, (t, p) = values.mean().item(), values.std().item() / math.sqrt(len(values)), student_t(len(values) - 1)
-    quantile = lambda q: t[torch.searchsorted(p, q)].item()
-    at = int(min(abs(mean) / max(error, 1e-300) / 500, 1) * (len(p) - 1))
-    least = (quantile(1 - .025 / tests) + quantile(.8)) * error
-    return mean, quantile(.975) * error, min(1.0, tests * 2 * (1 - p[at].item())), least
 
 LOSSES = ("expected", "best", "scratch")  # of the OUTCOMES, in nats per token
 # study of arms -> the outcomes that it is about

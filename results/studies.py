@@ -25,6 +25,7 @@ from menas import (ACTIVATIONS, CELLS, DTYPES, INPUT, PRESETS, RESPONSE, STATES,
                    recurrent_parameters, reference_losses, retrain, rng, row_name, run_study, score,
                    search_space, shared_weights, slots_read, study_search, to_device, uniform_rows,
                    worst_for_failures, zero_state)
+from results.stats import kendall
 
 SEARCHES = dict(epochs=6, shared_steps=60, controller_steps=20, warm_epochs=1, settle=1, derive_samples=24, replicas=5)
 BRIEF = dict(epochs=1, shared_steps=5, settle=1, derive_samples=4, replicas=2)
@@ -235,11 +236,6 @@ def study_cost(config, run):
                        for arm, x in found.items()]}
 
 # 3. The hidden state, and a controller that is told what to aim for
-
-def kendall(a, b):
-    """Kendall's tau-a of two samples [n]: the share of pairs in the same order, minus that of pairs in the other."""
-    sign = lambda x: torch.sign(x[:, None] - x[None])
-    return (sign(a) * sign(b)).sum().item() / (len(a) * (len(a) - 1))
 
 def reward_error(config, folder, corpus, k=30, at_least=30):
     """{policy: [bias, tau]} of what a controller step sees of k uniform cells, under each policy for the hidden state,
