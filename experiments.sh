@@ -4,18 +4,35 @@
 #   ./experiments.sh                    all of it; a finished run is skipped, an interrupted one goes on
 #   SMOKE=1 ./experiments.sh            the same studies at toy sizes, minutes on a laptop, under runs/smoke
 #   PRESET=paper ./experiments.sh       the published schedules, on a GPU box
-#   LAUNCH="srun --gres=gpu:1 -c 4" ./experiments.sh     a prefix for every run
+#   LAUNCH="srun --gres=gpu:1 -c 4" PARTS=8 ./experiments.sh
+#                                       on a cluster: independent runs at once, each behind this prefix, and the
+#                                       sub-runs of a study shared out among so many commands
+#   LAUNCH=echo ./experiments.sh        only shows the commands
 #
 # Hardware and hours: --preset ptb is for a laptop: on two CPU cores with bfloat16 half an hour to an hour a network or
 # search, about twenty hours in all. --preset paper is the published schedule, for a GPU; it was not run by us.
 set -euo pipefail
 cd "$(dirname "$0")"
-preset=${PRESET:-ptb} out=${OUT:-results} tiny=tiny
+preset=${PRESET:-ptb} out=${OUT:-results} tiny=tiny jobs=()
 [ -z "${SMOKE:-}" ] || { preset=smoke tiny=smoke out=${OUT:-runs/smoke}; }
 
-run() { # folder, study, settings
+run() { # folder, study, settings: with LAUNCH in the background
     local folder=$1; shift
-    ${LAUNCH:-} python menas.py "$@" --out "$out/$folder"
+    if [ -n "${LAUNCH:-}" ]; then $LAUNCH python menas.py "$@" --out "$out/$folder" & jobs+=($!)
+    else python menas.py "$@" --out "$out/$folder"; fi
+}
+
+finish() { # wait for what runs in the background; stop if something failed
+    local job; for job in ${jobs[@]+"${jobs[@]}"}; do wait "$job"; done; jobs=()
+}
+
+share() { # the same for a study: its searches, then its networks shared out, then the study itself
+    local part stage
+    for stage in searches networks; do
+        for part in $([ "${PARTS:-1}" -eq 1 ] || seq "$PARTS"); do run "$@" --part "$part/$PARTS"; done
+        [ "${PARTS:-1}" -eq 1 ] || finish
+    done
+    run "$@"
 }
 
 # Does it work? The toy corpus: a cell found in a minute, beside an LSTM. Expected: within 1.3 times the floor of 5.83.
@@ -35,6 +52,7 @@ run $preset-lstm-400 train --preset $preset --cell lstm --lstm_hidden 400
 # ENAS itself, and random search with weight sharing: the same loop, the controller left untrained.
 run $preset-search search --preset $preset
 run $preset-random-search search --preset $preset --controller untrained
+finish
 # The cell found, and the best of as many uniform architectures under the same shared weights.
 run $preset-found train --preset $preset --cell "$out/$preset-search/cell.json"
 run $preset-uniform-best train --preset $preset --cell "$out/$preset-search/uniform_cell.json"
@@ -47,22 +65,29 @@ run cost-$preset cost --preset $preset --batch 20 --shared_steps 20 --controller
 # Is the gradient that looks ahead closer to the next one? Expected: yes, a fresh one on the same samples.
 run similarity similarity --preset $tiny
 # Does it find better cells? Expected: no, but for a task made so that it must. Half an hour, two hours, and ten minutes.
-run extra-toy extra --preset $tiny
-run extra-$preset extra --preset $preset
-run extra-frozen extra --preset $tiny --task frozen --lr 2 --clip 1 --retrain false --replicas 4
+share extra-toy extra --preset $tiny
+share extra-$preset extra --preset $preset
+share extra-frozen extra --preset $tiny --task frozen --lr 2 --clip 1 --retrain false --replicas 4
 
 # What is in the space, and does it matter? Expected on the toy corpus: see the README. Half an hour, then minutes each.
-run spaces spaces --preset $tiny
-run state state --preset $tiny
-run anneal anneal --preset $tiny
-run optimizer optimizer --preset $tiny
+for study in spaces state anneal optimizer; do share $study $study --preset $tiny; done
 run conditional conditional --preset $tiny
-# The same on Penn Treebank, not run by us: one and a half to three hours each on a laptop.
+# The same on Penn Treebank: about an hour each on one core.
 for study in spaces state anneal optimizer; do
-    [ -n "${SMOKE:-}" ] || run $study-$preset $study --preset $preset
+    [ -n "${SMOKE:-}" ] || share $study-$preset $study --preset $preset
+done
+
+# What makes a cell good, and does the controller know? An hour, then a quarter of an hour or less each, on one core.
+for study in compare ablate factors capacity robust hidden; do share $study $study --preset $tiny; done
+run progress progress --preset $tiny
+# The same on Penn Treebank, not run by us.
+for study in compare ablate factors capacity robust hidden; do
+    [ -n "${SMOKE:-}" ] || share $study-$preset $study --preset $preset
 done
 
 # How fast? Ratios to the plain loop. Expected: above 1, but for scoring at 1000 units in float32.
+finish
 run bench bench --preset $preset --hidden $([ -z "${SMOKE:-}" ] && echo 1000 || echo 32)
+finish
 
-python menas.py report --out "$out"
+${LAUNCH:-} python menas.py report --out "$out"

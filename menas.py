@@ -147,7 +147,7 @@ class Config:
     eval_batch: int = option(64, "parallel streams of an evaluation", ">= 1")
     # records
     log_every: int = option(20, "steps from one line of metrics to the next; a run resumes at such a line", ">= 1")
-    part: str = option("", "I/N: only every N-th of a study's sub-runs, from the I-th; without it the study is completed")
+    part: str = option("", "I/N: do only every N-th of a study's sub-runs, from the I-th; without it, all")
     checkpoint_seconds: float = option(30.0, "least time between two checkpoints", ">= 0")
 
 # preset -> study -> settings; "all" holds for every study and comes first. results/studies.py adds those of its own.
@@ -1866,8 +1866,9 @@ class Search:
             line.update((name, total / steps) for name, total in zip(names, rewarded))
         return line
 
-def search(config, run, corpus):
-    """ENAS: rounds of SGD on the shared weights, then of REINFORCE on the controller. Returns both."""
+def search(config, run, corpus, watch=lambda weights, controller, epoch: None):
+    """ENAS: rounds of SGD on the shared weights, then of REINFORCE on the controller. Returns both. watch is called
+    before a round, of a resumed one possibly again."""
     game = Search(config, corpus)
     shared_steps = game.shared_steps
     round_ = shared_steps + (config.controller_steps if config.controller == "trained" else 0)
@@ -1880,6 +1881,8 @@ def search(config, run, corpus):
     while game.s["step"] < total:
         epoch, at = divmod(game.s["step"], round_)
         progress = epoch + min(at / shared_steps, 1)
+        if at == 0:
+            watch(game.s["weights"], game.controller, epoch)
         if at < shared_steps:
             game.shared_step(progress)
         elif config.warm_epochs <= epoch < config.epochs:  # before and after, these steps are empty
@@ -1945,7 +1948,9 @@ def run_study(study, work, config):
         if (run.folder / "result.json").exists():
             run.say(f"already finished: {run.folder}")
             return read_json(run.folder / "result.json")
-        return run.finish(work(config, run))
+        metrics = work(config, run)
+        run.end_of_part()
+        return run.finish(metrics)
 
 def load_shared(config, words, cells):
     """The shared weights of a finished search, which must fit this corpus, size and cells."""
@@ -1993,10 +1998,10 @@ def row_name(entry):
     """The name, as --cell takes it, of an entry of derived.json: a row, then its perplexity."""
     return "-".join(map(str, entry[:-1]))
 
-def retrain(config, cell, folder):
-    """Metrics of a training from scratch, on the data and at the size of a search."""
+def retrain(config, cell, folder, **more):
+    """Metrics of a training from scratch, on the data and at the size of a search; more settings if asked for."""
     same = ("data", "cache", "seed", "device", "dtype", "threads", "nodes", "hidden", "checkpoint_seconds")
-    settings = dict({name: getattr(config, name) for name in same}, cell=cell, out=str(folder))
+    settings = dict({name: getattr(config, name) for name in same}, cell=cell, out=str(folder), **more)
     if config.retrain_epochs:
         settings["epochs"] = config.retrain_epochs
     return run_study("train", study_train, configure("train", config.preset, **settings))["metrics"]
@@ -2018,6 +2023,7 @@ def study_search(config, run):
         write_json(run.folder / f"{name}cell.json", metrics[f"{name}best_cell"])
     (run.folder / "derived.json").write_text(json.dumps(derived))  # each a row of integers, then its perplexity
     write_tensors(run.folder / "weights.pt", to_device(weights, "cpu"))
+    write_tensors(run.folder / "controller.pt", to_device(controller.state_dict(), "cpu"))
     from results.report import draw_cell  # where tables and pictures are made
     draw_cell(cell_from_json(metrics["best_cell"]), "the cell found").figure.savefig(run.folder / "cell.png", dpi=110)
     if corpus.floor:
@@ -2028,9 +2034,9 @@ def study_search(config, run):
     return metrics
 
 def studies():
-    """{name: (config, run) -> metrics}: these two, and those of results/studies.py, which are made of this module."""
-    from results.studies import STUDIES
-    return {"search": study_search, "train": study_train, **STUDIES}
+    """{name: (config, run) -> metrics}: these two, and those of results/, which are made of this module."""
+    from results import cells, studies
+    return {"search": study_search, "train": study_train, **studies.STUDIES, **cells.STUDIES}
 
 # 11. Main -------------------------------------------------------------------------------------------------------------
 

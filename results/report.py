@@ -11,20 +11,15 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from menas import INPUT, ROW, UserError, cell_from_json, leaves, read_json, slots_read
-from results.stats import t_test
-from results.studies import OUTCOMES, depths
+from menas import ACTIVATIONS, ROW, UserError, cell_from_json, decode, read_json
+from results.plots import (COLOURS, draw_bands, draw_cell, draw_curves, draw_densities, draw_intervals, draw_points,
+                           panels, table)
+from results.stats import (bootstrap, detectable, kendall, mann_whitney, paired_bootstrap, permutation_test,
+                           shares_interval, spearman, t_test, unbiased_shares)
+from results.studies import OUTCOMES
 
 PUBLISHED = {"enas": "- / 56.3 (first: 55.8)", "darts_v1": "60.2 / 57.6", "darts_v2": "58.1 / 55.7",
              "enas_lm": "- / 57.3"}
-
-def table(headers, rows):
-    """A Markdown table whose columns are also aligned as plain text; floats to two decimals."""
-    show = lambda x: f"{x:.2f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
-    headers, text = list(map(str, headers)), [list(map(show, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(headers, *text)]
-    lines = [headers, ["-" * width for width in widths], *text]
-    return "\n".join("| " + " | ".join(x.ljust(width) for x, width in zip(line, widths)) + " |" for line in lines)
 
 def short(name):
     """A cell's name; of a JSON file the run that it came from; a row of integers is what a search found."""
@@ -141,85 +136,6 @@ def table_cost(records):
                    x["typical"])
                   for r in records for x in r["metrics"]["ratios"]])
 
-TABLES = {"train": table_train, "search": table_search, "bench": table_bench, **dict.fromkeys(ABOUT, table_arms),
-          "state": table_state, "conditional": table_conditional, "similarity": table_similarity, "cost": table_cost}
-
-def summary(record):
-    """What a finished study prints."""
-    metrics = record["metrics"]
-    lines = [TABLES[record["study"]]([record])]
-    if "found" in metrics:
-        made = table_train([{"metrics": metrics[name]} for name in ("found", "lstm")])
-        lines.append(f"trained from scratch:\n{made}")
-        metrics = metrics["found"]
-    if "floor_perplexity" in metrics:
-        split = "test" if "networks" in metrics else "validation"
-        lines.append(f"the best possible {split} perplexity, under the true grammar: {metrics['floor_perplexity']:.2f}")
-    return "\n\n".join(lines)
-
-def draw_cell(cell, title="", axes=None):
-    """The cell as a picture, input at the bottom, h_t at the top, the second predecessors' arrows dashed; returns
-    matplotlib's axes."""
-    depth = depths(cell)
-    top = max(depth.values()) + 1
-    rows = [[slot for slot, d in depth.items() if d == row and (slot is not None or cell.memory)] for row in range(top)]
-    width = max(map(len, rows))
-    place = {slot: (j - (len(row) - 1) / 2, y) for y, row in enumerate(rows) for j, slot in enumerate(row)}
-    axes = axes or Figure(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained").subplots()
-    colours = {"tanh": "#7fb3d5", "relu": "#f5b041", "identity": "#d5d8dc", "sigmoid": "#82e0aa"}
-
-    box = lambda x, y, text, colour="white": axes.text(
-        x, y, text, ha="center", va="center", fontsize=11, zorder=3,
-        bbox=dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour))
-    arrow = lambda x, y, x_end, y_end, **style: axes.annotate(  # from the top of one box to the bottom of another
-        "", (x_end, y_end - 0.22), (x, y + 0.22), zorder=1,
-        arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "color": "#333333", **style})
-    box(*place[INPUT], "$x_t,\\ h_{t-1}$")
-    if cell.memory:
-        box(*place[None], "$m_{t-1}$")
-    for i, node in enumerate(cell.nodes):
-        for slot, style in zip(slots_read(node), ({}, {"linestyle": "--"})):
-            arrow(*place[slot], *place[i + 1], **style)
-        text = {"highway": node.activation, "sum": "+"}.get(node.operation, f"{node.operation} {node.activation}")
-        carried = ", $m_t$" if i + 1 == cell.memory else ""
-        box(*place[i + 1], f"{i}: {text}{carried}", colours[node.activation] if node.operation != "sum" else "white")
-    for i in leaves(cell):
-        arrow(*place[i + 1], 0, top, color="#aaaaaa", linestyle=":")
-    box(0, top, "$h_t$ = mean")
-    axes.set(xlim=(-width / 2, width / 2), ylim=(-0.5, top + 0.5), title=title)
-    axes.axis("off")
-    return axes
-
-def draw_curves(records, axes, y, scale=1):
-    """Metric y of metrics.jsonl against the step, a line per run."""
-    for record in records:
-        lines = map(json.loads, (record["folder"] / "metrics.jsonl").read_text().splitlines())
-        first = lambda value: value[0] if isinstance(value, list) else value  # of several networks
-        points = [(line["step"] / scale, first(line[y])) for line in lines if y in line]
-        if points:
-            axes.plot(*zip(*points), label=record["folder"].name, marker=".", linewidth=1)
-            axes.legend(fontsize=8)
-    axes.set(ylabel=y.replace("_", " "))
-
-def draw_intervals(path, panels):
-    """Panels (title, x label, {name: its values, one for each seed}): the values, their means and 95 % intervals."""
-    wide = 2 if len(panels) == 4 else min(3, len(panels))
-    high = math.ceil(len(panels) / wide)
-    figure = Figure(figsize=(4 * wide + 1.5, 3.4 * high), layout="constrained")
-    grid = figure.subplots(high, wide, sharey=True, squeeze=False).flatten()
-    for axes in grid[len(panels):]:
-        axes.axis("off")
-    for axes, (title, xlabel, found) in zip(grid, panels):
-        for y, values in enumerate(found.values()):
-            mean, half = t_test(values)[:2]
-            axes.plot(values, [y] * len(values), ".", color="#999999", label="" if y else "a seed")
-            axes.errorbar(mean, y, xerr=half, fmt="o", color="tab:blue", capsize=4, label="" if y else "mean, 95 %")
-        axes.set(yticks=range(len(found)), yticklabels=list(found), title=title, xlabel=xlabel)
-        axes.axvline(0, color="black", linewidth=1)
-    axes.invert_yaxis()  # of all, as they share it
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
-
 def draw_conditional(path, record):
     """Samples against what was asked for, a panel for each property: means and standard deviations, all seeds."""
     properties = record["metrics"]["properties"]
@@ -234,6 +150,286 @@ def draw_conditional(path, record):
         axes.set(title=name, xlabel="asked for (not trained on)", ylabel="sampled: mean, sd")
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=100)
+
+# of the studies of cells
+
+def mean_of(values):
+    """A sample's mean and its 95 % interval as text."""
+    mean, half = t_test(values)[:2]
+    return f"{mean:.3f} +- {half:.3f}"
+
+def between(low, high):
+    return f"{low:+.3f} to {high:+.3f}"
+
+def gap(a, b):
+    """Mean of b minus mean of a, and its bootstrap interval, as text."""
+    low, high = bootstrap(lambda x, y: (y.mean() - x.mean()).item(), a, b)
+    return f"{sum(b) / len(b) - sum(a) / len(a):+.3f} ({between(low, high)})"
+
+def compared_groups(record):
+    """{group: its values of 'test'} with the trained controller's first."""
+    return {group: [entry["test"] for entry in entries] for group, entries in record["metrics"]["groups"].items()}
+
+def table_compare(records):
+    """The groups; each of them against the trained controller's; and shared against standalone losses."""
+    groups, (base, *others) = records[0]["metrics"]["groups"], compared_groups(records[0])
+    losses, tests, ranked = compared_groups(records[0]), [], []
+    about = [(group, len(x), mean_of(x), min(x), mean_of([e["epochs"] for e in groups[group]]))
+             for group, x in losses.items()]
+    for other in others:
+        a, b = losses[base], losses[other]
+        less, p = mann_whitney(a, b)
+        tests.append((other, gap(a, b), f"{permutation_test(a, b):.4f}", less, f"{p:.4f}", f"{detectable(a, b):.3f}"))
+    for group in [*(g for g in groups if "shared" in groups[g][0]), "all"]:
+        entries = [e for g in groups for e in groups[g] if group in (g, "all") and "shared" in e]
+        x, y = [e["shared"] for e in entries], [e["test"] for e in entries]
+        ranked.append((group, len(x), *(f"{measure(x, y):.2f} ({between(*paired_bootstrap(measure, x, y, 500))})"
+                                        for measure in (kendall, spearman))))
+    return "\n\n".join((
+        table(("cells of", "networks", "test loss", "best", "epochs"), about),
+        table((f"minus {base}", "difference (95 %)", "p, permutation", f"P({base} is better)", "p, Mann-Whitney",
+               "detectable"), tests),
+        table(("shared against standalone loss", "cells", "Kendall's tau (95 %)", "Spearman's rho (95 %)"), ranked)))
+
+def draw_compare(path, record):
+    """Densities of the test loss, and the loss under the shared weights against it."""
+    figure, (left, right) = panels(2, 5.4)
+    losses, groups = compared_groups(record), record["metrics"]["groups"]
+    draw_densities(left, losses)
+    left.set(xlabel="test loss of a network trained from scratch, nats", title="who makes the better cells?")
+    draw_points(right, {group: ([e["shared"] for e in entries], [e["test"] for e in entries])
+                        for group, entries in groups.items() if "shared" in entries[0]},
+                xlabel="validation loss under the shared weights, nats", ylabel="test loss from scratch, nats",
+                title="does the search's signal mean anything?")
+    right.set(ylim=left.get_xlim())
+    figure.savefig(path, dpi=100)
+
+def changes(record):
+    """{cell: {kind of change: its differences to the mean of the cell itself, (shared, from scratch)}}."""
+    found = {}
+    for name, kinds in record["metrics"]["cells"].items():
+        shared, scratch = (sum(x) / len(x) for x in zip(*kinds["itself"]))
+        found[name] = {kind: [(x - shared, y - scratch) for x, y in pairs] for kind, pairs in kinds.items()}
+    return found
+
+def table_ablate(records):
+    """Mean change of the loss, more is worse, by cell and kind of change; how alike both ways of scoring order them."""
+    rows = []
+    for name, kinds in changes(records[0]).items():
+        itself = list(zip(*kinds["itself"]))
+        rows += [(name, kind, len(pairs), *(gap(a, b) for a, b in zip(itself, zip(*pairs))))
+                 for kind, pairs in kinds.items() if kind != "itself"]
+    pairs = [[pair for kind, several in kinds.items() if kind != "itself" for pair in several]
+             for kinds in changes(records[0]).values()]
+    ranked = [(name, len(x), f"{kendall(*zip(*x)):.2f} ({between(*paired_bootstrap(kendall, *zip(*x), 500))})")
+              for name, x in zip(changes(records[0]), pairs)]
+    return "\n\n".join((
+        table(("cell", "changed", "cells", "under the shared weights (95 %)", "from scratch (95 %)"), rows),
+        table(("shared against scratch", "changes", "Kendall's tau (95 %)"), ranked)))
+
+def draw_ablate(path, record):
+    """A panel for each cell: the change from scratch against that under the shared weights."""
+    found = changes(record)
+    figure, grid = panels(len(found))
+    for axes, (name, kinds) in zip(grid, found.items()):
+        draw_points(axes, {kind: tuple(zip(*pairs)) for kind, pairs in kinds.items()}, title=name,
+                    xlabel="change of the loss, shared weights", ylabel="change of the loss, from scratch")
+        axes.axhline(0, color="black", linewidth=.5)
+        axes.axvline(0, color="black", linewidth=.5)
+    for axes in grid[:-1]:
+        axes.get_legend().remove()
+    figure.savefig(path, dpi=100)
+
+SOURCES = ("connections", "activations", "their interaction", "the rest")
+
+def table_factors(records):
+    """Mean test loss of each combination, and each factor's share of the variance."""
+    found = records[0]["metrics"]
+    means = [(a, *(f"{sum(x) / len(x):.3f}" for x in row)) for a, row in zip(found["connections"], found["losses"])]
+    shares, intervals = unbiased_shares(found["losses"]), shares_interval(found["losses"])
+    return "\n\n".join((
+        table(("test loss", *found["activations"]), means),
+        table(("share of the variance", "estimate", "95 %"),
+              [(name, share, between(*interval)) for name, share, interval in zip(SOURCES, shares, intervals)])))
+
+def draw_factors(path, record):
+    """The means as a picture, and the shares with their intervals."""
+    found = record["metrics"]
+    figure, (left, right) = panels(2, 5.4)
+    means = torch.tensor(found["losses"]).mean(2)
+    middle = (means.min() + means.max()) / 2
+    image = left.imshow(means.tolist(), cmap="viridis_r", aspect="auto")
+    for i, row in enumerate(means.tolist()):
+        for j, x in enumerate(row):
+            left.text(j, i, f"{x:.2f}", ha="center", va="center", color="white" if x > middle else "black")
+    left.set(xticks=range(len(found["activations"])), yticks=range(len(found["connections"])), xlabel="activations",
+             ylabel="connections", title="mean test loss, nats")
+    left.set_xticklabels(found["activations"], rotation=30)
+    left.set_yticklabels(found["connections"])
+    figure.colorbar(image, ax=left)
+    shares, intervals = unbiased_shares(found["losses"]), shares_interval(found["losses"])
+    for y, (share, (low, high)) in enumerate(zip(shares, intervals)):
+        right.errorbar(share, y, xerr=[[max(0, share - low)], [max(0, high - share)]], fmt="o", capsize=4, color="C0")
+    right.set(yticks=range(4), yticklabels=SOURCES, xlabel="share of the variance, 95 %", title="what matters?")
+    right.invert_yaxis()
+    right.axvline(0, color="black", linewidth=1)
+    figure.savefig(path, dpi=100)
+
+def table_capacity(records):
+    """What each kind of cell reaches on the slice, and its gap; and what goes with either."""
+    cells, rows, ranked = records[0]["metrics"]["cells"], [], []
+    gaps = {kind: [e["valid"] - e["train"] for e in entries] for kind, entries in cells.items()}
+    for kind, entries in cells.items():
+        train, mixed = ([e["train"] for e in x] for x in (entries, cells["mixed"]))
+        mean, half, p, least = t_test([x - y for x, y in zip(train, mixed)], len(cells) - 1)
+        differs = (f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}") if kind != "mixed" else ("", "", "")
+        rows.append((kind, len(train), mean_of(train), mean_of(gaps[kind]), *differs))
+    for name, kinds in (("paths", ("mixed",)), ("depth", ("mixed",)), ("parameters", ("mixed", "narrow"))):
+        entries = [e for kind in kinds for e in cells[kind]]
+        x, train = [float(e[name]) for e in entries], [e["train"] for e in entries]
+        gap_ = [e["valid"] - e["train"] for e in entries]
+        ranked.append((name, len(x), *(f"{spearman(x, y):.2f} ({between(*paired_bootstrap(spearman, x, y, 500))})"
+                                       for y in (train, gap_))))
+    return "\n\n".join((
+        table(("activations", "cells", "loss on the slice", "gap to validation", "slice, minus mixed", "p, corrected",
+               "detectable"), rows),
+        table(("Spearman's rho (95 %)", "cells", "with the loss on the slice", "with the gap"), ranked)))
+
+def draw_capacity(path, record):
+    """The loss on the slice and the gap, by kind, and against depth and paths."""
+    cells = record["metrics"]["cells"]
+    figure, grid = panels(3)
+    draw_points(grid[0], {kind: ([e["train"] for e in x], [e["valid"] - e["train"] for e in x])
+                          for kind, x in cells.items()}, xlabel="loss on the slice, nats",
+                ylabel="validation loss minus that, nats", title="learnt by heart")
+    for axes, name in zip(grid[1:], ("depth", "paths")):
+        draw_points(axes, {kind: ([e[name] for e in cells[kind]], [e["train"] for e in cells[kind]])
+                           for kind in ("mixed", "narrow")}, xlabel=name, ylabel="loss on the slice, nats",
+                    title=f"against {name}")
+    figure.savefig(path, dpi=100)
+
+def table_robust(records):
+    """Mean test loss of each group at each strength; and how much more than plain cells it loses, paired by seed."""
+    found, rows = records[0]["metrics"], []
+    for kind, lines in found["losses"].items():
+        for i, strength in enumerate(found["strengths"][kind]):
+            plain = [x - y for x, y in zip(lines["plain"][i], lines["plain"][0])]
+            rows.append([f"{kind}, {strength}"])
+            for name, values in lines.items():
+                rows[-1].append(mean_of(values[i]))
+                if i and name != "plain":
+                    lost = [x - y for x, y in zip(values[i], values[0])]
+                    rows[-1][-1] += f" (lost {mean_of([x - y for x, y in zip(lost, plain)])})"
+    return table(("perturbation", *(f"found by {name}" if name != "LSTM" else name for name in lines)), rows)
+
+def draw_robust(path, record):
+    """Test loss against the strength, a panel for each perturbation."""
+    found = record["metrics"]
+    figure, grid = panels(len(found["losses"]), 5)
+    for axes, (kind, lines) in zip(grid, found["losses"].items()):
+        draw_bands(axes, {f"objective: {name}" if name != "LSTM" else name: x for name, x in lines.items()},
+                   found["strengths"][kind], xlabel=f"strength: {kind}", ylabel="test loss, nats", title=kind)
+    figure.savefig(path, dpi=100)
+
+def hidden_measures(record):
+    """{measure: {controller: a value for each seed}}."""
+    mean, found = lambda x: sum(x) / len(x), {}
+    for name, seeds in record["metrics"]["controllers"].items():
+        for seed in seeds:
+            distance, (far, edits, losses) = seed["distances"], seed["pairs"]
+            measures = {f"distance after {kind} / of random pairs": mean(distance[kind]) / mean(distance["random"])
+                        for kind in ("a connection", "an activation")}
+            measures["rho of distance and edits"] = spearman(far, edits)
+            measures["rho of distance and difference in loss"] = spearman(far, losses)
+            measures.update({f"R2 of a probe for {of}": r2 for of, r2 in seed["probes"].items()})
+            measures.update({f"{of} from push -2 to +2": means["2.0"] - means["-2.0"]
+                             for of, means in seed["steered"].items()})
+            for measure, value in measures.items():
+                found.setdefault(measure, {}).setdefault(name, []).append(value)
+    return found
+
+def table_hidden(records):
+    """What the hidden state knows, means over the seeds."""
+    found = hidden_measures(records[0])
+    names = list(next(iter(found.values())))
+    return table(("of the final hidden state", *names),
+                 [(measure, *(mean_of(values[name]) for name in names)) for measure, values in found.items()])
+
+def draw_hidden(path, record):
+    """The first seed's states in the plane of their principal components, coloured by loss; and the pushed samples."""
+    controllers = record["metrics"]["controllers"]
+    figure, grid = panels(len(controllers) + 1)
+    for axes, (name, seeds) in zip(grid, controllers.items()):
+        x, y, losses = seeds[0]["plane"]
+        points = axes.scatter(x, y, c=losses, s=10, cmap="viridis_r", vmax=sorted(losses)[int(.95 * len(losses))])
+        axes.set(title=f"{name} controller", xlabel="first component", ylabel="second component")
+        figure.colorbar(points, ax=axes, label="loss under the shared weights, nats")
+    for name, seeds in controllers.items():
+        for of in seeds[0]["steered"]:
+            strengths = list(seeds[0]["steered"][of])
+            means = [sum(seed["steered"][of][s] for seed in seeds) / len(seeds) for s in strengths]
+            grid[-1].plot(list(map(float, strengths)), means, marker="o", label=f"{of}, {name}")
+    grid[-1].set(title="the state, pushed", xlabel="strength, in the states' mean norm", ylabel="mean of 200 samples")
+    grid[-1].legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+
+def table_progress(records):
+    """The best cell's perplexity before each round, and how sure the policy is: its decisions' mean largest share."""
+    rounds = records[0]["metrics"]["rounds"]
+    sure = [sum(map(max, r["shares"].values())) / len(r["shares"]) for r in rounds]
+    return table(("round", "best of the sample", "mean largest probability"),
+                 [(i, r["best"][-1], x) for i, (r, x) in enumerate(zip(rounds, sure))])
+
+def draw_progress(path, record):
+    """The probabilities of every decision against the round; and beside it, as a GIF, the best cell of each round."""
+    from matplotlib.animation import PillowWriter
+    rounds = record["metrics"]["rounds"]
+    kinds = {kind: [name for name in rounds[0]["shares"] if kind in name] for kind in ("activation", "predecessor")}
+    figure, grid = panels(2, 5.4, 4.2)
+    for axes, (kind, names) in zip(grid, kinds.items()):
+        choices = [(name, j) for name in names for j in range(len(rounds[0]["shares"][name]))]
+        lines = [[r["shares"][name][j] for r in rounds] for name, j in choices]
+        labels = [f"{name.split()[-1]}: {list(ACTIVATIONS)[j] if kind == 'activation' else j}" for name, j in choices]
+        image = axes.imshow(lines, aspect="auto", vmin=0, vmax=1, cmap="Blues")
+        axes.set(title=f"{kind}s", xlabel="round", yticks=range(len(labels)))
+        axes.set_yticklabels(labels, fontsize=6)
+    figure.colorbar(image, ax=grid[-1], label="probability")
+    figure.savefig(path, dpi=100)
+    movie, (axes, bars) = panels(2, 4.6, 4.6)
+    with (writer := PillowWriter(fps=1)).saving(movie, str(path.with_suffix(".gif")), dpi=70):
+        for i, r in enumerate(rounds):
+            axes.clear(), bars.clear()
+            draw_cell(decode(torch.tensor(r["best"][:-1])), f"before round {i}: perplexity {r['best'][-1]:.2f}", axes)
+            shares = torch.tensor([r["shares"][name] for name in kinds["activation"]])
+            for j, act in enumerate(ACTIVATIONS):
+                before = shares[:, :j].sum(1).tolist()
+                bars.barh(range(len(shares)), shares[:, j].tolist(), left=before, label=act, color=COLOURS[act])
+            bars.set(xlim=(0, 1), xlabel="probability of an activation", yticks=range(len(shares)), ylabel="node")
+            bars.invert_yaxis()
+            bars.legend(fontsize=8, loc="upper center", bbox_to_anchor=(.5, 1.12), ncol=4)
+            writer.grab_frame()
+
+TABLES = {"train": table_train, "search": table_search, "bench": table_bench, **dict.fromkeys(ABOUT, table_arms),
+          "state": table_state, "conditional": table_conditional, "similarity": table_similarity, "cost": table_cost,
+          "compare": table_compare, "ablate": table_ablate, "factors": table_factors, "capacity": table_capacity,
+          "robust": table_robust, "hidden": table_hidden, "progress": table_progress}
+
+# study -> (path, record): a figure, drawn for each corpus
+FIGURES = {"conditional": draw_conditional, "compare": draw_compare, "ablate": draw_ablate, "factors": draw_factors,
+           "capacity": draw_capacity, "robust": draw_robust, "hidden": draw_hidden, "progress": draw_progress}
+
+def summary(record):
+    """What a finished study prints."""
+    metrics = record["metrics"]
+    lines = [TABLES[record["study"]]([record])]
+    if "found" in metrics:
+        made = table_train([{"metrics": metrics[name]} for name in ("found", "lstm")])
+        lines.append(f"trained from scratch:\n{made}")
+        metrics = metrics["found"]
+    if "floor_perplexity" in metrics:
+        split = "test" if "networks" in metrics else "validation"
+        lines.append(f"the best possible {split} perplexity, under the true grammar: {metrics['floor_perplexity']:.2f}")
+    return "\n\n".join(lines)
 
 def label(record):
     """The corpus, or the constructed task, of a record."""
@@ -250,8 +446,8 @@ def report(folder="results", readme="README.md"):
     for study, on in sorted({(r["study"], label(r)) for r in records}):
         made = TABLES[study](group(study, on))
         print(f"{study} {on}\n{made}\n")
-        between = rf"(<!-- {study} {on} -->\n).*?(<!-- end -->)"
-        text = re.sub(between, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
+        marks = rf"(<!-- {study} {on} -->\n).*?(<!-- end -->)"
+        text = re.sub(marks, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
     if text:
         Path(readme).write_text(text)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
@@ -264,20 +460,21 @@ def report(folder="results", readme="README.md"):
     entropy.set(xlabel="step of the search", title="the policy's entropy, nats")
     figure.savefig(Path(folder) / "curves.png", dpi=110)
     for study in sorted({r["study"] for r in records} & {*ABOUT, "similarity"}):
-        panels = []
+        shown = []
         for record in group(study):
             if study == "similarity":
-                panels += [(title, "cosine with the gradient at t + 1", x) for title, x in cosines(record).items()]
+                shown += [(title, "cosine with the gradient at t + 1", x) for title, x in cosines(record).items()]
             else:
                 loss = f"minus that of '{next(iter(record['metrics']['arms']))}', nats"
-                panels += [(f"{label(record)}: {OUTCOMES[outcome]}", loss, differences(record, outcome))
+                shown += [(f"{label(record)}: {OUTCOMES[outcome]}", loss, differences(record, outcome))
                            for outcome in ABOUT[study] if outcome in LOSSES and differences(record, outcome)]
             if study == "state":
-                panels += [(f"{label(record)}: the reward", title, x) for title, x in reward_errors(record).items()]
-        if panels:
-            draw_intervals(Path(folder) / f"{study}.png", panels)
-    for record in group("conditional")[:1]:
-        draw_conditional(Path(folder) / "conditional.png", record)
+                shown += [(f"{label(record)}: the reward", title, x) for title, x in reward_errors(record).items()]
+        if shown:
+            draw_intervals(Path(folder) / f"{study}.png", shown)
+    for record in (r for study in FIGURES for r in group(study)):
+        on = "" if label(record) == "toy" else f"-{label(record)}"
+        FIGURES[record["study"]](Path(folder) / f"{record['study']}{on}.png", record)
     for record in group("search"):
         cell = cell_from_json(record["metrics"]["best_cell"])
         draw_cell(cell, "the cell found").figure.savefig(record["folder"] / "cell.png", dpi=110)

@@ -43,7 +43,7 @@ def splits(n, k, draws):
 
 def permutation_test(a, b, draws=9999):
     """Two-sided p of two samples coming from one distribution, by the difference of their means: the share of the ways
-    to deal the values out that differ as much. Exact for few values, else from draws, of which the data count as one."""
+    to deal the values out that differ as much. Exact for few values, else drawn; the data count as a draw."""
     a, b = sample_of(a), sample_of(b)
     both, which = torch.cat([a, b]), splits(len(a) + len(b), len(a), draws)
     means = both[which].mean(1)
@@ -129,17 +129,23 @@ def shares_interval(table, draws=1000):
     drawn = [unbiased_shares(cell + residuals[torch.randint(len(residuals), values.shape, generator=rng("shares", i))])
              for i in range(draws)]
     low, high = sample_of(drawn).quantile(sample_of((.025, .975)), 0)
-    return list(zip((2 * found - high).tolist(), (2 * found - low).tolist()))
+    low, high = (2 * found - x for x in (high, low))
+    return list(zip(low.clamp(0, 1).tolist(), high.clamp(0, 1).tolist()))
 
-def probe(x, y, folds=5, penalty=1.0):
-    """R^2 on the folds left out of a ridge regression of y [n] on x [n, d], standardized: what of y is linear in x."""
+def ridge(x, y, penalty=1.0):
+    """The weights w [d] of a ridge regression of y [n] on x [n, d], both centred; the penalty is on w in units of x's
+    standard deviations."""
     x, y = sample_of(x), sample_of(y)
-    x = (x - x.mean(0)) / x.std(0).clamp(min=1e-12)
-    fold = torch.randperm(len(x), generator=rng("probe", len(x))) % folds
-    guess = torch.empty_like(y)
+    spread = x.std(0).clamp(min=1e-12)
+    z = (x - x.mean(0)) / spread
+    penalized = z.t() @ z + penalty * torch.eye(z.shape[1], dtype=z.dtype)
+    return torch.linalg.solve(penalized, z.t() @ (y - y.mean())) / spread
+
+def probe(x, y, folds=5):
+    """R^2 of that regression on the folds left out: what of y is linear in x."""
+    x, y = sample_of(x), sample_of(y)
+    fold, guess = torch.randperm(len(x), generator=rng("probe", len(x))) % folds, torch.empty_like(y)
     for i in range(folds):
-        known, mean = fold != i, y[fold != i].mean()
-        w = torch.linalg.solve(x[known].t() @ x[known] + penalty * torch.eye(x.shape[1], dtype=x.dtype),
-                               x[known].t() @ (y[known] - mean))
-        guess[~known] = x[~known] @ w + mean
+        known = fold != i
+        guess[~known] = (x[~known] - x[known].mean(0)) @ ridge(x[known], y[known]) + y[known].mean()
     return 1 - ((y - guess).square().sum() / (y - y.mean()).square().sum()).item()

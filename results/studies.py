@@ -122,9 +122,10 @@ def study_arms(study, config, run):
         check(replace(config, **settings))
         search_space(replace(config, **settings))
     found = {name: {outcome: [] for outcome in OUTCOMES} for name in arms}
-    for seed, name in ((config.seed + i, name) for i in range(config.replicas) for name in arms):
+    sub_runs = [(config.seed + i, name) for i in range(config.replicas) for name in arms]
+    for seed, name in (sub_run for i, sub_run in enumerate(sub_runs) if run.mine(i)):
         folder = run.folder / f"{name}, {seed}"
-        sub = replace(config, seed=seed, replicas=1, retrain=False, out=str(folder), **arms[name])
+        sub = replace(config, seed=seed, replicas=1, retrain=False, part="", out=str(folder), **arms[name])
         run_study("search", study_search, sub)
         derived = read_json(folder / "derived.json")["cells"]
         measured = outcomes(sub, derived, guess)
@@ -138,6 +139,7 @@ def study_arms(study, config, run):
         for outcome, value in measured.items():
             found[name][outcome].append(value)
         run.obey()
+    run.end_of_part()
     return {"arms": found}
 
 # 2. The gradient that looks ahead
@@ -403,3 +405,5 @@ def study_bench(config, run):
 STUDIES = {**{name: partial(study_arms, name) for name in ("extra", "spaces", "optimizer", "anneal")},
            "state": study_state, "conditional": study_conditional, "similarity": study_similarity, "cost": study_cost,
            "bench": study_bench}
+for name in ("extra", "spaces", "optimizer", "anneal", "state"):
+    STUDIES[name].parts = True  # --part may share out their sub-runs

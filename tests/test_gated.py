@@ -11,7 +11,8 @@ import torch
 import menas
 from menas import (ACTIVATIONS, CELLS, INPUT, MEMORY, OPERATIONS, OUTPUTS, Batch, Cell, Config, Controller, Node,
                    UserError, cell_from_json, cell_to_json, decode, draw_masks, encode, evaluate, network,
-                   perturbations, recurrent_parameters, reference_losses, search_space, shared_weights, standalone_weights, unroll,
+                   perturbations, recurrent_parameters, reference_losses, search_space, shared_weights,
+                   standalone_weights, unroll,
                    uniform_rows, ways)
 from results.studies import path_count
 

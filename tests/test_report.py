@@ -1,14 +1,16 @@
 """The README shows what the committed records give. Run: pytest tests/test_report.py"""
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from menas import WHEREABOUTS, Config, UserError, cell_from_json, main, parse
+from menas import WHEREABOUTS, Config, UserError, cell_from_json, main, parse, studies
 from results.report import label, report, summary, table
 
 ROOT = Path(__file__).parent.parent
@@ -84,19 +86,33 @@ def test_the_quick_start_shows_its_record():
     assert summary(record) in (ROOT / "README.md").read_text()
 
 
+def commands(**environment):
+    """The arguments of every command that experiments.sh would run."""
+    shown = subprocess.run([ROOT / "experiments.sh"], env={**os.environ, "LAUNCH": "echo", **environment}, check=True,
+                           capture_output=True, text=True).stdout
+    return [shlex.split(line)[2:] for line in shown.splitlines() if line.startswith("python menas.py")]
+
+
 def test_a_finished_study_of_experiments_is_skipped():
-    """Oracle: the settings in the records; a line of experiments.sh that differs from its own record would stop there."""
-    lines = re.findall(r"^run (.*)$", (ROOT / "experiments.sh").read_text(), flags=re.M)
-    names, found = {"$preset": "ptb", "$tiny": "tiny", "$out": "results"}, 0
-    for line in lines:
-        line = re.sub(r"\$\(.*?\)", "1000", line)
-        for name, value in names.items():
-            line = line.replace(name, value)
-        folder, *words = shlex.split(line)
-        if (ROOT / "results" / folder / "config.json").exists():
+    """Oracle: the settings in the records; a line of experiments.sh that differs from its record would stop there."""
+    found = 0
+    for words in commands():
+        if (path := ROOT / words[-1] / "config.json").exists():
             found += 1
             study, config = parse(words)
-            theirs = {**asdict(Config()), **json.loads((ROOT / "results" / folder / "config.json").read_text())}
+            theirs = {**asdict(Config()), **json.loads(path.read_text())}
             mine = {"study": study, **asdict(config)}
-            assert {k: v for k, v in mine.items() if k not in WHEREABOUTS and theirs.get(k) != v} == {}, folder
+            assert {k: v for k, v in mine.items() if k not in WHEREABOUTS and theirs.get(k) != v} == {}, path
     assert found > 10
+
+
+def test_experiments_runs_every_study_in_all_ways():
+    """Each study has a line, in small, too; with PARTS a study's sub-runs are shared out before it, twice."""
+    for environment in ({}, {"SMOKE": "1"}, {"PRESET": "paper"}):
+        assert {words[0] for words in commands(**environment)} == {*studies(), "report"}
+        for words in commands(**environment):
+            assert words[0] == "report" or parse(words)
+    parts = [words for words in commands(PARTS="3") if words[0] == "factors"]
+    assert sorted(words[words.index("--part") + 1] for words in parts if "--part" in words) == [
+        f"{i}/3" for i in (1, 2, 3) for _ in range(4)]  # two stages, two corpora
+    assert sum("--part" not in words for words in parts) == 2

@@ -106,8 +106,8 @@ def test_what_a_search_ends_with():
 
 def test_a_controller_that_is_asked_follows():
     """On targets between those that it was trained on; a correlation of 0 is what one that does not listen has."""
-    config = configure("conditional", "tiny", nodes=6, min_nodes=2, controller_lr=.02)
-    found = conditional(config, "parameters", 200)
+    config = configure("conditional", "tiny", nodes=4, min_nodes=2, entropy=.05)
+    found = conditional(config, "parameters", 300)
     correlation, error, blind = followed(found)
     assert correlation > .5 and error < blind
 

@@ -1,0 +1,253 @@
+"""The studies of cells: what they change, measure and share out. Run: pytest tests/test_cell_studies.py"""
+import json
+import math
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import menas
+from menas import (CELLS, INPUT, Batch, Controller, Search, cell_from_json, cell_to_json, configure, decode,
+                   edge_index, encode, evaluate, load_cell, load_corpus, lstm_weights, main, network, perturbed,
+                   run_study, search_space, shared_weights, uniform_rows)
+from results.cells import (MEASURES, STUDIES, edited, inherit_numbered, matched_units, name_of, states_of, steered,
+                           variants, without)
+from results.report import FIGURES, TABLES, summary
+
+SMALL = dict(hidden=8, nodes=4, epochs=2, shared_steps=4, controller_steps=2, controller_samples=3, derive_samples=3,
+             log_every=2, replicas=2, batch=8, settle=0, retrain_epochs=1, retrain_cells=1, threads=1)
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """study -> its Config and record, run once."""
+    folder = tmp_path_factory.mktemp("studies")
+
+    @lru_cache(None)
+    def run(study):
+        config = settings(study, text, folder)
+        return config, run_study(study, STUDIES[study], config)
+
+    return run
+
+
+def settings(study, text, tmp_path, **more):
+    config = {**SMALL, "data": str(text), "out": str(tmp_path / study), **more}
+    if study == "ablate":
+        config["cell"] = "found,random:1"
+    return configure(study, "smoke", **config)
+
+
+# changes to a cell
+
+def test_a_node_removed_leaves_its_readers_to_what_it_read():
+    """Oracle: the published cell, by hand: its node 2 read node 1 and was read by 3, 4 and 5."""
+    cell, numbers = without(CELLS["enas"], 2)
+    assert numbers == [0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    names = [(numbers[node.read - 1] if node.read else "input", node.activation) for node in cell.nodes]
+    before = [(node.read - 1 if node.read else "input", node.activation) for node in CELLS["enas"].nodes]
+    expected = [(1 if read == 2 else read, act) for i, (read, act) in enumerate(before) if i != 2]
+    assert names == expected and [read for read, _ in before].count(2) == 3
+
+
+def test_variants_differ_in_one_thing():
+    cell = CELLS["darts_v2"]
+    found = variants(cell)
+    assert {kind: len(several) for kind, several in found.items()} == {
+        "a node removed": 8, "a connection added": 36 - 8, "an activation changed": 27, "all activations the same": 4}
+    for changed, numbers in found["a connection added"]:
+        assert sum(a != b for a, b in zip(changed.nodes, cell.nodes)) == 1 and numbers == list(range(9))
+        assert cell_from_json(cell_to_json(changed)) == changed == load_cell(configure("train"), name_of(changed))
+    for changed, _ in found["an activation changed"]:
+        assert sum(a != b for a, b in zip(changed.nodes, cell.nodes)) == 1
+    assert all(len({node.activation for node in x.nodes}) == 1 for x, _ in found["all activations the same"])
+
+
+@pytest.mark.parametrize("kind", ["a node removed", "a connection added", "an activation changed"])
+def test_variants_take_the_shared_weights_of_their_own_nodes(kind):
+    """Oracle: a bank made for the changed cell, in which every edge stands where the cell's new numbers look for it."""
+    config = configure("search", "smoke", hidden=8, nodes=9)
+    shared = {name: w.double() for name, w in shared_weights(config, 11).items()}
+    tokens = torch.randint(11, (2, 6, 3), generator=torch.Generator().manual_seed(1))
+    batch = Batch(tokens[0], tokens[1], torch.zeros(1, 3, 8).double(), {})
+    for cell, numbers in variants(CELLS["darts_v2"])[kind][:6]:
+        bank, old = shared["edges"].clone(), lambda slot: numbers[slot - 1] + 1 if slot else INPUT
+        for i in range(len(cell.nodes)):
+            for slot in range(i + 1):
+                bank[edge_index(slot, i)] = shared["edges"][edge_index(old(slot), numbers[i])]
+        expected = network({**shared, "edges": bank}, encode([cell]), batch, torch.float64)[0]
+        weights, rows = inherit_numbered(shared, [cell], [numbers])
+        assert network(weights, rows, batch, torch.float64)[0].item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+# the controller's state
+
+def controller_of(**more):
+    config = configure("hidden", "smoke", nodes=5, **more)
+    return Controller(search_space(config), config), search_space(config)
+
+
+def test_the_final_state_has_seen_every_decision():
+    """Oracle: the walk written out, an LSTM cell fed with one embedding after the other."""
+    controller, decisions = controller_of()
+    rows = uniform_rows(decisions, 6, 1, "states")
+    with torch.no_grad():
+        x, state = controller.start.expand(6, -1), None
+        for f, i in enumerate(controller.free):
+            state = controller.lstm(x, state)
+            column, choices = decisions[i].columns[0], decisions[i].choices
+            x = controller.embed[f][[choices.index(row[column]) for row in rows.tolist()]]
+        expected = controller.lstm(x, state)[0]
+    assert torch.allclose(states_of(controller, rows), expected, atol=1e-6)
+    assert not controller.lstm._forward_hooks
+
+
+@pytest.mark.parametrize("kind, columns", [("a connection", {6, 8, 10}), ("an activation", {3, 5, 7, 9, 11})])
+def test_an_edit_changes_one_decision_within_the_space(kind, columns):
+    _, decisions = controller_of()
+    draw, seen = menas.rng(1), set()
+    for row in uniform_rows(decisions, 100, 2, "edits"):
+        other = edited(row, kind, draw)
+        changed = (row != other).nonzero().flatten().tolist()
+        assert len(changed) == 1 and cell_from_json(cell_to_json(decode(other))) == decode(other)
+        seen |= {*changed}
+    assert seen == columns
+
+
+def test_a_push_moves_what_is_sampled():
+    """Along a head's own direction a choice becomes more frequent; at strength 0 the samples are the plain ones."""
+    controller, decisions = controller_of()
+    f = next(f for f, i in enumerate(controller.free) if decisions[i].name == "activation of 3")
+    controller.head.data *= 30
+    direction = controller.head[f, :, 0] - controller.head[f, :, 1:4].mean(1)
+    drawn = steered(controller, direction.detach(), (1, "push"))
+    tanhs = [(rows[:, 3 + 2 * 3] == 0).float().mean().item() for rows in drawn.values()]
+    assert torch.equal(drawn[0.0], controller.sample(200, 1, "push").rows)
+    assert tanhs[0] < tanhs[2] < tanhs[4] and tanhs[4] - tanhs[0] > .3
+
+
+def test_measures_of_a_cell():
+    """Oracle: the chain and the tree, whose paths, depth and leaves are known."""
+    chain, tree = CELLS["chain"], CELLS["tree"]
+    assert [MEASURES[name](chain) for name in ("paths", "depth", "leaves", "nodes with tanh")] == [1, 12, 1, 12]
+    assert MEASURES["leaves"](tree) == MEASURES["paths"](tree) == 6 and MEASURES["nodes with relu"](tree) == 0
+
+
+def test_an_lstm_of_as_many_weights():
+    config = configure("compare", "tiny")
+    units = matched_units(config, 12_000)
+    count = lambda units: sum(w.numel() for name, w in lstm_weights(replace(config, lstm_hidden=units), 2, [1]).items()
+                              if name not in ("embedding", "bias"))
+    assert abs(count(units) - 12_000) <= min(abs(count(units + 1) - 12_000), abs(count(units - 1) - 12_000))
+
+
+# perturbed input
+
+def test_rewards_on_perturbed_input(text):
+    """Oracle: the network with the masks written out; without the settings nothing changes, with them the loss does."""
+    config = configure("search", "smoke", **{**SMALL, "data": str(text)})
+    corpus = load_corpus(config)
+    rows = uniform_rows(search_space(config), 3, 1, "cells")
+    for how in ({}, dict(reward_words=.3), dict(reward_noise=.5)):
+        game = Search(replace(config, **how), corpus)
+        segment, weights = game.streams["valid"].next(), game.s["weights"]
+        rewards = game.rewards_on(segment)(weights, rows)
+        masks = perturbed(replace(config, **how), weights)(segment.inputs, 0)
+        assert set(masks) == {"reward_words": {"word"}, "reward_noise": {"noise"}}.get(next(iter(how), ""), set())
+        losses = network(weights, rows, Batch(*segment[:2], torch.zeros(1, 8, 8), masks))[0]
+        assert torch.allclose(rewards, 80 * torch.exp(-losses))
+        plain = network(weights, rows, Batch(*segment[:2], torch.zeros(1, 8, 8), {}))[0]
+        assert torch.equal(losses, plain) == (how == {})
+    noise = perturbed(replace(config, reward_noise=.5), weights)(torch.zeros(400, 50, dtype=torch.long), 1)["noise"]
+    assert noise.shape == (1, 400, 50, 8) and noise.std().item() == pytest.approx(.5, rel=.02)
+    dropped = perturbed(replace(config, reward_words=.3), {"embedding": torch.zeros(9000, 8)})(segment.inputs, 1)["word"]
+    assert (dropped == 0).float().mean().item() == pytest.approx(.3, abs=.02)
+
+
+def test_the_whole_split_under_a_perturbation(text):
+    """Of strength 0 it is the plain evaluation, bit for bit; a strong one is worse than a weak one."""
+    config = configure("train", "smoke", **{**SMALL, "data": str(text)})
+    corpus, rows = load_corpus(config), encode([CELLS["chain"]._replace(nodes=CELLS["chain"].nodes[:4])])
+    run_study("train", menas.study_train, replace(config, cell=name_of(decode(rows[0])), epochs=3, replicas=1, lr=5.0,
+                                                  out=str(text / "trained")))
+    weights = torch.load(text / "trained/weights.pt", weights_only=True)
+    under = lambda **how: evaluate(weights, rows, corpus.test, 8, masks=perturbed(replace(config, **how), {
+        "embedding": weights["embedding"][0]})).item()
+    assert under() == evaluate(weights, rows, corpus.test, 8).item()
+    assert under() < under(reward_words=.3) < under(reward_words=.9) and under() < under(reward_noise=3.0)
+
+
+# the studies
+
+@pytest.mark.parametrize("study", list(STUDIES))
+def test_every_study_runs_and_is_reported(study, finished, tmp_path):
+    """At a toy size: a table, a figure; the second time nothing is done again."""
+    config, record = finished(study)
+    assert run_study(study, lambda *_: 1 / 0, config) == json.loads((Path(config.out) / "result.json").read_text())
+    assert len(TABLES[study]([record]).splitlines()) >= 4 and summary(record)
+    FIGURES[study](tmp_path / "figure.png", record)
+    assert (tmp_path / "figure.png").stat().st_size > 5000
+    assert (tmp_path / "figure.gif").exists() == (study == "progress")
+
+
+def test_parts_do_the_work_together(text, tmp_path, finished):
+    """Two commands with --part, then the study itself: the same as without; nothing is trained twice."""
+    alone = finished("factors")[1]
+    config = settings("factors", text, tmp_path / "shared")
+    for part in ("1/2", "2/2") * 2:  # the searches, then the networks
+        with pytest.raises(SystemExit) as left:
+            run_study("factors", STUDIES["factors"], replace(config, part=part))
+        assert not left.value.code
+    names = {path.name for path in (tmp_path / "shared/factors").iterdir() if path.is_dir()}
+    assert names == {"search 1", "search 2", "scratch 0", "scratch 1"}
+    stamps = [(path, path.stat().st_mtime) for path in (tmp_path / "shared/factors").glob("s*/*.jsonl")]
+    together = run_study("factors", STUDIES["factors"], config)
+    assert together["metrics"] == alone["metrics"] and all(path.stat().st_mtime == at for path, at in stamps)
+
+
+@pytest.mark.parametrize("study, part, words", [("search", "1/2", "search has no sub-runs"), ("compare", "3/2", "I/N"),
+                                                ("compare", "0/2", "I/N"), ("progress", "1/2", "progress")])
+def test_parts_that_make_no_sense(study, part, words, tmp_path, capsys):
+    assert main([study, "--preset", "smoke", "--part", part, "--out", str(tmp_path / "run")]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_compare_keeps_every_record(finished):
+    """As many cells of each source, each with its losses; the shared loss is that of the search's own derived.json."""
+    config, record = finished("compare")
+    groups = record["metrics"]["groups"]
+    assert {name: len(entries) for name, entries in groups.items()} == {
+        "trained": 6, "uniform": 6, "untrained": 6, "LSTM": 10, "LSTM, as many weights": 10}
+    derived = json.loads((Path(config.out) / "search 2/derived.json").read_text())["cells"]
+    mine = [(e["row"], e["shared"]) for e in groups["trained"] if e["search"] == 2]
+    assert mine == [(row[:-1], pytest.approx(math.log(row[-1]))) for row in derived]
+    assert all(e["test"] > 0 and e["epochs"] == 1 for entries in groups.values() for e in entries)
+
+
+def test_capacity_learns_a_slice_by_heart(text, finished):
+    """The text that is learnt is a 20th of the training text, and is what training stops by."""
+    folder = Path(finished("capacity")[0].out) / "slice"
+    words = {split: (folder / f"{split}.txt").read_text().split() for split in ("train", "valid", "test")}
+    assert words["train"] == words["valid"] and {*words["test"]} <= {*words["train"]}
+    assert words["train"] == (text / "train.txt").read_text().split()[:len(words["train"])]
+    assert len(load_corpus(configure("train", data=str(folder))).train) == pytest.approx(6000 / 20, abs=5)
+
+
+def test_ablations_of_a_cell_that_does_not_fit(tmp_path, capsys):
+    assert main(["ablate", "--preset", "smoke", "--cell", "enas", "--out", str(tmp_path / "run")]) == 2
+    assert "enas" in capsys.readouterr().err
+
+
+def test_progress_watches_every_round(finished, tmp_path):
+    """From before the first round to the end; shares are probabilities; the search is the same as without a watch."""
+    config, record = finished("progress")
+    rounds = record["metrics"]["rounds"]
+    assert len(rounds) == 2 + 1
+    for r in rounds:
+        assert all(sum(shares) == pytest.approx(1) for shares in r["shares"].values())
+    plain = replace(config, out=str(tmp_path / "search"))
+    run_study("search", menas.study_search, plain)
+    lines = [(folder / "metrics.jsonl").read_text() for folder in (Path(config.out), tmp_path / "search")]
+    assert lines[0] == lines[1]
