@@ -50,7 +50,7 @@ SETTINGS = {"smoke": {
     "conditional": dict(WIDER, nodes=12, min_nodes=4, controller_steps=800, controller_lr=.01, entropy=.01, replicas=5),
 }, "ptb": {
     "extra": SMALL, **dict.fromkeys(("spaces", "state"), BARE), "optimizer": dict(BARE, lr=5.0),
-    "anneal": dict(BARE, settle=0, derive_samples=30, retrain=True, retrain_epochs=1),
+    "anneal": dict(BARE, settle=0, derive_samples=16, retrain=True, retrain_epochs=1),
 }, "paper": {
     **dict.fromkeys(("extra", "spaces", "state", "optimizer"), LARGE), "anneal": dict(LARGE, derive_samples=100),
 }}
