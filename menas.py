@@ -32,7 +32,6 @@ import argparse
 import copy
 import fcntl
 import hashlib
-import io
 import json
 import math
 import os
@@ -222,7 +221,10 @@ def write_atomically(path, content):
     temporary = path.with_name(f".menas-{os.getpid()}-{path.name}")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            if isinstance(content, dict):
+                torch.save(content, file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1411,11 +1413,6 @@ def policy_loss(sample, rewards, baseline, entropy_weight):
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 WHEREABOUTS = {"out", "cache", "device", "threads", "part", "checkpoint_seconds"}  # may differ when a run resumes
 
-def write_tensors(path, value):
-    """torch.save, atomic."""
-    torch.save(value, buffer := io.BytesIO())
-    write_atomically(path, buffer.getvalue())
-
 def device_of(config):
     """The torch.device that --device names: cpu, cuda, cuda:1, ..., or auto."""
     kind, there = choose("device", config.device.split(":")[0], ("auto", "cpu", "cuda")), torch.cuda.is_available()
@@ -1502,7 +1499,7 @@ class Run:
         """Write the good state, if there is one yet."""
         if self.good is not None:
             saved = dict(format=self.format, state=self.good, metrics_bytes=self.good_bytes)
-            write_tensors(self.checkpoint, {**saved, "seconds": time.time() - self.started})
+            write_atomically(self.checkpoint, {**saved, "seconds": time.time() - self.started})
         self.saved_at = time.time()
 
     def obey(self):
@@ -1982,7 +1979,7 @@ def study_train(config, run):
         recurrent = [sum(w[0].numel() for name, w in weights.items() if name not in ("embedding", "bias"))] * len(names)
     best, records = train_networks(config, run, corpus, weights, cells, seeds)
     run.say("evaluating the best weights on the whole of each split, in float32")
-    write_tensors(run.folder / "weights.pt", to_device(best, "cpu"))
+    write_atomically(run.folder / "weights.pt", to_device(best, "cpu"))
     found = {"cell": names, "seed": seeds}
     for split in SPLITS:
         losses = evaluate(best, cells.to(device), getattr(corpus, split).to(device), config.eval_batch)
@@ -2022,8 +2019,8 @@ def study_search(config, run):
         metrics[f"{name}median_valid_perplexity"] = perplexities[len(perplexities) // 2]
         write_json(run.folder / f"{name}cell.json", metrics[f"{name}best_cell"])
     (run.folder / "derived.json").write_text(json.dumps(derived))  # each a row of integers, then its perplexity
-    write_tensors(run.folder / "weights.pt", to_device(weights, "cpu"))
-    write_tensors(run.folder / "controller.pt", to_device(controller.state_dict(), "cpu"))
+    write_atomically(run.folder / "weights.pt", to_device(weights, "cpu"))
+    write_atomically(run.folder / "controller.pt", to_device(controller.state_dict(), "cpu"))
     from results.report import draw_cell  # where tables and pictures are made
     draw_cell(cell_from_json(metrics["best_cell"]), "the cell found").figure.savefig(run.folder / "cell.png", dpi=110)
     if corpus.floor:
