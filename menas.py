@@ -344,31 +344,24 @@ class Stream:
         real, at = (step < length) & (at < len(tokens) - 1), at.clamp(max=len(tokens) - 2)
         self.inputs, self.targets = torch.where(real, tokens[at], 0), torch.where(real, tokens[at + 1], -1)
         self.length, self.bptt, self.key, self.vary = length, bptt, key, vary
-        self.epoch, self.at, self.last = 0, 0, 0  # at: the next segment's start; last: the length of the one before
-
-    def to(self, device):
-        self.inputs, self.targets = self.inputs.to(device), self.targets.to(device)
-        return self
+        self.place = 0, 0, 0  # epoch; the next segment's start; the length of the one before; a checkpoint has it
 
     def next(self):
         """The next Segment; after the last one the text starts again.
         paper: the corrected ENAS draws its length from a normal around bptt, 5 % of the time around half of it."""
-        start, size = self.at, self.bptt
+        (epoch, start, last), size = self.place, self.bptt
         if self.vary:
             draw = rng(*self.key, "bptt", self.epoch, start)
             mean = size if torch.rand((), generator=draw).item() < 0.95 else size / 2
             size = min(max(5, round(mean + 5 * torch.randn((), generator=draw).item())), size + 20)
-        end, before = start + size, self.inputs[start - self.last:start] if start else None
+        end, before = start + size, self.inputs[start - last:start] if start else None
         ends = end >= self.length
-        self.epoch, self.at, self.last = (self.epoch + 1, 0, 0) if ends else (self.epoch, end, size)
+        self.place = (epoch + 1, 0, 0) if ends else (epoch, end, size)
         return Segment(self.inputs[start:end], self.targets[start:end], before, ends)
 
-    def where(self):
-        """The reading position, for a checkpoint."""
-        return [self.epoch, self.at, self.last]
-
-    def seek(self, where):
-        self.epoch, self.at, self.last = where
+    def progress(self):
+        """Epochs read so far, with the fraction of the one at hand."""
+        return self.place[0] + self.place[1] / self.length
 
 # 3. Cells and search spaces ------------------------------------------------------------------------------------------
 
@@ -1621,18 +1614,18 @@ def train_networks(config, run, corpus, weights, cells, seeds):
     Returns the best weights of each by validation and a dict of lists: best_loss, best_epoch, epochs, failed. A
     network that has stopped leaves the batch. Segment lengths are common. cells: rows [K, D], of LSTMs zeros [K, 2]."""
     device, valid = device_of(config), corpus.valid.to(device_of(config))
-    stream = Stream(corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt).to(device)
+    stream = Stream(corpus.train.to(device), config.batch, config.bptt, (config.seed,), config.random_bptt)
     weights, full = to_device(weights, device), lambda value: torch.full((len(seeds),), value, device=device)
     s = run.restore() or {  # of the networks still in the batch, then of all K, then of the run
         "alive": torch.arange(len(seeds), device=device), "seeds": seeds, "cells": cells.to(device), "weights": weights,
         "mean": copy.deepcopy(weights) if config.average else {}, "state": zero_state(weights, config.batch),
         "best": copy.deepcopy(weights), "lr": config.lr * rates_of(cells.to(device)), "loss": full(0.0),
         "failed": full(False), "since": full(math.inf), **{name: full(0) for name in ("best_epoch", "epochs", "bad")},
-        "best_loss": full(math.inf), "step": 0, "steps": 0, "where": stream.where()}
-    stream.seek(s["where"])
-    while s["seeds"] and stream.epoch < config.epochs:
+        "best_loss": full(math.inf), "step": 0, "steps": 0, "where": stream.place}
+    stream.place = s["where"]
+    while s["seeds"] and stream.progress() < config.epochs:
         # one step of SGD on the next segment
-        alive, factor = s["alive"], SCHEDULES[config.schedule](stream.epoch + stream.at / stream.length, config.epochs)
+        alive, factor = s["alive"], SCHEDULES[config.schedule](stream.progress(), config.epochs)
         segment = stream.next()
         lr = s["lr"][alive] * (len(segment.inputs) / config.bptt) * factor  # another length under --random_bptt
         state = zero_state(s["weights"], config.batch) if segment.before is None else s["state"]
@@ -1650,13 +1643,12 @@ def train_networks(config, run, corpus, weights, cells, seeds):
         # a line of metrics, after which the state may be a checkpoint
         if segment.ends or s["steps"] >= config.log_every:
             loss = (s["loss"][alive] / s["steps"]).nanmean().item()  # of the networks that have not failed
-            line = dict(step=s["step"], epoch=stream.epoch, loss=loss, perplexity=perplexity(loss))
+            line = dict(step=s["step"], epoch=stream.place[0], loss=loss, perplexity=perplexity(loss))
             if segment.ends:
-                scores = validate(config, s, valid, stream.epoch).tolist()
+                scores = validate(config, s, valid, stream.place[0]).tolist()
                 line.update(networks=alive.tolist(), valid_perplexity=[perplexity(x) for x in scores])
-            s["loss"], s["steps"], s["where"] = torch.zeros_like(s["loss"]), 0, stream.where()
-            words = s["step"] * config.batch * config.bptt
-            run.log(line, stream.epoch + stream.at / stream.length, config.epochs, words)
+            s["loss"], s["steps"], s["where"] = torch.zeros_like(s["loss"]), 0, stream.place
+            run.log(line, stream.progress(), config.epochs, s["step"] * config.batch * config.bptt)
             run.keep(s)
         run.obey()
     return s["best"], {name: s[name].tolist() for name in ("best_loss", "best_epoch", "epochs", "failed")}
@@ -1729,33 +1721,30 @@ class Search:
         self.controller = policy_of(config, decisions).to(self.device)
         self.adam = torch.optim.Adam(self.controller.parameters(), lr=config.controller_lr,
                                      capturable=self.device.type == "cuda")
-        text = {"train": (corpus.train, config.batch, config.bptt, (config.seed,), config.random_bptt),
-                "valid": (corpus.valid, config.batch, config.bptt),
-                "ahead": (corpus.train, config.batch, config.bptt)}  # training text that the controller looks ahead on
-        self.streams = {name: Stream(*how).to(self.device) for name, how in text.items()}
+        texts = {"train": corpus.train, "valid": corpus.valid, "ahead": corpus.train}  # ahead: what foresee reads
+        self.streams = {name: Stream(text.to(self.device), config.batch, config.bptt, (config.seed,),
+                                     config.random_bptt and name == "train") for name, text in texts.items()}
         self.shared_steps = config.shared_steps or math.ceil(self.streams["train"].length / config.bptt)  # of a round
         zeros = torch.zeros(1, config.batch, config.hidden, device=self.device)
         self.s = {"step": 0, "weights": to_device(shared_weights(config, self.words), self.device), "past": {},
-                  "state": {name: zeros for name in text}, "memory": torch.zeros(2, device=self.device),
+                  "state": dict.fromkeys(texts, zeros), "memory": torch.zeros(2, device=self.device),
                   "sums": torch.zeros(4, device=self.device), "counts": [0, 0]}  # loss; reward, entropy, response
 
     def checkpoint(self):
-        return {**self.s, "where": {name: stream.where() for name, stream in self.streams.items()},
+        return {**self.s, "where": {name: stream.place for name, stream in self.streams.items()},
                 "controller": self.controller.state_dict(), "adam": self.adam.state_dict()}
 
     def load(self, saved):
         self.s = {name: saved[name] for name in self.s}
         for name, stream in self.streams.items():
-            stream.seek(saved["where"][name])
+            stream.place = saved["where"][name]
         self.controller.load_state_dict(saved["controller"])
         self.adam.load_state_dict(saved["adam"])
 
     def roll_back(self, good):
         """Weights and controller as they last were; the steps and the text go on, so that it will not repeat."""
-        good = copy.deepcopy(good)
-        zeros = {name: torch.zeros_like(h) for name, h in self.s["state"].items()}
-        here = {name: stream.where() for name, stream in self.streams.items()}
-        self.load({**good, "step": self.s["step"], "state": zeros, "where": here})
+        now, zeros = self.checkpoint(), {name: torch.zeros_like(h) for name, h in self.s["state"].items()}
+        self.load({**copy.deepcopy(good), "state": zeros, "step": now["step"], "where": now["where"]})
 
     def key(self, *purpose):
         return (self.config.seed, self.s["step"], *purpose)
@@ -1867,26 +1856,24 @@ def search(config, run, corpus, watch=lambda weights, controller, epoch: None):
     """ENAS: rounds of SGD on the shared weights, then of REINFORCE on the controller. Returns both. watch is called
     before a round, of a resumed one possibly again."""
     game = Search(config, corpus)
-    shared_steps = game.shared_steps
-    round_ = shared_steps + (config.controller_steps if config.controller == "trained" else 0)
+    round_ = game.shared_steps + (config.controller_steps if config.controller == "trained" else 0)
     total = (config.epochs + config.settle) * round_
-    saved = run.restore()
-    if saved is not None:
+    if saved := run.restore():
         game.load(saved)
     else:
         run.keep(game.checkpoint())
     while game.s["step"] < total:
         epoch, at = divmod(game.s["step"], round_)
-        progress = epoch + min(at / shared_steps, 1)
+        progress = epoch + min(at / game.shared_steps, 1)
         if at == 0:
             watch(game.s["weights"], game.controller, epoch)
-        if at < shared_steps:
+        if at < game.shared_steps:
             game.shared_step(progress)
         elif config.warm_epochs <= epoch < config.epochs:  # before and after, these steps are empty
             game.controller_step(progress)
         step = game.s["step"] = game.s["step"] + 1
         # a line of metrics, after which the state is known to be good
-        if any(game.s["counts"]) and (step % config.log_every == 0 or step % round_ in (0, shared_steps)):
+        if any(game.s["counts"]) and (step % config.log_every == 0 or step % round_ in (0, game.shared_steps)):
             line = game.line(epoch)
             if not math.isfinite(sum(line.values())):
                 run.say(f"a loss is not finite at step {step}: back to the weights of step {run.good['step']}")

@@ -67,7 +67,7 @@ def test_the_extra_gradient(look, respond, task="frozen"):
     game.s.update(weights=to_meta(game.s["weights"]), state=to_meta(game.s["state"]))
     game.s["past"] = remember({}, game.s["weights"])
     for stream in game.streams.values():
-        stream.to(META)
+        stream.inputs, stream.targets = stream.inputs.to(META), stream.targets.to(META)
     cells = game.controller.sample(6, 1).rows.to(META)
     rewards, step = game.rewards_on(game.streams["valid"].next()), game.foresee(0.0, cells[4:])
     for dtype in (torch.float32, torch.bfloat16):
