@@ -2,9 +2,7 @@
 
     python menas.py search                            # about a minute on two CPU cores: finds a cell on a built-in
                                                       # corpus, draws it, trains it and an LSTM from scratch, prints
-                                                      # their perplexities beside the best possible, 5.83:
-                                                      # | lstm           | ... | 6.65 |
-                                                      # | the cell found | ... | 6.75 |
+                                                      # their perplexities, 6.75 and 6.65; the best possible is 5.83
     python menas.py search --preset ptb               # the same on Penn Treebank, on a laptop
     python menas.py train --preset ptb --cell enas    # a published cell, a JSON file, or a search's folder
     python menas.py search --lookahead fresh --response sampled    # with the gradient term that ENAS leaves out
@@ -26,8 +24,7 @@ them on the same minibatch, under shared weights (ENAS) or each under its own (m
 
 ENAS (Pham et al. 2018) alternates omega <- omega - lr d/domega E_m L_train(omega; m), an architecture or a few at a
 time, and theta <- theta + lr E_m [ reward(m) dlog pi(m)/dtheta ], the reward from L_valid(omega; m). That omega will
-answer theta's move is left out; chapter 6 adds it. Where we differ from the paper a comment says so, after 'paper:'.
-"""
+answer theta's move is left out; chapter 6 adds it. Where we differ, a comment says so after the word 'paper:'."""
 import argparse
 import copy
 import fcntl
@@ -146,7 +143,7 @@ class Config:
     eval_batch: int = option(64, "parallel streams of an evaluation", ">= 1")
     # records
     log_every: int = option(20, "steps from one line of metrics to the next; a run resumes at such a line", ">= 1")
-    part: str = option("", "I/N: do only every N-th of a study's sub-runs, from the I-th; without it, all")
+    part: str = option("", "I/N: every N-th of a study's sub-runs, from the I-th; without it the study is completed")
     checkpoint_seconds: float = option(30.0, "least time between two checkpoints", ">= 0")
 
 # preset -> study -> settings; "all" holds for every study and comes first. results/studies.py adds those of its own.
@@ -210,14 +207,14 @@ Corpus = namedtuple("Corpus", "train valid test words floor")
 
 @contextmanager
 def refusing(path, advice=""):
-    """Whatever goes wrong inside becomes a UserError, one line that names the file."""
+    """Whatever goes wrong inside becomes a UserError, one line that names the file or setting."""
     try:
         yield
     except Exception as error:  # torch.load, for one, raises many kinds, all of which mean: not this file
         raise UserError(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0]}{advice}") from None
 
 def write_atomically(path, content):
-    """The file appears whole or not at all, also when the process is killed in between."""
+    """The file, bytes or a dict of tensors, appears whole or not at all, also when the process is killed in between."""
     temporary = path.with_name(f".menas-{os.getpid()}-{path.name}")
     try:
         with open(temporary, "wb") as file:
@@ -232,7 +229,6 @@ def write_atomically(path, content):
         temporary.unlink(missing_ok=True)
 
 def write_json(path, value):
-    """Indented, atomic."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 def read_json(path):
@@ -256,8 +252,7 @@ def ptb_folder(cache, mirrors=PTB_MIRRORS):
             except Exception as error:  # of the network, the server, the disk: whatever it is, the user reads it
                 reasons.append(f"{address}: {error}")
         if not path.exists():
-            raise UserError(f"cannot download PTB's {split}.txt: {'; '.join(reasons)}. "
-                            "Put train.txt, valid.txt and test.txt in a folder and pass it as --data")
+            raise UserError(f"cannot get PTB's {split}.txt: {'; '.join(reasons)}; pass a folder that has it as --data")
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise UserError(f"{path} is not the standard PTB file (wrong SHA-256); delete it to download it again")
     return folder
@@ -281,9 +276,8 @@ def toy_next(state):
     moves, left = [], 1.0
     if phase == "noun" and len(due) < TOY_DEPTH:
         moves, left = [("that", TOY_NEST, (topic, due, "start"))], 1 - TOY_NEST
-    if phase == "verb":
-        moves = [(f"adv{x}", TOY_ADVERB * q, (topic, due, "adverb")) for x, q in TOY_ZIPF.items()]
-        left = 1 - TOY_ADVERB
+    elif phase == "verb":
+        moves, left = [(f"adv{x}", TOY_ADVERB * q, (topic, due, "adverb")) for x, q in TOY_ZIPF.items()], 1 - TOY_ADVERB
     if not due:
         return moves + [("<eos>", left, (topic, (), "start"))]
     c, letter = due[-1]
@@ -322,8 +316,7 @@ def load_corpus(config):
     words = sorted(set(texts["train"]))
     index, ids = {word: i for i, word in enumerate(words)}, {}
     for split, text in texts.items():
-        new = set(text) - set(words)
-        if new and "<unk>" not in index:
+        if (new := set(text) - set(words)) and "<unk>" not in index:
             raise UserError(f"{split}.txt has the word '{min(new)}', which train.txt lacks, and train.txt has no <unk>")
         ids[split] = torch.tensor([index.get(word, index.get("<unk>")) for word in text])
     return Corpus(**ids, words=words, floor=floor)
@@ -351,7 +344,7 @@ class Stream:
         paper: the corrected ENAS draws its length from a normal around bptt, 5 % of the time around half of it."""
         (epoch, start, last), size = self.place, self.bptt
         if self.vary:
-            draw = rng(*self.key, "bptt", self.epoch, start)
+            draw = rng(*self.key, "bptt", epoch, start)
             mean = size if torch.rand((), generator=draw).item() < 0.95 else size / 2
             size = min(max(5, round(mean + 5 * torch.randn((), generator=draw).item())), size + 20)
         end, before = start + size, self.inputs[start - last:start] if start else None
@@ -419,16 +412,14 @@ def cell_to_json(cell):
     return {"output": cell.output, **{name: x for name, x in more.items() if getattr(cell, name)}, "nodes": nodes}
 
 def check_node(i, node, n):
-    """Node i of n as JSON, or a UserError about it; returns what it reads: numbers of nodes, 'input', 'memory'; the
-    last is that of 'also', if it has one."""
+    """What node i of n, as JSON, reads: numbers of nodes, 'input', 'memory', last that of 'also'; or a UserError."""
     operation = node.get("operation", "highway") if isinstance(node, dict) else "highway"
     needs = NEEDS[choose(f"operation of node {i}", operation, OPERATIONS)]
     if not isinstance(node, dict) or any(name not in node for name in needs):
         raise UserError(f"node {i} needs {' and '.join(map(repr, needs))}")
     for name in node:
         choose(f"entry of node {i}, a {operation},", name, ("operation", *needs, *["also"] * ("activation" in needs)))
-    if "activation" in needs:
-        choose(f"activation of node {i}", node["activation"], ACTIVATIONS)
+    choose(f"activation of node {i}", node.get("activation", "tanh"), ACTIVATIONS)  # a sum has none
     reads = [node[name] for name in (*needs, "also") if name != "activation" and name in node]
     for source, other in zip(reads, ("input", *["memory"] * ("with" in needs), None)):
         if source != other and (type(source) is not int or source not in range(n)):
@@ -522,27 +513,21 @@ def listed(config, flag, choices):
         raise UserError(f"--{flag} {getattr(config, flag)} has one of them twice")
     return tuple(list(choices).index(choose(flag.removesuffix("s"), word, choices)) for word in words)
 
-def integers(config, flag, read, lowest, highest):
-    """The numbers of a comma-separated setting, each read as a whole one; of an empty one (0,)."""
+def numbers(config, flag, known):
+    """What stands in a row for the numbers of a comma-separated setting; known has all allowed ones. Of "" it is 0."""
     text = getattr(config, flag)
-    try:
-        found = sorted({read(x) for x in text.split(",")}) if text else [0]
-    except ValueError:
-        found = [lowest - 1]
-    if text and (not lowest <= found[0] <= found[-1] <= highest or any(x != int(x) for x in found)):
-        raise UserError(f"--{flag} {text}: {Config.__dataclass_fields__[flag].metadata['help']}")
-    return tuple(map(int, found))
+    with refusing(f"--{flag} {text}", f"; {Config.__dataclass_fields__[flag].metadata['help']}"):
+        return tuple(sorted({known[float(x)] for x in text.split(",")})) if text else (0,)
 
-# --connections: the slot that node i > 0 reads, from i; or those of any cell.
-FAMILIES = {"chain": lambda i: i, "tree": lambda i: (i - 1) // 2 + 1}
+# --connections: the slots that node i may read; or those of any cell. In ENAS's space only node 0 reads the input pair.
+FAMILIES = {"any": lambda i, gated: tuple(range(0 if gated or i == 0 else 1, i + 1)), "chain": lambda i, gated: (i,),
+            "tree": lambda i, gated: ((i - 1) // 2 + 1,)}
 
 def reads_of(config, gated):
-    """For each node the slots that it may read. In ENAS's space only node 0 reads the input pair."""
-    if config.connections == "any":
-        return [((INPUT,) if gated or i == 0 else ()) + tuple(range(1, i + 1)) for i in range(config.nodes)]
+    """For each node the slots that it may read."""
     if config.connections in FAMILIES:
-        return [(FAMILIES[config.connections](i) if i else INPUT,) for i in range(config.nodes)]
-    cell = load_cell(replace(config, connections="any"), config.connections, ("any", *FAMILIES))
+        return [FAMILIES[config.connections](i, gated) for i in range(config.nodes)]
+    cell = load_cell(replace(config, connections="any"), config.connections, FAMILIES)
     reads = [(node.read,) for node in cell.nodes]
     if len(reads) < config.nodes or not gated and (INPUT,) in reads[1:]:
         raise UserError(f"--connections {config.connections} has {len(reads)} nodes, not --nodes {config.nodes}, "
@@ -550,15 +535,14 @@ def reads_of(config, gated):
     return reads
 
 def search_space(config):
-    """The list of Decisions. ENAS: every node but the first reads an earlier one, any activation. Then, if asked for:
-    several numbers of nodes; fixed connections; one activation for the whole cell; operations with a second one read,
-    where any node may read the input pair; as a memory one of the --min_nodes first; widths; rates."""
+    """The list of Decisions. ENAS: every node but the first reads an earlier one, any activation. Beyond it what Config
+    asks for: with other operations any node may read the input pair; the memory is one of the first --min_nodes."""
     n, least = config.nodes, config.min_nodes or config.nodes
     if not 1 <= least <= n:
         raise UserError(f"--nodes {n} must be at least 1, and --min_nodes {least} from 1 to that")
     activations, operations = listed(config, "activations", ACTIVATIONS), listed(config, "operations", OPERATIONS)
-    widths = integers(config, "widths", int, 1, config.hidden)
-    rates = integers(config, "rates", lambda x: math.log2(float(x)), -20, 20)
+    widths = numbers(config, "widths", {width: width for width in range(1, config.hidden + 1)})
+    rates = numbers(config, "rates", {2.0 ** power: power for power in range(-20, 21)})
     gated, rest = operations != (HIGHWAY,), 2 + 2 * n
     if config.memory and not {GATE, SUM} & {*operations}:
         raise UserError("--memory needs an operation that can read it: --operations with gate or sum")
@@ -592,7 +576,6 @@ def ways(decisions):
     """A function (i, known) -> [(value, what is known then, number of different cells from there)] of decision i; known
     are the (column, value) that a later `when` asks about. From (0, ()) the numbers add up to the space's size."""
     last_use = {column: i for i, d in enumerate(decisions) for column, _ in d.when}
-
     @lru_cache(maxsize=None)
     def options(i, known):
         d, found = decisions[i], []
@@ -635,18 +618,15 @@ def leaves(cell):
 ROW = r"\d+(--?\d+)+"  # a cell's integers, as they stand in derived.json
 
 def load_cell(config, name, others=("lstm",)):
-    """A cell by name, 'random:SEED' (uniform over the space), its row '1-0-0-1', a JSON file, or a search's folder;
-    a refusal names the others, too."""
+    """A cell by name, 'random:SEED', its row '1-0-0-1', a JSON file or a search's folder; refusals name others, too."""
     if name in CELLS:
         return CELLS[name]
     if re.fullmatch(ROW, name):
-        try:
+        with refusing(f"'{name}', which is not a cell's row,"):
             row = torch.tensor([[int(x) for x in re.findall(r"(?:^|-)(-?\d+)", name)]])
             n, cell = columns(row).read.shape[1], decode(row[0])
             if row.shape[1] not in (2 + 2 * n, 5 + 4 * n, 7 + 4 * n) or not 1 <= row[0, 0] <= n:
-                raise ValueError
-        except (IndexError, ValueError, OverflowError):
-            raise UserError(f"'{name}' is not a cell's row") from None
+                raise ValueError(f"{row.shape[1]} integers for {row[0, 0]} nodes")
         return cell_from_json(cell_to_json(cell))  # which checks it
     if name.startswith("random:"):
         return decode(uniform_rows(search_space(config), 1, "random cell", name)[0])
