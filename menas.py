@@ -49,7 +49,6 @@ from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -647,16 +646,12 @@ def edge_index(slot, node):
     """The bank's row of the edge slot -> node: node i can read slots 0 .. i."""
     return node * (node + 1) // 2 + slot
 
-def uniform(shape, bound, key):
-    """Uniform in +- bound, drawn by rng(*key)."""
-    return (torch.rand(shape, generator=rng(*key)) * 2 - 1) * bound
-
 def initial(config, shapes, seeds):
     """K networks' weights, [K, *shape], uniform, each from its own seed, on the CPU; the decoder's bias is 0.
     paper: +-.04, at 800 units; at 200 the ENAS cell learns slowly from there."""
-    bound = config.init or math.sqrt(3 / config.hidden)
-    draw = lambda name: torch.stack([uniform(shapes[name], bound, (seed, "init", name)) for seed in seeds])
-    return {**{name: draw(name) for name in shapes}, "bias": torch.zeros(len(seeds), shapes["embedding"][0])}
+    bound, words = config.init or math.sqrt(3 / config.hidden), shapes["embedding"][0]
+    draw = lambda name: torch.stack([torch.rand(shapes[name], generator=rng(seed, "init", name)) for seed in seeds])
+    return {**{name: (draw(name) * 2 - 1) * bound for name in shapes}, "bias": torch.zeros(len(seeds), words)}
 
 def shared_weights(config, words):
     """Weights of the supernet: tied embedding [V, H], x_t -> node 0 [H, 2H], and the bank [edges, H, 2H]."""
@@ -721,9 +716,8 @@ def inherit(shared, cells):
     copies = {name: w.expand(len(cells), *w.shape).clone() for name, w in shared.items() if name != "edges"}
     return {**copies, "edges": shared["edges"][structure(cells).edge].transpose(0, 1).contiguous()}
 
-# One step's input to the network: inputs [T, B]; targets [T, B], -1 where there is nothing to predict; state
-# [K or 1, B, H or 2H], h before the first token and, if there is one, the memory beside it; masks, a dict of
-# dropout's, see draw_masks, {} in evaluation.
+# One step's input: inputs [T, B]; targets [T, B], -1 where there is nothing to predict; state [K or 1, B, H or 2H], h
+# before the first token and, if there is one, the memory beside it; masks, a dict, see draw_masks, {} in evaluation.
 Batch = namedtuple("Batch", "inputs targets state masks")
 
 def draw_masks(config, words, batch, seeds, step):
@@ -808,10 +802,6 @@ COEFFICIENTS = {"tanh":     (2.0, 2.0, -1.0, 0.0, 0.0,           -0.5, 0.0, 0.5,
 def coefficient_table(dtype, device):
     """Built once per device: a copy from the host inside a step would stop a GPU, and a CUDA graph's capture."""
     return torch.tensor([COEFFICIENTS[name] for name in ACTIVATIONS], dtype=dtype, device=device)
-
-def coefficients(act, dtype):
-    """The table's columns for act [N, K]: nine tensors [N, K, 1, 1]."""
-    return coefficient_table(dtype, act.device)[act][..., None, None].unbind(2)
 
 def bound_norm(x):
     """x min(1, bound / |x|), and that factor."""
@@ -1000,8 +990,7 @@ class CrossEntropy(torch.autograd.Function):
         (k, rows, _), chunk = h.shape, chunk or max(128, h.shape[2] // 2, 2 ** 20 // decoder.shape[1])
         block = chunk * max(1, block // chunk)                                            # whole chunks
         wide = torch.promote_types(h.dtype, torch.float32)
-        counts = (targets >= 0).to(wide)
-        share = counts / counts.sum().clamp(min=1)                                       # [R] weight of each row
+        share = F.normalize((targets >= 0).to(wide), p=1, dim=0)                         # [R] weights of the rows
         losses, low, offset = torch.zeros(k, dtype=wide, device=h.device), decoder.to(h.dtype), bias.to(h.dtype)
         buffers = h.new_empty(2, min(chunk, rows), decoder.shape[1])                     # a chunk's logits, log softmax
         if training:
@@ -1051,8 +1040,8 @@ def unroll(weights, cells, batch, dtype=torch.float32):
     w = bank.index_select(0, cell.edge.flatten()).unflatten(0, cell.edge.shape) if is_shared(weights) else \
         bank.transpose(0, 1)                                                             # [N, K, H, 2H]
     w_x = weights["input"].reshape(len(x), -1, hidden, 2 * hidden)                       # [K or 1, N or 1, H, 2H]
-    h0, m0 = batch.state[..., :hidden], batch.state[..., hidden:]
-    h0, m0 = (s.expand(len(cells), -1, -1) for s in (h0, m0 if m0.shape[-1] else torch.zeros_like(h0)))
+    state = F.pad(batch.state, (0, 2 * hidden - batch.state.shape[-1]))  # a memory that it lacks is 0
+    h0, m0 = state.expand(len(cells), -1, -1).chunk(2, -1)
     d, on_input = hidden, [0]  # units computed with; nodes that read the input pair
     if cell.more is not None:
         on_input = [i for i in range(min(len(w), w_x.shape[1])) if not host or cell.takes[i].any()]
@@ -1066,7 +1055,7 @@ def unroll(weights, cells, batch, dtype=torch.float32):
         w, w_x, x, h0, m0 = block(w), block(w_x), x[..., :d], h0[..., :d], m0[..., :d]
         mask = None if mask is None else mask[..., :d]
         cell = cell._replace(more=cell.more._replace(live=live[..., :d], has=cell.more.has[..., :d]))
-    cast, act = lambda x: x.to(dtype), coefficients(cell.act, dtype)
+    cast, act = lambda x: x.to(dtype), coefficient_table(dtype, cells.device)[cell.act][..., None, None].unbind(2)
     xw = (cast(x).flatten(1, 2)[:, None] @ cast(w_x[:, on_input])).unflatten(2, x.shape[1:3])            # over all rows
     slope = act[0]
     if len(w) > len(slope):  # that of the node which reads a slot also
@@ -1112,19 +1101,16 @@ def network(weights, cells, batch, dtype=torch.float32, activation_reg=0.0, slow
 def sgd_step(weights, grads, lr, clip, decay):
     """omega <- omega - lr (g min(1, clip / |g|) + decay omega), in place; for standalone networks each on its own.
     lr: [K], or [1] for shared weights. A gradient that is not finite changes nothing."""
-    groups = len(lr)
-    flat = {name: g.reshape(groups, -1) for name, g in grads.items()}
+    flat = {name: g.reshape(len(lr), -1) for name, g in grads.items()}
     norm = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat.values()]).norm(dim=0)
-    finite = torch.isfinite(norm)
-    scale = torch.where(finite, lr * (clip / norm).clamp(max=1), 0.0)[:, None]
-    rate = torch.where(finite, lr * decay, 0.0)[:, None]
+    lr = torch.where(torch.isfinite(norm), lr, 0.0)[:, None]
+    scale = lr * (clip / norm).clamp(max=1).nan_to_num(0.0)[:, None]
     for name, g in flat.items():
-        weights[name].view(groups, -1).mul_(1 - rate).addcmul_(torch.nan_to_num_(g, 0.0, 0.0, 0.0), scale, value=-1)
+        weights[name].view(len(lr), -1).mul_(1 - lr * decay).addcmul_(g.nan_to_num_(0.0, 0.0, 0.0), scale, value=-1)
 
 def gradients(losses, weights):
     """d sum(losses) / d weights, a dict; weights that play no part have zeros."""
-    grads = torch.autograd.grad(losses.sum(), list(weights.values()), allow_unused=True)
-    return {name: torch.zeros_like(w) if g is None else g for (name, w), g in zip(weights.items(), grads)}
+    return dict(zip(weights, torch.autograd.grad(losses.sum(), list(weights.values()), materialize_grads=True)))
 
 # 5. The controller ---------------------------------------------------------------------------------------------------
 
@@ -1140,19 +1126,19 @@ class Controller(nn.Module):
         super().__init__()
         size, self.decisions, self.config = config.controller_hidden, decisions, config
         self.free = [i for i, d in enumerate(decisions) if len(d.choices) > 1 or d.when]
+        only = {column: d.choices[0] for d in decisions for column in d.columns}
+        self.register_buffer("only", torch.tensor([only[column] for column in sorted(only)]))
         widest = max(len(d.choices) for d in decisions)
+        padded = [[*d.choices, *[-1] * (widest - len(d.choices))] for d in decisions]
+        self.register_buffer("values", torch.tensor(padded))
         self.start = nn.Parameter(torch.empty(size))
         self.embed = nn.Parameter(torch.empty(len(self.free), widest, size))
         self.head = nn.Parameter(torch.empty(len(self.free), size, widest))
         self.lstm = nn.LSTMCell(size, size)
         self.aim = nn.Parameter(torch.empty(size)) if asked else None  # start + asked * aim
         for name, parameter in self.named_parameters():
-            parameter.data.copy_(uniform(parameter.shape, 0.1, (config.seed, "controller", name)))
-        self.register_buffer("only", torch.zeros(1 + max(column for d in decisions for column in d.columns)).long())
-        for d in decisions:
-            self.only[list(d.columns)] = d.choices[0]
-        padded = [[*d.choices, *[-1] * (widest - len(d.choices))] for d in decisions]
-        self.register_buffer("values", torch.tensor(padded))
+            draw = torch.rand(parameter.shape, generator=rng(config.seed, "controller", name))
+            parameter.data.copy_((draw * 2 - 1) * 0.1)
 
     def forward(self, draws=None, rows=None, asked=None):
         """Walk the decisions, sampling with uniform draws [K, decisions], or taking those of rows [K, D]: a Sample.
@@ -1192,7 +1178,6 @@ class Uniform(nn.Module):
         self.nothing = nn.Parameter(torch.zeros(()))  # an optimizer wants a parameter
 
     def sample(self, k, *key):
-        """K architectures, drawn by rng(*key)."""
         rows = uniform_rows(self.decisions, k, *key) if self.family is None else \
             self.family[torch.randint(self.size, (k,), generator=rng(*key))]
         entropy = torch.full((k,), math.log(self.size), device=self.nothing.device)
@@ -1215,18 +1200,11 @@ class Uniform(nn.Module):
 # losses [K], nats per token -> rewards [K]. paper: ENAS's is 80 / perplexity.
 REWARDS = {"perplexity": lambda losses: 80 * torch.exp(-losses), "loss": torch.neg}
 
-class Step(NamedTuple):
-    """The next shared step as the controller foresees it: omega' = omega - lr (g min(1, clip / |g|) + decay omega)."""
-    losses: object     # (weights, cells [K, D], batch) -> L_T [K], differentiable once; times an
-    #                      architecture's own factor of lr
-    batch: object      # the training minibatch with its dropout masks, the same in every pass
-    cells: object      # [A, D] the fold of architectures that g is estimated from
-    lr: float
-    clip: float = math.inf
-    decay: float = 0.0
-    past: object = ()  # gradients of the shared steps so far, see remember
-    each: object = None  # (weights, cells, batch, v) -> |grad L_T(omega; m)| and, times the architecture's own factor
-    #                      of lr if it has one, <grad L_T(omega; m), v>, both [K]
+# The next shared step as the controller foresees it: omega' = omega - lr (g min(1, clip / |g|) + decay omega). losses:
+# (weights, cells [K, D], batch) -> L_T [K], differentiable once; batch: with its masks, the same in every pass; cells
+# [A, D]: the fold that g is estimated from; past: gradients so far, see remember; each: (weights, cells, batch, v) ->
+# |grad L_T(omega; m)| and <grad L_T(omega; m), v> [K]; that and the losses times an architecture's own factor of lr.
+Step = namedtuple("Step", "losses batch cells lr clip decay past each", defaults=(math.inf, 0.0, (), None))
 
 def dot(a, b):
     """<a, b> of two dicts of tensors."""
@@ -1240,8 +1218,7 @@ def mean_gradient(values, weights):
     """d mean_k values(weights)_k / dweights, a dict; values: weights -> [K]."""
     leaf = {name: w.detach().requires_grad_() for name, w in weights.items()}
     with torch.enable_grad():
-        values = values(leaf)
-        return gradients(values / len(values), leaf)
+        return gradients(values(leaf).mean(), leaf)
 
 def nudge(u):
     """eps such that a finite difference's step eps u has length .01; if u is 0 any will do."""
@@ -1250,7 +1227,6 @@ def nudge(u):
 @torch.no_grad()
 def directional(step, weights, cells, u):
     """<grad L_T(omega; m), u> = [ L_T(omega + eps u; m) - L_T(omega - eps u; m) ] / (2 eps) of K architectures [K].
-
     Two forward passes on the same minibatch with the same masks; the losses must be in float32 or better."""
     eps = nudge(u)
     ahead, back = (step.losses(plus(weights, u, sign * eps), cells, step.batch) for sign in (1, -1))
@@ -1258,17 +1234,11 @@ def directional(step, weights, cells, u):
 
 def remember(past, g, decay=0.9):
     """What the lookaheads need of the shared steps' gradients g: the last, and the decayed sum and its weight."""
-    if not past:
-        past = {"sum": {name: torch.zeros_like(x) for name, x in g.items()}, "weight": 0.0}
-    return {"recent": g, "sum": {name: g[name] + decay * past["sum"][name] for name in g},
-            "weight": 1 + decay * past["weight"]}
-
-def no_lookahead(weights, step):
-    """omega' = omega: ENAS."""
+    before, weight = (past["sum"], past["weight"]) if past else (dict.fromkeys(g, 0.0), 0.0)
+    return {"recent": g, "sum": {name: g[name] + decay * before[name] for name in g}, "weight": 1 + decay * weight}
 
 def momentum(weights, step):
-    """g = sum_j decay^j g_{t-j} / sum_j decay^j, the mean of the shared steps' past gradients, before clipping.
-    None, so omega' = omega, before the first of them."""
+    """g = sum_j decay^j g_{t-j} / sum_j decay^j, a mean of the shared steps' gradients, unclipped; None before any."""
     return {name: x / step.past["weight"] for name, x in step.past["sum"].items()} if step.past else None
 
 def recent(weights, step):
@@ -1280,7 +1250,7 @@ def fresh(weights, step):
     return mean_gradient(lambda w: step.losses(w, step.cells, step.batch), weights)
 
 # (weights, step) -> g, the gradient that omega' is a step along, or None for omega' = omega. Not differentiated.
-LOOKAHEAD = {"none": no_lookahead, "momentum": momentum, "recent": recent, "fresh": fresh}
+LOOKAHEAD = {"none": lambda weights, step: None, "momentum": momentum, "recent": recent, "fresh": fresh}
 
 def look_ahead(weights, g, step):
     """omega' by the rule of training's step, for g instead of the sampled architecture's; the weights stay."""
@@ -1303,13 +1273,11 @@ def through_clip(v, g, step):
 
 def unrolled(v, weights, g, step, cells):
     """- <grad L_T(omega; m), u>, u = lr J^T v: one step on the policy's MEAN gradient, clipped as a whole.
-
     With 'fresh' over the whole policy the exact dF_1/dtheta (DARTS's second order, for a sampled controller)."""
     return -directional(step, weights, cells, through_clip(v, g, step))
 
 def neumann(v, weights, g, step, cells, terms=3):
     """- <grad L_T(omega; m), u>, u = sum_{j < terms} lr J [ (1 - lr decay) - H lr J ]^j v: many steps unrolled.
-
     H is the Hessian of the fold's L_T. Unclipped and undecayed, u = sum_j lr (1 - lr H)^j v tends to H^-1 v, the
     response of the converged inner problem, if lr times H's largest eigenvalue is below 2; a series whose terms grow is
     cut there. H x is a difference of gradients, [ g(omega + eps x) - g(omega - eps x) ] / (2 eps)."""
@@ -1327,7 +1295,6 @@ def neumann(v, weights, g, step, cells, terms=3):
 def sampled(v, weights, g, step, cells):
     """- lr min(1, c / |g_m|) <g_m, v>, g_m = grad L_T(omega; m): what the step that ENAS really takes does, on ONE
     sampled architecture, clipped by its OWN norm.
-
     To first order in lr the gradient of E_m' E_m R(omega - lr clip(g_m'); m). It is bounded by lr c |v|, where unrolled
     is not: an architecture with an exploding gradient is clipped in training, but not in the mean of the policy's."""
     norm, along = step.each(weights, cells, step.batch, v)
@@ -1338,7 +1305,6 @@ RESPONSE = {"none": no_response, "unrolled": unrolled, "neumann": neumann, "samp
 
 def extra_rewards(look, respond, weights, cells, others, rewards, step):
     """The rewards R(omega'; m) [K] and the responses [K], whose sum REINFORCE climbs.
-
     rewards: (weights, cells) -> [K]. cells, others and step.cells are independent draws from the policy: omega' is made
     from step.cells, v from others; scoring those very draws again would bias both terms. Given omega' and v the mean is
     exact. Averaged over step.cells, unclipped, 'unrolled' is too where rewards are quadratic in omega, the direct term
@@ -1354,12 +1320,10 @@ def extra_rewards(look, respond, weights, cells, others, rewards, step):
 
 def leave_one_out(rewards, memory, decay):
     """b_k = mean of the others' rewards: on the same minibatch, so its difficulty cancels. Unbiased; needs K > 1."""
-    k = len(rewards)
-    return (rewards.sum() - rewards) / max(k - 1, 1), memory
+    return (rewards.sum() - rewards) / max(len(rewards) - 1, 1), memory
 
 def moving_average(rewards, memory, decay):
     """b = decayed mean of PAST rewards, bias-corrected; memory [2]: weighted sum and weight. paper: ENAS's baseline.
-
     The very first step, which has no past, takes leave_one_out."""
     past = torch.where(memory[1] > 0, memory[0] / memory[1].clamp(min=1e-12), leave_one_out(rewards, memory, decay)[0])
     now = torch.stack([rewards.mean(), torch.ones_like(memory[1])])
@@ -1375,7 +1339,6 @@ def worst_for_failures(rewards):
 
 def policy_loss(sample, rewards, baseline, entropy_weight):
     """Its gradient is minus an unbiased estimate of d/dtheta { E[reward] + entropy_weight * entropy of the policy }.
-
     mean_k [ (R_k + w H_k - b_k) log pi(m_k) + w H_k ] (Williams 1992); the H outside differentiates the entropies
     themselves, the one in the bracket the distribution that they are averaged over."""
     advantage = (rewards + entropy_weight * sample.entropy - baseline).detach()
@@ -1469,7 +1432,6 @@ class Run:
             self.save()
 
     def save(self):
-        """Write the good state, if there is one yet."""
         if self.good is not None:
             saved = dict(format=self.format, state=self.good, metrics_bytes=self.good_bytes)
             write_atomically(self.checkpoint, {**saved, "seconds": time.time() - self.started})
@@ -1497,22 +1459,19 @@ class Run:
         print(f"[{self.study}] {text}", flush=True)
 
     def log(self, line, done, total, words):
-        """A line of metrics.jsonl, and now and then one for the person who waits: done of total, words read so far.
-        There is no time in metrics.jsonl: it is the same for every run of a configuration."""
+        """A line of metrics.jsonl, which has no times; now and then one for who waits: done of total, words read."""
         with open(self.metrics, "a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             if isinstance(value, float):
                 tensorboard(self.folder)(name, value, line["step"])
-        now = time.time()
-        if now - self.spoke_at >= 5 or done >= total:
+        if (now := time.time()) - self.spoke_at >= 5 or done >= total:
             self.spoke_at, spent = now, now - self.started
             shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
             self.say(f"{100 * done / total:3.0f} %  {shown}  {words / spent:,.0f} words/s  "
                      f"{timedelta(seconds=int(spent * (total / done - 1)))} left")
 
     def finish(self, metrics):
-        """Write result.json and return it."""
         gpu = device_of(self.config).type == "cuda"
         record = {"study": self.study, "config": asdict(self.config), "seed": self.config.seed, "commit": self.commit,
                   "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
@@ -1555,8 +1514,7 @@ def perplexity(loss):
     return math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
 
 def train_step(weights, cells, batch, lr, config, share=1.0):
-    """A step of SGD on the mean loss of K architectures (shared weights) or on each's own: losses, state, gradient.
-    share [K]: weights of the losses that the shared weights learn from, see TASKS."""
+    """SGD on the mean loss of K architectures, times share [K] (TASKS), or on each's own: losses, state, gradient."""
     for w in weights.values():
         w.requires_grad_()
     losses, state = network(weights, cells, batch, DTYPES[config.dtype], config.activation_reg, config.slowness_reg)
@@ -1565,9 +1523,8 @@ def train_step(weights, cells, batch, lr, config, share=1.0):
     return losses.detach(), state, grads
 
 # (epochs done, epochs in all) -> factor of lr. paper: decay is ENAS-pytorch's, .96 an epoch once 15 are done.
-SCHEDULES = {"constant": lambda epoch, epochs: 1.0,
-             "cosine": lambda epoch, epochs: 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / epochs))),
-             "decay": lambda epoch, epochs: 0.96 ** max(0, int(epoch) - 14)}
+SCHEDULES = {"constant": lambda epoch, epochs: 1.0, "decay": lambda epoch, epochs: 0.96 ** max(0, int(epoch) - 14),
+             "cosine": lambda epoch, epochs: 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / epochs)))}
 
 @torch.no_grad()
 def validate(config, s, valid, epoch):
@@ -1590,9 +1547,8 @@ def validate(config, s, valid, epoch):
     return loss
 
 def train_networks(config, run, corpus, weights, cells, seeds):
-    """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging, stopping, failure.
-    Returns the best weights of each by validation and a dict of lists: best_loss, best_epoch, epochs, failed. A
-    network that has stopped leaves the batch. Segment lengths are common. cells: rows [K, D], of LSTMs zeros [K, 2]."""
+    """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging, stopping, failure. Common
+    are segment lengths. Returns the best weights of each by validation, and lists. cells: of LSTMs zeros [K, 2]."""
     device, valid = device_of(config), corpus.valid.to(device_of(config))
     stream = Stream(corpus.train.to(device), config.batch, config.bptt, (config.seed,), config.random_bptt)
     weights, full = to_device(weights, device), lambda value: torch.full((len(seeds),), value, device=device)
@@ -1638,10 +1594,7 @@ def train_networks(config, run, corpus, weights, cells, seeds):
 @torch.no_grad()
 def warm_start(weights, cells, segment, carried, dtype):
     """The state after the segment before, read from 0 by the architectures themselves; costs a forward pass."""
-    if segment.before is None:
-        return torch.zeros_like(carried)
-    before = Batch(segment.before, torch.full_like(segment.before, -1), torch.zeros_like(carried), {})
-    return unroll(weights, cells, before, dtype)[1]
+    return unroll(weights, cells, Batch(segment.before, None, torch.zeros_like(carried), {}), dtype)[1]
 
 # paper: ENAS carries h on from whatever cell read the segment before (here from the mean of them, if several did).
 STATES = {"carry": lambda weights, cells, segment, carried, dtype: carried,
@@ -1649,8 +1602,8 @@ STATES = {"carry": lambda weights, cells, segment, carried, dtype: carried,
 
 def start_batch(config, weights, cells, segment, carried, masks):
     """A Batch whose state follows the policy --state; at the start of the text it is 0 under all of them."""
-    carried = zero_state(weights, config.batch) if segment.before is None else carried
-    state = STATES[config.state](weights, cells, segment, carried, DTYPES[config.dtype])
+    state = zero_state(weights, config.batch) if segment.before is None else \
+        STATES[config.state](weights, cells, segment, carried, DTYPES[config.dtype])
     return Batch(segment.inputs, segment.targets, state, masks)
 
 def mean_state(losses, state):
@@ -1670,7 +1623,7 @@ def score(config, weights, cells, segment, carried, masks={}):
     """Losses [K] of architectures on one validation segment in eval mode, and the state to carry on [1, B, H or 2H]."""
     batch = start_batch(config, weights, cells, segment, carried, masks)
     losses, state = network(weights, cells, batch, DTYPES[config.dtype])
-    return losses, mean_state(losses.detach(), state)
+    return losses, mean_state(losses, state)
 
 # rows -> factors of the training losses [K], and what is added to the rewards' [K]. results/studies.py adds a task.
 TASKS = {"none": lambda cells: (torch.ones_like(cells[:, 0], dtype=torch.float32), 0.0)}
@@ -1689,7 +1642,6 @@ def policy_of(config, decisions):
 
 class Search:
     """ENAS's two players between their steps: shared weights (SGD) and controller (Adam), their places in the text.
-
     s is what a checkpoint holds beside them: 'past' gradients, 'sums' and 'counts' since the last line of metrics."""
 
     def __init__(self, config, corpus):
@@ -1740,8 +1692,7 @@ class Search:
     def shared_step(self, progress):
         """SGD on omega: a fresh architecture (or a few) on the next training segment."""
         config, s = self.config, self.s
-        with torch.no_grad():
-            cells = self.controller.sample(config.shared_samples, *self.key("shared")).rows
+        cells = self.controller.sample(config.shared_samples, *self.key("shared")).rows
         segment = self.streams["train"].next()
         batch = start_batch(config, s["weights"], cells, segment, s["state"]["train"], self.masks(s["step"]))
         lr = self.lr(progress, segment) * rates_of(cells)[:1]  # with --rates there is one
@@ -1755,13 +1706,12 @@ class Search:
     def foresee(self, progress, cells):
         """The Step that a shared step on the next training segment of its own would be, for a fold of architectures."""
         config, segment, carried = self.config, self.streams["ahead"].next(), self.s["state"]["ahead"]
-        omega, masks = self.s["weights"], self.masks(("ahead", self.s["step"]))
+        omega, past, masks = self.s["weights"], self.s["past"], self.masks(("ahead", self.s["step"]))
         strict = torch.promote_types(DTYPES[config.dtype], torch.float32)  # bfloat16 would round a difference away
-
         def own_losses(weights, cells, segment):
             batch = start_batch(config, omega, cells, segment, carried, masks)
             losses, state = network(weights, cells, batch, strict, config.activation_reg, config.slowness_reg)
-            self.s["state"]["ahead"] = mean_state(losses.detach(), state)
+            self.s["state"]["ahead"] = mean_state(losses, state)
             return losses * TASKS[config.task](cells)[0]
 
         def each(weights, cells, segment, v):
@@ -1773,14 +1723,12 @@ class Search:
             return square.sqrt(), rates_of(cells) * along
 
         losses = lambda weights, cells, segment: own_losses(weights, cells, segment) * rates_of(cells)
-        lr, past = self.lr(progress, segment), self.s["past"]
-        return Step(losses, segment, cells, lr, config.clip, config.weight_decay, past, each)
+        return Step(losses, segment, cells, self.lr(progress, segment), config.clip, config.weight_decay, past, each)
 
     def rewards_on(self, segment):
         """(weights, cells) -> rewards [K] on a validation segment; the state that they leave is carried on."""
         carried = self.s["state"]["valid"]
         masks = perturbed(self.config, self.s["weights"])(segment.inputs, self.s["step"])
-
         def rewards(weights, cells):
             losses, self.s["state"]["valid"] = score(self.config, weights, cells, segment, carried, masks)
             return REWARDS[self.config.reward](losses + TASKS[self.config.task](cells)[1])
@@ -1794,8 +1742,7 @@ class Search:
         rewards, step, fold = self.rewards_on(self.streams["valid"].next()), None, None
         how = config.lookahead, config.response
         if how != ("none", "none"):
-            with torch.no_grad():
-                ahead, fold = self.controller.sample(2 * config.fold, *self.key("folds")).rows.split(config.fold)
+            ahead, fold = self.controller.sample(2 * config.fold, *self.key("folds")).rows.split(config.fold)
             step = self.foresee(progress, ahead)
         return sample, extra_rewards(*how, s["weights"], sample.rows, fold, rewards, step)
 
@@ -1871,9 +1818,8 @@ def derive(config, weights, rows, corpus, at_once=10):
     valid, masks = corpus.valid.to(device), perturbed(config, weights)
     losses = torch.cat([evaluate(weights, part, valid, config.eval_batch, dtype=DTYPES[config.dtype], masks=masks)
                         for part in distinct.split(at_once)])  # some at a time, for memory's sake
-    scored = [perplexity(loss) for loss in losses[which].tolist()]
-    order = sorted(range(len(rows)), key=scored.__getitem__)
-    return rows.cpu()[order], [scored[i] for i in order]
+    losses, order = losses[which].cpu().sort(stable=True)
+    return rows.cpu()[order], [perplexity(loss) for loss in losses.tolist()]
 
 # 10. The two commands ------------------------------------------------------------------------------------------------
 
@@ -1894,8 +1840,7 @@ def check(config):
     if config.rates and config.shared_samples > 1:
         raise UserError(f"--rates {config.rates}: a shared step has one architecture's rate; use --shared_samples 1")
     if config.rates and (config.controller, config.response) == ("trained", "none"):
-        raise UserError(f"--rates {config.rates}: without a --response the controller has no gradient for them, as the "
-                        "loss at any common omega' is the same for every rate")
+        raise UserError(f"--rates {config.rates}: no reward at a common omega' depends on them: choose a --response")
     parts = re.fullmatch(r"(\d+)/(\d+)", config.part)
     if config.part and not (parts and 1 <= int(parts[1]) <= int(parts[2])):
         raise UserError(f"--part {config.part} must be I/N, I from 1 to N")

@@ -4,9 +4,9 @@ import random
 import pytest
 import torch
 
-from menas import (ACTIVATIONS, OUTPUTS, Batch, Cell, Config, CrossEntropy, Node, Recurrence, Workspace, coefficients,
-                   draw_masks, encode, inherit, lstm_weights, network, reference_losses, shared_weights,
-                   standalone_weights, structure)
+from menas import (ACTIVATIONS, OUTPUTS, Batch, Cell, Config, CrossEntropy, Node, Recurrence, Workspace,
+                   coefficient_table, draw_masks, encode, inherit, lstm_weights, network, reference_losses,
+                   shared_weights, standalone_weights, structure)
 
 WORDS, HIDDEN, STREAMS, NODES = 11, 6, 3, 5
 DROPOUT = Config(hidden=HIDDEN, nodes=NODES, init=.6, word_dropout=.2, input_dropout=.3, hidden_dropout=.3,
@@ -60,7 +60,8 @@ def test_batched_equals_reference(k, shared, steps, dropout, size):
 def test_gradcheck_of_the_recurrence():
     """Oracle: finite differences of every input of the hand-written backward, with the bound on |h| active."""
     weights, rows, batch = setting(3, True, 3, seed=4, size=20.0)
-    cell, act = structure(rows), coefficients(structure(rows).act, torch.float64)
+    cell = structure(rows)
+    act = coefficient_table(torch.float64, rows.device)[cell.act][..., None, None].unbind(2)
     draw = torch.Generator().manual_seed(1)
     make = lambda *shape: torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
     w, xw, mask = make(NODES, 3, HIDDEN, 2 * HIDDEN), make(1, 1, 3, STREAMS, 2 * HIDDEN), batch.masks["hidden"]
