@@ -326,6 +326,7 @@ Segment = namedtuple("Segment", "inputs targets before ends")
 
 class Stream:
     """B parallel readings of a split, cut into segments: every token but the first is a target once per epoch."""
+    at = property(lambda self: self.place[1])  # the next segment's start
 
     def __init__(self, tokens, batch, bptt, key=(), vary=False):
         if len(tokens) <= batch:
@@ -353,7 +354,7 @@ class Stream:
 
     def progress(self):
         """Epochs read so far, with the fraction of the one at hand."""
-        return self.place[0] + self.place[1] / self.length
+        return self.place[0] + self.at / self.length
 
 # 3. Cells and search spaces ------------------------------------------------------------------------------------------
 
@@ -1323,8 +1324,7 @@ def leave_one_out(rewards, memory, decay):
     return (rewards.sum() - rewards) / max(len(rewards) - 1, 1), memory
 
 def moving_average(rewards, memory, decay):
-    """b = decayed mean of PAST rewards, bias-corrected; memory [2]: weighted sum and weight. paper: ENAS's baseline.
-    The very first step, which has no past, takes leave_one_out."""
+    """b = decayed mean of PAST rewards, bias-corrected, first leave_one_out. memory [2]: sum, weight. paper: ENAS."""
     past = torch.where(memory[1] > 0, memory[0] / memory[1].clamp(min=1e-12), leave_one_out(rewards, memory, decay)[0])
     now = torch.stack([rewards.mean(), torch.ones_like(memory[1])])
     return past, decay * memory + (1 - decay) * now
