@@ -576,6 +576,7 @@ def ways(decisions):
     """A function (i, known) -> [(value, what is known then, number of different cells from there)] of decision i; known
     are the (column, value) that a later `when` asks about. From (0, ()) the numbers add up to the space's size."""
     last_use = {column: i for i, d in enumerate(decisions) for column, _ in d.when}
+
     @lru_cache(maxsize=None)
     def options(i, known):
         d, found = decisions[i], []
@@ -729,12 +730,6 @@ def draw_masks(config, words, batch, seeds, step):
     return {name: torch.stack([torch.rand(shapes[name], generator=rng(seed, name, step)) >= rate for seed in seeds])
             / (1 - rate) for name, rate in rates.items() if rate > 0}
 
-def perturbations(words, noise, vocabulary, shape, *key):
-    """Masks of a perturbed input of shape [T, B, H]: at a rate whole words of the vocabulary are dropped, word [1, V];
-    and Gaussian noise, in units of the embeddings' root mean square, is added, noise [1, T, B, H]."""
-    masks = draw_masks(Config(word_dropout=words), vocabulary, 1, [key], 0)
-    return {**masks, "noise": noise * torch.randn(1, *shape, generator=rng("noise", *key))} if noise else masks
-
 def reference_losses(weights, row, batch, k=0):
     """The network as the peers write it, for ONE architecture: the mean loss, and the states [T, B, H or 2H].
     Highway node (Pham et al. 2018): [c, u] = s_p W;  s_i = s_p + sigmoid(c) * (act(u) - s_p). Others: OPERATIONS."""
@@ -844,12 +839,31 @@ def local_derivatives(node, p, keep, act, kinds, passed):
     y.copy_(torch.where(gate | sum_, 0, dz))
     keep.mul_(highway).add_(sum_)
 
+def read_also(z, p, r, here, mask, w):
+    """z = [c, u] and the returned s_p become means over p and the slot read also, r, where this node reads one; where
+    another does, r may not be computed yet, and is no number."""
+    z_r = torch.bmm(r if mask is None else r * mask, w)
+    z.copy_(torch.where(here, (z + z_r) / 2, z))
+    return torch.where(here, (p + r) / 2, p)
+
+def edge_gradients(dz, reads, also, half, mask, like):
+    """dL/dw of every edge, each ONE product over all T * B rows: dz [N, K, T, B, 2, H], reads(i) what node i reads
+    [K, T, B, H]; both edges of a node that reads also have their share of its dz, which is left with its own."""
+    (n, k), dw, flat = dz.shape[:2], torch.empty_like(like), lambda x: x.reshape(dz.shape[1], -1, x.shape[-1])
+    masked = lambda x: flat(x if mask is None else x * mask[:, None]).transpose(1, 2)
+    if also is not None:
+        torch.bmm(masked(also), flat((dz * half[..., None, None]).sum(0).flatten(3)), out=dw[n])
+        dz.mul_(1 - half[..., None, None])
+    for i in range(n):
+        torch.bmm(masked(reads(i)), flat(dz[i].flatten(3)), out=dw[i])
+    return dw
+
 class Recurrence(torch.autograd.Function):
     """All nodes, steps and architectures of the recurrence, with a backward pass through time written by hand.
     xw [I, K or 1, T, B, 2H] is x_t times the input weights of the I nodes on_input; h0, m0 [K, B, H]; w [N, K, H, 2H]
     each node's weights, its candidate half scaled by slope; mask [K or 1, B or 1, H] or None; a Structure, act the
     coefficients. Returns h [K, T, B, H] and the last memory [K, B, H] or None. Buffers are filled in place, without a
-    graph; each node's weight gradient is ONE product over all T * B rows. For second derivatives: reference_losses."""
+    graph. For second derivatives: reference_losses."""
 
     @staticmethod
     def forward(ctx, training, xw, h0, m0, w, mask, on_input, cell, *act):
@@ -888,10 +902,7 @@ class Recurrence(torch.autograd.Function):
                     z_c.addcmul_(x[..., :hidden], takes[i])
                     z_u.addcmul_(x[..., hidden:], takes[i] * slope[i])
                 if gated and also is not None:
-                    r = rows.index_select(0, also)  # of the other nodes possibly not yet computed: no number
-                    z_r = torch.bmm(r if mask is None else r * mask, w[n])
-                    z.copy_(torch.where(more.here[i], (z + z_r) / 2, z))
-                    p = torch.where(more.here[i], (p + r) / 2, p)
+                    p = read_also(z, p, rows.index_select(0, also), more.here[i], mask, w[n])
                 if gated:  # a gate's activation is of the second slot
                     q = rows.index_select(0, second[i])
                     z_u.copy_(torch.where(more.gate[i], q * slope[i], z_u))
@@ -922,8 +933,8 @@ class Recurrence(torch.autograd.Function):
         (n, k), hidden, (t_, b), count, gated = cell.read.shape, w.shape[2], h.shape[1:3], len(slots), extra is not None
         if gated:
             highway, live, has, second, memory, m, m_shrink, also = extra
-        if more := gated and also is not None:
-            half = cell.more.here.to(w.dtype) / 2
+        more = gated and also is not None
+        half = cell.more.here.to(w.dtype) / 2 if more else None
         flat, alone = slots.view(count * k, t_, b, hidden), k == 1 and w.device.type == "cpu"
         wheres = index.flatten().tolist() if alone else index.unbind()
         values = lambda where: slots[where] if alone else flat.index_select(0, where)    # [K, T, B, H]
@@ -965,14 +976,7 @@ class Recurrence(torch.autograd.Function):
                 if gated:
                     ds_flat.index_add_(0, second[i], d * passed[i][:, t])
             dh = ds[0]
-        dw = torch.empty_like(w)
-        masked = lambda x: (x if mask is None else x * mask[:, None]).view(k, t_ * b, hidden).transpose(1, 2)
-        if more:  # both edges of a node have their share of the gradient
-            sums = (gates.view(n, k, -1) * half[..., 0]).sum(0).view(k, t_ * b, 2 * hidden)
-            torch.bmm(masked(r), sums, out=dw[n])
-            gates.view(n, k, -1).mul_(1 - half[..., 0])
-        for i in range(n):
-            torch.bmm(masked(values(wheres[i])), gates[i].view(k, t_ * b, 2 * hidden), out=dw[i])
+        dw = edge_gradients(gates, lambda i: values(wheres[i]), r, half, mask, w)
         dxw = gates[on_input] * takes[on_input][..., None, None]                         # [I, K, T, B, 2, H]
         dxw[..., 1, :] *= act[0][on_input][:, :, None]  # slope
         dxw = dxw.flatten(4)
@@ -1612,10 +1616,14 @@ def mean_state(losses, state):
     return torch.where(finite, state, 0.0).sum(0, keepdim=True) / finite.sum().clamp(min=1)
 
 def perturbed(config, weights):
-    """(inputs [T, B], key) -> the masks of --reward_words and --reward_noise; none without them."""
+    """(inputs [T, B], key) -> the masks of a perturbed input: word [1, V] drops whole words at --reward_words, noise
+    [1, T, B, H] is Gaussian, --reward_noise times the embeddings' root mean square; neither of them at 0."""
     def masks(inputs, *key):
-        shape, how = (*inputs.shape, weights["embedding"].shape[1]), (config.reward_words, config.reward_noise)
-        return to_device(perturbations(*how, len(weights["embedding"]), shape, config.seed, *key), inputs.device)
+        key, (words, hidden) = (config.seed, *key), weights["embedding"].shape[-2:]
+        drawn = draw_masks(Config(word_dropout=config.reward_words), words, 1, [key], 0)
+        if config.reward_noise:
+            drawn["noise"] = config.reward_noise * torch.randn(1, *inputs.shape, hidden, generator=rng("noise", *key))
+        return to_device(drawn, inputs.device)
 
     return masks
 
@@ -1708,6 +1716,7 @@ class Search:
         config, segment, carried = self.config, self.streams["ahead"].next(), self.s["state"]["ahead"]
         omega, past, masks = self.s["weights"], self.s["past"], self.masks(("ahead", self.s["step"]))
         strict = torch.promote_types(DTYPES[config.dtype], torch.float32)  # bfloat16 would round a difference away
+
         def own_losses(weights, cells, segment):
             batch = start_batch(config, omega, cells, segment, carried, masks)
             losses, state = network(weights, cells, batch, strict, config.activation_reg, config.slowness_reg)
@@ -1729,6 +1738,7 @@ class Search:
         """(weights, cells) -> rewards [K] on a validation segment; the state that they leave is carried on."""
         carried = self.s["state"]["valid"]
         masks = perturbed(self.config, self.s["weights"])(segment.inputs, self.s["step"])
+
         def rewards(weights, cells):
             losses, self.s["state"]["valid"] = score(self.config, weights, cells, segment, carried, masks)
             return REWARDS[self.config.reward](losses + TASKS[self.config.task](cells)[1])

@@ -261,7 +261,7 @@ def study_robust(config, run):
         lines = {name: [] for name in (*OBJECTIVES, "LSTM")}
         for strength in strengths:
             how = dict(reward_words=strength) if kind == "words dropped" else dict(reward_noise=strength)
-            masks = perturbed(replace(config, **how), {"embedding": saved[0]["embedding"][0]})
+            masks = perturbed(replace(config, **how), weights)
             measure = lambda w, rows: evaluate(w, rows, corpus.test, config.eval_batch, masks=masks).tolist()
             losses = dict(zip(names, measure(weights, cells)))
             for name in OBJECTIVES:

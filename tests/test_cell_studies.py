@@ -162,7 +162,8 @@ def test_rewards_on_perturbed_input(text):
         assert torch.equal(losses, plain) == (how == {})
     noise = perturbed(replace(config, reward_noise=.5), weights)(torch.zeros(400, 50, dtype=torch.long), 1)["noise"]
     assert noise.shape == (1, 400, 50, 8) and noise.std().item() == pytest.approx(.5, rel=.02)
-    dropped = perturbed(replace(config, reward_words=.3), {"embedding": torch.zeros(9000, 8)})(segment.inputs, 1)["word"]
+    many = {"embedding": torch.zeros(9000, 8)}
+    dropped = perturbed(replace(config, reward_words=.3), many)(segment.inputs, 1)["word"]
     assert (dropped == 0).float().mean().item() == pytest.approx(.3, abs=.02)
 
 
@@ -173,8 +174,8 @@ def test_the_whole_split_under_a_perturbation(text):
     run_study("train", menas.study_train, replace(config, cell=name_of(decode(rows[0])), epochs=3, replicas=1, lr=5.0,
                                                   out=str(text / "trained")))
     weights = torch.load(text / "trained/weights.pt", weights_only=True)
-    under = lambda **how: evaluate(weights, rows, corpus.test, 8, masks=perturbed(replace(config, **how), {
-        "embedding": weights["embedding"][0]})).item()
+    masks = lambda how: perturbed(replace(config, **how), weights)
+    under = lambda **how: evaluate(weights, rows, corpus.test, 8, masks=masks(how)).item()
     assert under() == evaluate(weights, rows, corpus.test, 8).item()
     assert under() < under(reward_words=.3) < under(reward_words=.9) and under() < under(reward_noise=3.0)
 

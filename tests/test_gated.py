@@ -11,7 +11,7 @@ import torch
 import menas
 from menas import (ACTIVATIONS, CELLS, INPUT, MEMORY, OPERATIONS, OUTPUTS, Batch, Cell, Config, Controller, Node,
                    UserError, cell_from_json, cell_to_json, decode, draw_masks, encode, evaluate, network,
-                   perturbations, recurrent_parameters, reference_losses, search_space, shared_weights,
+                   perturbed, recurrent_parameters, reference_losses, search_space, shared_weights,
                    standalone_weights, unroll,
                    uniform_rows, ways)
 from results.studies import path_count
@@ -51,7 +51,7 @@ def setting(k, shared, steps, seed=0, dropout=True, size=1.0, widths=(0,)):
     weights = {name: w.double().requires_grad_() for name, w in weights.items()}
     tokens = torch.randint(WORDS, (2, steps, STREAMS), generator=draw)
     masks = {**draw_masks(DROPOUT, WORDS, STREAMS, [1] if shared else range(k), seed),
-             **perturbations(0, .5, WORDS, (steps, STREAMS, HIDDEN), seed)} if dropout else {}
+             **perturbed(Config(reward_noise=.5), weights)(tokens[0], seed)} if dropout else {}
     state = (size * torch.randn(k, STREAMS, 2 * HIDDEN, generator=draw).double()).requires_grad_()
     return weights, rows, Batch(tokens[0], tokens[1], state, {name: m.double() for name, m in masks.items()})
 
