@@ -134,7 +134,8 @@ class Config:
     retrain_epochs: int = option(0, "of these trainings (0: as --epochs of train)", ">= 0")
     retrain_cells: int = option(4, "extra: how many sampled cells these are, per search", ">= 1")
     # train
-    cell: str = option("enas", "names, JSON files or search runs, comma-separated, trained in one batch; or lstm")
+    cell: str = option("enas", "names, JSON files or search runs, comma-separated, trained in one batch, each with "
+                       "--seed or as in enas@3 its own; or lstm")
     weights: str = option("", "a search run whose shared weights to start from (default: from scratch)")
     replicas: int = option(1, "networks of each cell, or searches of a study, seeded --seed, --seed + 1, ...", ">= 1")
     patience: int = option(5, "epochs without improvement before training stops", ">= 1")
@@ -456,9 +457,9 @@ def cell_from_json(cell):
 
 # A row of integers [D] is a cell. In ENAS's space, D = 2 + 2N: its number of nodes, its output, then for each node the
 # slot read and the activation. Any other cell has 3 + 2N columns more, so an odd D: memory, width, rate, then for each
-# node the operation and the second slot; with a slot read also another two, the node's own slot and that. What is
-# missing is 0. So D says which of them there are: D % 4 is 1 without and 3 with the last two.
-Columns = namedtuple("Columns", "count output memory width rate read act operation second extra also")
+# node the operation and the second slot; with a slot read also another two, who reads it (the node's own slot) and it.
+# What is missing is 0. So D says which of them there are: D % 4 is 1 without and 3 with the last two.
+Columns = namedtuple("Columns", "count output memory width rate read act operation second who also")
 
 def columns(rows):
     """The columns of rows [K, D] by name: of [K], and read, act, operation, second [K, N]."""
@@ -467,9 +468,9 @@ def columns(rows):
     if rows.shape[1] % 4 == 1:
         rows = F.pad(rows, (0, 2))
     n = (rows.shape[1] - 7) // 4
-    enas, rest, extra = rows[:, 2:2 + 2 * n], rows[:, 2 + 2 * n:-2], rows[:, -2:]
+    enas, rest, last = rows[:, 2:2 + 2 * n], rows[:, 2 + 2 * n:-2], rows[:, -2:]
     return Columns(*rows[:, :2].unbind(1), *rest[:, :3].unbind(1), enas[:, ::2], enas[:, 1::2], rest[:, 3::2],
-                   rest[:, 4::2], *extra.unbind(1))
+                   rest[:, 4::2], *last.unbind(1))
 
 def is_gated(cell):
     """Is it outside ENAS's space: a cell with more than one predecessor, activation and highway a node?"""
@@ -492,13 +493,12 @@ def encode(cells, nodes=0):
         for i, node in enumerate(cell.nodes):
             if node.also:
                 row[-2:] = torch.tensor([i + 1, node.also])
-    gated, extra = any(map(is_gated, cells)), rows[:, -1].any()
-    return rows if extra else rows[:, :-2] if gated else rows[:, :2 + 2 * n]
+    return rows if rows[:, -1].any() else rows[:, :-2] if any(map(is_gated, cells)) else rows[:, :2 + 2 * n]
 
 def decode(row):
     """The Cell of one row [D]."""
-    count, output, memory, width, rate, *nodes, extra, also = [x.tolist()[0] for x in columns(row[None])]
-    made = [Node(read, list(ACTIVATIONS)[act], OPERATIONS[operation], second, also if extra == i + 1 else 0)
+    count, output, memory, width, rate, *nodes, who, also = [x.tolist()[0] for x in columns(row[None])]
+    made = [Node(read, list(ACTIVATIONS)[act], OPERATIONS[operation], second, also if who == i + 1 else 0)
             for i, (read, act, operation, second) in enumerate(list(zip(*nodes))[:count])]
     return Cell(tuple(made), OUTPUTS[output], memory, width, rate)
 
@@ -706,11 +706,11 @@ def structure(cells, hidden=0):
     live = ((units < c.width[:, None]) | (c.width[:, None] == 0))[:, None]               # [K, 1, H]
     kinds = ((operation == kind)[..., None, None] for kind in (HIGHWAY, GATE, SUM))
     slots, has = torch.where(second == MEMORY, len(read) + 1, second), live & (c.memory > 0)[:, None, None]
-    edge, extra = edge_index(read, node), (None, None)
+    edge, second_edge = edge_index(read, node), (None, None)
     if cells.shape[1] % 4 == 3:
-        edge = torch.cat([edge, edge_index(c.also, (c.extra - 1).clamp(min=0))[None]])
-        extra = c.also, (c.extra == node + 1)[..., None, None]
-    more = Gates(*kinds, slots, c.memory, live, has, *extra) if cells.shape[1] % 2 else None
+        edge = torch.cat([edge, edge_index(c.also, (c.who - 1).clamp(min=0))[None]])
+        second_edge = c.also, (c.who == node + 1)[..., None, None]
+    more = Gates(*kinds, slots, c.memory, live, has, *second_edge) if cells.shape[1] % 2 else None
     return Structure(read, edge, act, leaf.double() / leaf.sum(0), exists & (read == INPUT), more)
 
 def inherit(shared, cells):
@@ -840,23 +840,18 @@ def local_derivatives(node, p, keep, act, kinds, passed):
     keep.mul_(highway).add_(sum_)
 
 def read_also(z, p, r, here, mask, w):
-    """z = [c, u] and the returned s_p become means over p and the slot read also, r, where this node reads one; where
-    another does, r may not be computed yet, and is no number."""
+    """z = [c, u] and the returned s_p: means over p and the slot read also, r, where it is here. Else r may be NaN."""
     z_r = torch.bmm(r if mask is None else r * mask, w)
     z.copy_(torch.where(here, (z + z_r) / 2, z))
     return torch.where(here, (p + r) / 2, p)
 
-def edge_gradients(dz, reads, also, half, mask, like):
-    """dL/dw of every edge, each ONE product over all T * B rows: dz [N, K, T, B, 2, H], reads(i) what node i reads
-    [K, T, B, H]; both edges of a node that reads also have their share of its dz, which is left with its own."""
-    (n, k), dw, flat = dz.shape[:2], torch.empty_like(like), lambda x: x.reshape(dz.shape[1], -1, x.shape[-1])
-    masked = lambda x: flat(x if mask is None else x * mask[:, None]).transpose(1, 2)
-    if also is not None:
-        torch.bmm(masked(also), flat((dz * half[..., None, None]).sum(0).flatten(3)), out=dw[n])
-        dz.mul_(1 - half[..., None, None])
-    for i in range(n):
-        torch.bmm(masked(reads(i)), flat(dz[i].flatten(3)), out=dw[i])
-    return dw
+def edge_gradients(dz, reads, mask, out):
+    """dL/dw of edges, each ONE product over all T * B rows, to out [N, K, H, 2H]: dz [N, K, T, B, 2, H], and reads(i)
+    what node i reads [K, T, B, H]."""
+    flat = lambda x: x.reshape(dz.shape[1], -1, x.shape[-1])
+    for i, dw in enumerate(out):
+        read = reads(i) if mask is None else reads(i) * mask[:, None]
+        torch.bmm(flat(read).transpose(1, 2), flat(dz[i].flatten(3)), out=dw)
 
 class Recurrence(torch.autograd.Function):
     """All nodes, steps and architectures of the recurrence, with a backward pass through time written by hand.
@@ -881,12 +876,12 @@ class Recurrence(torch.autograd.Function):
         index, leaf = flat(cell.read), cell.leaf.t()[:, None].to(w.dtype).contiguous()   # [N, K]; [K, 1, N]
         slope, spread = act[0], lambda x: x.flatten().tolist() if alone else x.unbind()
         per_node = list(zip(w, *map(spread, (index, *act[1:5]))))
-        takes, gated, extra = cell.takes[..., None, None].to(w.dtype), more is not None, None            # [N, K, 1, 1]
+        takes, gated, parts = cell.takes[..., None, None].to(w.dtype), more is not None, None            # [N, K, 1, 1]
         if gated:
             highway, live, has = (x.to(w.dtype) for x in (more.highway, more.live, more.has))
             m, m_shrink = torch.empty_like(h), torch.empty_like(shrink)
             also = None if more.also is None else flat(more.also)
-            extra = highway, live, has, (second := flat(more.second)), (memory := flat(more.memory)), m, m_shrink, also
+            parts = highway, live, has, (second := flat(more.second)), (memory := flat(more.memory)), m, m_shrink, also
         for t in range(t_):
             now = t if training else 0
             rows = slots.view(count * k, kept, b, hidden)[:, now]                        # [slots * K, B, H]
@@ -915,7 +910,7 @@ class Recurrence(torch.autograd.Function):
             if gated:
                 m[:, t], m_shrink[:, t] = bound_norm(rows.index_select(0, memory) * has)
         if training:
-            ctx.buffers = index, leaf, takes, extra, slots, gates, h.detach(), shrink  # else h would refer to itself
+            ctx.buffers = index, leaf, takes, parts, slots, gates, h.detach(), shrink  # else h would refer to itself
         else:
             Workspace.give(slots, gates)
         if not gated:
@@ -929,17 +924,17 @@ class Recurrence(torch.autograd.Function):
         training, xw, _, _, w, mask, on_input, cell, *act = ctx.inputs
         if ctx.buffers is None:  # a second backward: the first one has used them up
             Recurrence.forward(ctx, *ctx.inputs)
-        (index, leaf, takes, extra, slots, gates, h, shrink), ctx.buffers = ctx.buffers, None
-        (n, k), hidden, (t_, b), count, gated = cell.read.shape, w.shape[2], h.shape[1:3], len(slots), extra is not None
+        (index, leaf, takes, parts, slots, gates, h, shrink), ctx.buffers = ctx.buffers, None
+        (n, k), hidden, (t_, b), count, gated = cell.read.shape, w.shape[2], h.shape[1:3], len(slots), parts is not None
         if gated:
-            highway, live, has, second, memory, m, m_shrink, also = extra
-        more = gated and also is not None
-        half = cell.more.here.to(w.dtype) / 2 if more else None
+            highway, live, has, second, memory, m, m_shrink, also = parts
+        two = gated and also is not None  # does a node read also? Both of its edges have half of the gradient:
+        half = cell.more.here.to(w.dtype) / 2 if two else None                           # [N, K, 1, 1], else 0
         flat, alone = slots.view(count * k, t_, b, hidden), k == 1 and w.device.type == "cpu"
         wheres = index.flatten().tolist() if alone else index.unbind()
         values = lambda where: slots[where] if alone else flat.index_select(0, where)    # [K, T, B, H]
-        r = flat.index_select(0, also) if more else None
-        carried = lambda i: torch.lerp(values(wheres[i]), r, half[i][:, None]) if more else values(wheres[i])
+        r = flat.index_select(0, also) if two else None
+        carried = lambda i: torch.lerp(values(wheres[i]), r, half[i][:, None]) if two else values(wheres[i])
         keep, passed = (Workspace.take(w, n, k, t_, b, hidden) if x else None for x in (True, gated))
         for i in range(n):  # gates become ds/dc~ and ds/dz, keep ds/dp, passed ds/dq
             kinds = [x[i][:, None] for x in (highway, cell.more.gate, cell.more.sum)] if gated else None
@@ -968,7 +963,7 @@ class Recurrence(torch.autograd.Function):
                 if mask is not None:
                     dp.mul_(mask)
                 dp.addcmul_(d, stay[:, t])
-                if more:
+                if two:
                     dr = torch.bmm(dz, w[n].transpose(1, 2))
                     ds_flat.index_add_(0, also, half[i] * (dr if mask is None else dr * mask).addcmul_(d, stay[:, t]))
                     dp.mul_(1 - half[i])
@@ -976,7 +971,11 @@ class Recurrence(torch.autograd.Function):
                 if gated:
                     ds_flat.index_add_(0, second[i], d * passed[i][:, t])
             dh = ds[0]
-        dw = edge_gradients(gates, lambda i: values(wheres[i]), r, half, mask, w)
+        dw = torch.empty_like(w)
+        if two:
+            edge_gradients((gates * half[..., None, None]).sum(0, keepdim=True), lambda i: r, mask, dw[n:])
+            gates.mul_(1 - half[..., None, None])  # what is left to the first edges
+        edge_gradients(gates, lambda i: values(wheres[i]), mask, dw[:n])
         dxw = gates[on_input] * takes[on_input][..., None, None]                         # [I, K, T, B, 2, H]
         dxw[..., 1, :] *= act[0][on_input][:, :, None]  # slope
         dxw = dxw.flatten(4)
@@ -1049,7 +1048,7 @@ def unroll(weights, cells, batch, dtype=torch.float32):
     h0, m0 = state.expand(len(cells), -1, -1).chunk(2, -1)
     d, on_input = hidden, [0]  # units computed with; nodes that read the input pair
     if cell.more is not None:
-        on_input = [i for i in range(min(len(w), w_x.shape[1])) if not host or cell.takes[i].any()]
+        on_input = [i for i in range(min(len(cell.takes), w_x.shape[1])) if not host or cell.takes[i].any()]
         live = cell.more.live
         if host and len(cells) == 1:
             d = int(live.sum())
@@ -1409,7 +1408,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         if error[0] is UserError and not self.metrics.exists():
-            (self.folder / "config.json").unlink()  # nothing was done: the corrected command may have the folder
+            (self.folder / "config.json").unlink(missing_ok=True)  # nothing was done: it may be corrected
         self.lock.close()
 
     def on_signal(self, number, frame):
@@ -1620,7 +1619,8 @@ def perturbed(config, weights):
     [1, T, B, H] is Gaussian, --reward_noise times the embeddings' root mean square; neither of them at 0."""
     def masks(inputs, *key):
         key, (words, hidden) = (config.seed, *key), weights["embedding"].shape[-2:]
-        drawn = draw_masks(Config(word_dropout=config.reward_words), words, 1, [key], 0)
+        dropped = draw_masks(Config(word_dropout=config.reward_words), words, 1, [key], 0)
+        drawn = {name: mask.clamp(max=1) for name, mask in dropped.items()}  # of a network that is trained without
         if config.reward_noise:
             drawn["noise"] = config.reward_noise * torch.randn(1, *inputs.shape, hidden, generator=rng("noise", *key))
         return to_device(drawn, inputs.device)
@@ -1790,8 +1790,7 @@ class Search:
         return line
 
 def search(config, run, corpus, watch=lambda weights, controller, epoch: None):
-    """ENAS: rounds of SGD on the shared weights, then of REINFORCE on the controller. Returns both. watch is called
-    before a round, of a resumed one possibly again."""
+    """ENAS: rounds of SGD on the shared weights, then of REINFORCE on the controller; returns both. watch sees them."""
     game = Search(config, corpus)
     round_ = game.shared_steps + (config.controller_steps if config.controller == "trained" else 0)
     total = (config.epochs + config.settle) * round_
@@ -1851,8 +1850,7 @@ def check(config):
         raise UserError(f"--rates {config.rates}: a shared step has one architecture's rate; use --shared_samples 1")
     if config.rates and (config.controller, config.response) == ("trained", "none"):
         raise UserError(f"--rates {config.rates}: no reward at a common omega' depends on them: choose a --response")
-    parts = re.fullmatch(r"(\d+)/(\d+)", config.part)
-    if config.part and not (parts and 1 <= int(parts[1]) <= int(parts[2])):
+    if config.part and not ((of := re.fullmatch(r"(\d+)/(\d+)", config.part)) and 1 <= int(of[1]) <= int(of[2])):
         raise UserError(f"--part {config.part} must be I/N, I from 1 to N")
     device_of(config)
 
@@ -1886,8 +1884,8 @@ def study_train(config, run):
     """Train cells from scratch or from a search's shared weights, as one batch; perplexities of the best weights."""
     corpus, device = load_corpus(config), device_of(config)
     words = len(corpus.words)
-    names = [name for name in config.cell.split(",") for _ in range(config.replicas)]
-    seeds = [config.seed + i % config.replicas for i in range(len(names))]
+    given = [re.fullmatch(r"(.*?)(?:@(\d+))?", name) for name in config.cell.split(",")]
+    names, seeds = zip(*((x[1], int(x[2] or config.seed) + i) for x in given for i in range(config.replicas)))
     if "lstm" not in names:
         cells = encode([load_cell(config, name) for name in names])
         weights = inherit(load_shared(config, words, cells), cells) if config.weights else \

@@ -10,32 +10,38 @@ from dataclasses import replace
 
 import torch
 
-from menas import (ACTIVATIONS, CELLS, INPUT, PRESETS, SPLITS, Controller, Node, UserError, decode, derive, edge_index,
-                   encode, evaluate, inherit, leaves, load_cell, load_corpus, lstm_weights, perturbed, read_json,
-                   retrain, rng, row_name, run_study, search, search_space, study_search, uniform_rows, write_json)
+from menas import (ACTIVATIONS, CELLS, FAMILIES, INPUT, PRESETS, SPLITS, Controller, Node, UserError, decode, derive,
+                   device_of, edge_index, encode, evaluate, inherit, is_gated, leaves, load_cell, load_corpus,
+                   perturbed, read_json, retrain, rng, row_name, run_study, search, search_space, study_search,
+                   to_device, uniform_rows, write_atomically, write_json)
 from results.stats import probe, ridge
 from results.studies import BARE, BRIEF, LARGE, PROPERTIES, SEARCHES, depths, path_count
 
 AT_ONCE = 25  # networks trained as one
+LSTMS = 10  # seeds of an LSTM in study_compare
 
 QUICKLY = dict(BRIEF, retrain_epochs=1, replicas=2)
-FULLY = dict(SEARCHES, retrain_epochs=25, patience=3, plateau=4.0)  # until it stops improving
+UNTIL_IT_STOPS = dict(retrain_epochs=25, patience=3, plateau=4.0)  # improving; the tables count what ran into the limit
+FULLY, FEW = dict(SEARCHES, **UNTIL_IT_STOPS), dict(BARE, **UNTIL_IT_STOPS)
+PAPER = dict(LARGE, retrain_epochs=300, patience=10, plateau=2.0)
 # preset -> study -> its settings beside the preset's own
 SETTINGS = {"smoke": {
     **dict.fromkeys(("compare", "factors", "robust", "progress"), QUICKLY), "capacity": dict(QUICKLY, derive_samples=2),
-    "ablate": dict(QUICKLY, cell="found,random:1", retrain_cells=1), "hidden": dict(QUICKLY, derive_samples=20),
+    "ablate": dict(QUICKLY, cell="found,random:1", retrain_cells=1), "hidden": dict(QUICKLY, derive_samples=2),
 }, "tiny": {
-    "compare": dict(FULLY, replicas=4, derive_samples=25), "factors": dict(FULLY, replicas=4), "robust": FULLY,
+    "compare": dict(FULLY, replicas=10, derive_samples=10), "factors": FULLY, "robust": FULLY,
     "ablate": dict(FULLY, nodes=9, cell="found,random:1,darts_v2", retrain_cells=6),
     "capacity": dict(retrain_epochs=100, patience=5, plateau=2.0, derive_samples=20),
-    "hidden": dict(SEARCHES, replicas=3, derive_samples=300), "progress": dict(SEARCHES, epochs=12, derive_samples=20),
+    "hidden": dict(SEARCHES, derive_samples=30), "progress": dict(SEARCHES, epochs=12, derive_samples=20),
 }, "ptb": {
-    **dict.fromkeys(("compare", "factors", "robust", "ablate", "capacity"), BARE),
-    "hidden": dict(BARE, derive_samples=60), "progress": dict(BARE, epochs=8),
+    "compare": dict(FEW, replicas=5, derive_samples=4), "factors": dict(FEW, replicas=3), "robust": FEW,
+    "ablate": dict(FEW, cell="found,random:1", retrain_cells=4),
+    "capacity": dict(FEW, retrain_epochs=100, derive_samples=10),
+    "hidden": dict(BARE, derive_samples=30), "progress": dict(BARE, epochs=8),
 }, "paper": {
-    "compare": dict(LARGE, replicas=4, derive_samples=25), **dict.fromkeys(("factors", "robust"), LARGE),
-    "ablate": dict(LARGE, nodes=12, cell="found,random:1,random:2,enas,darts_v2,enas_lm", retrain_cells=20),
-    "capacity": dict(LARGE, derive_samples=50), "hidden": dict(LARGE, derive_samples=300), "progress": LARGE,
+    "compare": dict(PAPER, derive_samples=10), **dict.fromkeys(("factors", "robust"), PAPER),
+    "ablate": dict(PAPER, nodes=12, cell="found,random:1,random:2,enas,darts_v2,enas_lm", retrain_cells=20),
+    "capacity": dict(PAPER, derive_samples=50), "hidden": dict(LARGE, derive_samples=30), "progress": LARGE,
 }}
 for preset, settings in SETTINGS.items():
     PRESETS[preset].update(settings)
@@ -43,6 +49,13 @@ for preset, settings in SETTINGS.items():
 def name_of(cell):
     """The cell as --cell takes it, its row."""
     return row_name([*encode([cell])[0].tolist(), None])
+
+def in_plain_space(config, nodes=1):
+    """A UserError if the study, which is about ENAS's own space, is asked for another."""
+    other = [name for name in ("operations", "min_nodes", "widths", "rates", "connections", "activations",
+                               "activation_scope") if getattr(config, name) != getattr(type(config), name)]
+    if other or config.nodes < nodes:
+        raise UserError(f"--{(other or ['nodes'])[0]}: this study is of ENAS's own space, of {nodes} nodes at least")
 
 def sub_runs(run, work):
     """{name of a sub-run: its record}. work: name -> (folder) -> record, which is skipped if it is finished. Under
@@ -56,69 +69,78 @@ def sub_runs(run, work):
         run.end_of_part()
     return {name: read_json(path) for name, path in zip(work, paths)}
 
-def searches(config, run, **settings):
-    """[(folder, its Config)] of --replicas finished searches, seeded --seed, --seed + 1, ..."""
-    subs = [replace(config, seed=config.seed + i, replicas=1, retrain=False, part="", **settings)
-            for i in range(config.replicas)]
-    name = lambda sub: " ".join(["search", str(sub.seed), *map(str, settings.values())])
-    sub_runs(run, {name(sub): lambda folder, sub=sub: run_study("search", study_search, replace(sub, out=str(folder)))
-                   for sub in subs})
-    return [(run.folder / name(sub), sub) for sub in subs]
+def searches(config, run, arms={"search": {}}):
+    """{arm: [(folder, its Config)]} of finished searches, --replicas of each arm, name -> settings."""
+    found = {arm: [(run.folder / f"{arm} {config.seed + i}", replace(config, seed=config.seed + i, replicas=1, part="",
+                                                                     retrain=False, **settings))
+                   for i in range(config.replicas)] for arm, settings in arms.items()}
+    sub_runs(run, {folder.name: lambda folder, sub=sub: run_study("search", study_search, replace(sub, out=str(folder)))
+                   for several in found.values() for folder, sub in several})
+    return found
 
-def train_all(config, run, names, **settings):
-    """Metrics of a network trained from scratch for each cell, until it stops improving on validation; the seeds of
-    the weights differ from batch to batch. Its loss on each split is 'train', 'valid' and 'test'."""
+def shared_weights_of(folder, config):
+    return to_device(torch.load(folder / "weights.pt", weights_only=True), device_of(config))
+
+def losses_of(config, weights, rows, tokens, **more):
+    """Losses [K] on a whole split, a few cells at a time, for memory's sake."""
+    device = device_of(config)
+    return torch.cat([evaluate(weights, part.to(device), tokens.to(device), config.eval_batch, **more).cpu()
+                      for part in rows.split(10)])
+
+def train_all(config, run, names, lstms={}, **settings):
+    """Metrics of a network trained from scratch for each cell, each with a seed of its own, until it stops improving
+    on validation or --retrain_epochs are over ('capped'); and of LSTMs, units -> number of seeds, in lists by units.
+    The loss on each split is 'train', 'valid' and 'test', at most that of guessing."""
     settings = dict(schedule="constant", plateau=config.plateau, patience=config.patience, **settings)
-    batches = [names[i:i + AT_ONCE] for i in range(0, len(names), AT_ONCE)]
-    work = {f"scratch {i}": lambda folder, i=i, batch=batch: retrain(
-        replace(config, seed=config.seed + i), ",".join(batch), folder, **settings) for i, batch in enumerate(batches)}
-    return with_losses([n for record in sub_runs(run, work).values() for n in record["metrics"]["networks"]])
+    seeded = [f"{name}@{config.seed + i}" for i, name in enumerate(names)]
+    batches = {f"scratch {i // AT_ONCE}": ",".join(seeded[i:i + AT_ONCE]) for i in range(0, len(names), AT_ONCE)}
+    work = {name: lambda folder, batch=batch: retrain(config, batch, folder, **settings)
+            for name, batch in batches.items()}
+    work |= {f"lstm {units}": lambda folder, units=units, seeds=seeds: retrain(
+        config, "lstm", folder, **settings, lstm_hidden=units, replicas=seeds) for units, seeds in lstms.items()}
+    guess = math.log(len(load_corpus(config).words))
+    found = {name: [{**n, **{split: min(math.log(n[f"{split}_perplexity"]), guess) for split in SPLITS},
+                     "capped": n["epochs"] >= record["config"]["epochs"]} for n in record["metrics"]["networks"]]
+             for name, record in sub_runs(run, work).items()}
+    return [n for name in batches for n in found[name]], {units: found[f"lstm {units}"] for units in lstms}
 
-def with_losses(networks):
-    """The networks' metrics with the loss on each split; of one that diverged it is that of guessing, or more."""
-    loss = lambda perplexity: math.log(min(perplexity, 1e6))
-    return [{**n, **{split: loss(n[f"{split}_perplexity"]) for split in SPLITS}} for n in networks]
-
-def train_lstms(config, run, units, seeds):
-    """The same of LSTMs with so many units, projected to --hidden."""
-    settings = dict(schedule="constant", plateau=config.plateau, patience=config.patience, replicas=seeds,
-                    lstm_hidden=units)
-    work = {f"lstm {units}": lambda folder: retrain(config, "lstm", folder, **settings)}
-    return with_losses(sub_runs(run, work)[f"lstm {units}"]["metrics"]["networks"])
+def shuffled(config, jobs):
+    """So that what belongs together is not trained together."""
+    return [jobs[i] for i in torch.randperm(len(jobs), generator=rng(config.seed, "order")).tolist()]
 
 # 1. Does the controller know what is good?
 
 def matched_units(config, wanted):
-    """The units of the LSTM whose recurrent weights, projection included, are nearest to so many."""
-    weights = lambda units: lstm_weights(replace(config, lstm_hidden=units), 2, [1]).items()
-    count = lambda units: sum(w[0].numel() for name, w in weights(units) if name not in ("embedding", "bias"))
-    return min(range(2, 4 * config.hidden), key=lambda units: abs(count(units) - wanted))
+    """The units u of the LSTM whose recurrent weights, 4 u (H + u + 2) and the projection's u H, are nearest."""
+    h = config.hidden
+    return min(range(1, 8 * h), key=lambda u: abs(4 * u * (h + u + 2) + u * h * (u != h) - wanted))
 
 def study_compare(config, run):
     """Cells of a trained controller, of an untrained one and of the uniform distribution, --derive_samples of each from
     each of --replicas searches, every one trained from scratch; beside LSTMs, of as many units and of as many weights.
 
-    groups: name -> one entry for each cell: its row, the search, 'shared', the loss under its shared weights on the
-    whole validation split, and of the network from scratch 'train', 'valid', 'test', 'epochs'."""
-    corpus, entries = load_corpus(config), []
-    for folder, sub in searches(config, run):
-        weights, derived = torch.load(folder / "weights.pt", weights_only=True), read_json(folder / "derived.json")
-        decisions = search_space(sub)
+    groups: name -> one entry for each network: its row, the search, 'shared', the loss under its shared weights on the
+    whole validation split, and from scratch 'train', 'valid', 'test', 'epochs', 'capped', 'failed'."""
+    corpus, entries, guess = load_corpus(config), [], math.log(len(load_corpus(config).words))
+    for folder, sub in searches(config, run)["search"]:
+        derived, decisions = read_json(folder / "derived.json"), search_space(sub)
         untrained = Controller(decisions, sub).sample(sub.derive_samples, sub.seed, "untrained").rows
-        rows, perplexities = derive(sub, weights, untrained, corpus)
-        groups = {"trained": derived["cells"], "uniform": derived["uniform_cells"],
-                  "untrained": [[*row, p] for row, p in zip(rows.tolist(), perplexities)]}
-        entries += [dict(group=group, search=sub.seed, row=row[:-1], shared=math.log(min(row[-1], 1e6)))
-                    for several in zip(*groups.values()) for group, row in zip(groups, several)]  # in turn: each
-    networks = train_all(config, run, [row_name([*e["row"], None]) for e in entries])  # batch has some of each
-    keep = ("train", "valid", "test", "epochs", "recurrent_parameters")
+        rows, perplexities = derive(sub, shared_weights_of(folder, sub), untrained, corpus)
+        groups = {"trained": derived["cells"], "untrained": [[*r, p] for r, p in zip(rows.tolist(), perplexities)],
+                  "uniform": derived["uniform_cells"]}
+        entries += [dict(group=group, search=sub.seed, row=row[:-1], shared=min(math.log(row[-1]), guess))
+                    for group, sampled in groups.items() for row in sampled]
+    entries = shuffled(config, entries)
+    lookups = [load_cell(config, row_name([*e["row"], None])) for e in entries]
+    wanted = sum(PROPERTIES["parameters"](cell, config.hidden) for cell in lookups) / len(entries)
+    units = {"LSTM": config.hidden, "LSTM, as many weights": matched_units(config, wanted)}
+    networks, lstms = train_all(config, run, list(map(name_of, lookups)), {u: LSTMS for u in units.values()})
+    keep = ("train", "valid", "test", "epochs", "capped", "failed", "recurrent_parameters")
     entries = [{**entry, **{name: network[name] for name in keep}} for entry, network in zip(entries, networks)]
-    wanted = sum(entry["recurrent_parameters"] for entry in entries) / len(entries)
-    for group, units in (("LSTM", config.hidden), ("LSTM, as many weights", matched_units(config, wanted))):
-        entries += [dict(group=group, units=units, **{name: n[name] for name in keep})
-                    for n in train_lstms(config, run, units, seeds=10)]
-    return {"groups": {group: [e for e in entries if e["group"] == group] for group in
-                       dict.fromkeys(e["group"] for e in entries)}}
+    groups = {group: [e for e in entries if e["group"] == group] for group in ("trained", "untrained", "uniform")}
+    for group, u in units.items():
+        groups[group] = [dict(units=u, **{name: n[name] for name in keep}) for n in lstms[u]]
+    return {"groups": groups}
 
 # 2. What in a cell matters?
 
@@ -155,85 +177,101 @@ def inherit_numbered(shared, cells, numbers):
     return own, rows
 
 def study_ablate(config, run):
-    """Nodes removed, connections added, activations changed, --retrain_cells of each at random, of the cells of --cell
-    ('found' is the one that a search finds): under the shared weights, and trained from scratch beside 5 seeds of the
-    cell itself.
+    """Nodes removed, connections added, activations changed, in the cells of --cell ('found' is the one that a search
+    finds): all of them under the shared weights, and --retrain_cells of each kind, drawn at random, from scratch.
 
-    cells: name -> kind of change, 'itself' for none -> pairs of losses, under the shared weights and from scratch."""
-    corpus, (folder, sub) = load_corpus(config), searches(replace(config, replicas=1), run)[0]
-    weights = torch.load(folder / "weights.pt", weights_only=True)
-    found, jobs = {}, []
-    for name in config.cell.split(","):
-        cell = load_cell(config, str(folder) if name == "found" else name)
-        if len(cell.nodes) > config.nodes or any(node.operation != "highway" for node in cell.nodes):
+    cells: name -> kind of change, 'itself' for none -> 'shared', the losses under the shared weights, and 'scratch',
+    pairs of that and the loss from scratch, of the cell itself 5 seeds. All on the test split."""
+    in_plain_space(config, 2)
+    own = {name: load_cell(config, name) for name in config.cell.split(",") if name != "found"}
+    for name, cell in own.items():
+        if len(cell.nodes) > config.nodes or is_gated(cell):
             raise UserError(f"--cell {name}: the study is for cells of ENAS's space of up to --nodes {config.nodes}")
-        draw = lambda kind, all_: [all_[i] for i in torch.randperm(
-            len(all_), generator=rng(config.seed, "ablate", name, kind))[:config.retrain_cells].tolist()]
-        own = [(cell, list(range(len(cell.nodes))))] * 5
-        jobs += [(name, kind, *x) for kind, several in
-                 {"itself": own, **{k: draw(k, v) for k, v in variants(cell).items()}}.items() for x in several]
-    jobs = [jobs[i] for i in torch.randperm(len(jobs), generator=rng(config.seed, "order")).tolist()]
-    shared = [evaluate(*inherit_numbered(weights, [cell], [number]), corpus.valid, config.eval_batch).item()
-              for _, _, cell, number in jobs]
-    networks = train_all(config, run, [name_of(cell) for _, _, cell, _ in jobs])
-    for (name, kind, *_), under_shared, network in zip(jobs, shared, networks):
-        found.setdefault(name, {}).setdefault(kind, []).append([under_shared, network["test"]])
+    corpus, (folder, _) = load_corpus(config), searches(replace(config, replicas=1), run)["search"][0]
+    weights, found, jobs = shared_weights_of(folder, config), {}, []
+    for name in config.cell.split(","):
+        cell = own[name] if name in own else load_cell(config, str(folder))
+        kinds = {"itself": [(cell, list(range(len(cell.nodes))))], **variants(cell)}
+        found[name] = {}
+        for kind, changed in kinds.items():
+            shared = [losses_of(config, *inherit_numbered(weights, [x], [numbers]), corpus.test).item()
+                      for x, numbers in changed]
+            found[name][kind] = {"shared": shared, "scratch": []}
+            draw = torch.randperm(len(changed), generator=rng(config.seed, "ablate", name, kind)).tolist()
+            drawn = [0] * 5 if kind == "itself" else draw[:config.retrain_cells]
+            jobs += [(name, kind, changed[i][0], shared[i]) for i in drawn]
+    jobs = shuffled(config, jobs)
+    for (name, kind, _, shared), n in zip(jobs, train_all(config, run, [name_of(x) for _, _, x, _ in jobs])[0]):
+        found[name][kind]["scratch"].append([shared, n["test"]])
     return {"cells": found}
 
-def connected(reads, activations):
-    """The cell of ENAS's space with these slots read and activations."""
-    return CELLS["chain"]._replace(nodes=tuple(Node(read, act) for read, act in zip(reads, activations)))
-
 def study_factors(config, run):
-    """Connections x activations, --replicas cells of each combination, trained from scratch. The r-th of 'searched' is
-    from the r-th search, the r-th of 'random' from the r-th random cell.
+    """Connections x activations, --replicas cells of each combination, trained from scratch. What is searched or random
+    is drawn anew for every combination: 'searched' from the samples of the r-th search's controller.
 
     losses: [connections][activations][replicas], of the test split."""
-    found = [load_cell(config, str(folder)) for folder, _ in searches(config, run)]
-    n, table = config.nodes, []
-    rand = [decode(row) for row in uniform_rows(search_space(config), 2 * config.replicas, config.seed, "factors")]
-    first = lambda name: CELLS[name]._replace(nodes=CELLS[name].nodes[:n])
-    reads = {"searched": found, "random": rand[:config.replicas],
-             **{name: [first(name)] * config.replicas for name in ("chain", "tree")}}
-    reads = {name: [[node.read for node in cell.nodes] for cell in cells] for name, cells in reads.items()}
-    mixes = {"searched": found, "random": rand[config.replicas:]}
-    mixes = {name: [[node.activation for node in cell.nodes] for cell in cells] for name, cells in mixes.items()}
-    mixes |= {name: [[name] * n] * config.replicas for name in ACTIVATIONS}
-    keys = [(a, b, r) for r in range(config.replicas) for a in reads for b in mixes]
-    keys = [keys[i] for i in torch.randperm(len(keys), generator=rng(config.seed, "order")).tolist()]
-    networks = train_all(config, run, [name_of(connected(reads[a][r], mixes[b][r])) for a, b, r in keys])
-    losses = {key: network["test"] for key, network in zip(keys, networks)}
-    table = [[[losses[a, b, r] for r in range(config.replicas)] for b in mixes] for a in reads]
-    return {"connections": list(reads), "activations": list(mixes), "losses": table}
+    in_plain_space(config, 2)
+    if config.replicas < 2:
+        raise UserError(f"--replicas {config.replicas}: shares of the variance need at least 2")
+    n, decisions = config.nodes, search_space(config)
+    sampled = [read_json(folder / "derived.json")["cells"] for folder, _ in searches(config, run)["search"]]
+
+    def drawn(kind, *key):
+        """A cell of the r-th search, key = (r, ...), or a random one."""
+        cells = torch.tensor(sampled[key[0]])[:, :-1].long() if kind == "searched" else None
+        at = torch.randint(len(sampled[0]), (), generator=rng(config.seed, *key))
+        return decode(uniform_rows(decisions, 1, config.seed, *key)[0] if cells is None else cells[at])
+
+    def combined(r, a, b):
+        reads = [FAMILIES[a](i, False)[0] if i else INPUT for i in range(n)] if a in FAMILIES else \
+            [node.read for node in drawn(a, r, a, b, "connections").nodes]
+        acts = [b] * n if b in ACTIVATIONS else [node.activation for node in drawn(b, r, a, b, "activations").nodes]
+        return CELLS["chain"]._replace(nodes=tuple(map(Node, reads, acts)))
+
+    connections, activations = ("searched", "random", "chain", "tree"), ("searched", "random", *ACTIVATIONS)
+    keys = shuffled(config, [(r, a, b) for r in range(config.replicas) for a in connections for b in activations])
+    cells = {key: combined(*key) for key in keys}
+    networks, _ = train_all(config, run, list(map(name_of, cells.values())))
+    losses = {key: network["test"] for key, network in zip(cells, networks)}
+    table = [[[losses[r, a, b] for r in range(config.replicas)] for b in activations] for a in connections]
+    return {"connections": connections, "activations": activations, "losses": table}
 
 SLICE = 20  # of the training text a 20th
 
-def study_capacity(config, run):
-    """How much can a cell learn by heart? --derive_samples random cells, each as it is, with a width of a half or a
-    quarter, and with each single activation, trained on a small slice of the text for as long as the loss on that very
-    slice falls.
-
-    cells: kind -> for each cell 'paths', 'depth', 'parameters', 'train', the loss on the slice, and 'valid'."""
-    texts, corpus = run.folder / "slice", load_corpus(config)
-    texts.mkdir(exist_ok=True)
+def slice_of(corpus, folder):
+    """A folder of texts to overfit on: a slice of the training text, which is also what 'validation' looks at, and as
+    'test' the validation text, without the sentences whose words the slice lacks, where there is no <unk>."""
     lines = lambda tokens: [line.split() for line in " ".join(corpus.words[i] for i in tokens.tolist()).split("<eos>")]
     part = lines(corpus.train[:len(corpus.train) // SLICE])
     known = {word for line in part for word in line}
     valid = [line for line in lines(corpus.valid) if "<unk>" in known or {*line} <= known]
+    folder.mkdir(exist_ok=True)
     for split, text in (("train", part), ("valid", part), ("test", valid)):
-        (texts / f"{split}.txt").write_text("\n".join(map(" ".join, text)))
+        if not (folder / f"{split}.txt").exists():
+            write_atomically(folder / f"{split}.txt", "\n".join(map(" ".join, text)).encode())
+    return folder
+
+def study_capacity(config, run):
+    """How much can a cell learn by heart? --derive_samples random cells, each as it is, with a width of a half or a
+    quarter, and with each single activation, trained without dropout on a small slice of the text for as long as the
+    loss on that very slice falls.
+
+    cells: kind -> for each cell 'paths', 'depth', 'parameters', 'train', the loss on the slice, and 'valid'."""
+    in_plain_space(config, 2)
+    texts = slice_of(load_corpus(config), run.folder / "slice")
     cells = [decode(row) for row in uniform_rows(search_space(config), config.derive_samples, config.seed, "capacity")]
     width = lambda i: config.hidden // (2, 4)[i % 2]
     same = lambda cell, act: cell._replace(nodes=tuple(node._replace(activation=act) for node in cell.nodes))
     kinds = {"mixed": cells, "narrow": [cell._replace(width=width(i)) for i, cell in enumerate(cells)],
              **{act: [same(cell, act) for cell in cells] for act in ACTIVATIONS}}
-    jobs = [(kind, several[i]) for i in range(len(cells)) for kind, several in kinds.items()]
-    networks = train_all(replace(config, data=str(texts)), run, [name_of(cell) for _, cell in jobs])
-    found = {kind: [] for kind in kinds}
-    for (kind, cell), network in zip(jobs, networks):
-        found[kind].append({**{name: measure(cell, config.hidden) for name, measure in PROPERTIES.items()},
-                            "train": network["valid"], "valid": network["test"]})  # see the texts
-    return {"cells": found}
+    jobs = shuffled(config, [(kind, i) for i in range(len(cells)) for kind in kinds])
+    off = dict.fromkeys(("word_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_decay"), 0.0)
+    networks, _ = train_all(replace(config, data=str(texts)), run, [name_of(kinds[kind][i]) for kind, i in jobs],
+                            average=False, **off)
+    measured = lambda cell, network: {**{name: f(cell, config.hidden) for name, f in PROPERTIES.items()},
+                                      "train": network["valid"], "valid": network["test"]}  # see slice_of
+    found = {(kind, i): measured(kinds[kind][i], network) for (kind, i), network in zip(jobs, networks)}
+    return {"cells": {kind: [found[kind, i] for i in range(len(cells))] for kind in kinds}}
 
 # 3. Perturbed input as an objective
 
@@ -245,29 +283,26 @@ def study_robust(config, run):
     trained plainly from scratch, --replicas of each: the test loss against the strength of a perturbation.
 
     losses: perturbation -> found by -> [strengths][replicas]."""
-    corpus, names = load_corpus(config), {}
-    for name, settings in OBJECTIVES.items():
-        folders = [folder for folder, _ in searches(config, run, **settings)]
-        names.update({(name, i): name_of(load_cell(config, str(folder))) for i, folder in enumerate(folders)})
-    train_all(config, run, list(names.values()))
-    train_lstms(config, run, config.hidden, config.replicas)
-    cells = encode([load_cell(config, name) for name in names.values()], config.nodes)
-    saved = [torch.load(run.folder / f"scratch {i}" / "weights.pt", weights_only=True)
-             for i in range(math.ceil(len(names) / AT_ONCE))]
+    in_plain_space(config, 2)
+    corpus, device, settings = load_corpus(config), device_of(config), ("reward_words", "reward_noise")
+    names = {(arm, i): name_of(load_cell(config, str(folder))) for arm, several in
+             searches(config, run, OBJECTIVES).items() for i, (folder, _) in enumerate(several)}
+    train_all(config, run, list(names.values()), {config.hidden: config.replicas})
+    load = lambda name: to_device(torch.load(run.folder / name / "weights.pt", weights_only=True), device)
+    saved = [load(f"scratch {i}") for i in range(math.ceil(len(names) / AT_ONCE))]
     weights = {name: torch.cat([w[name] for w in saved]) for name in saved[0]}
-    lstm = torch.load(run.folder / f"lstm {config.hidden}" / "weights.pt", weights_only=True)
+    cells = encode([load_cell(config, name) for name in names.values()]).to(device)
+    lstm, zeros = load(f"lstm {config.hidden}"), torch.zeros(config.replicas, 2)
     found = {}
-    for kind, strengths in PERTURBED.items():
-        lines = {name: [] for name in (*OBJECTIVES, "LSTM")}
+    for setting, (kind, strengths) in zip(settings, PERTURBED.items()):
+        found[kind] = {name: [] for name in (*OBJECTIVES, "LSTM")}
         for strength in strengths:
-            how = dict(reward_words=strength) if kind == "words dropped" else dict(reward_noise=strength)
-            masks = perturbed(replace(config, **how), weights)
-            measure = lambda w, rows: evaluate(w, rows, corpus.test, config.eval_batch, masks=masks).tolist()
+            masks = perturbed(replace(config, **{setting: strength}), weights)
+            measure = lambda w, rows: evaluate(w, rows, corpus.test.to(device), config.eval_batch, masks=masks).tolist()
             losses = dict(zip(names, measure(weights, cells)))
             for name in OBJECTIVES:
-                lines[name].append([losses[name, i] for i in range(config.replicas)])
-            lines["LSTM"].append(measure(lstm, torch.zeros(config.replicas, 2)))
-        found[kind] = lines
+                found[kind][name].append([losses[name, i] for i in range(config.replicas)])
+            found[kind]["LSTM"].append(measure(lstm, zeros))
     return {"strengths": PERTURBED, "losses": found}
 
 # 4. The controller's hidden state
@@ -300,7 +335,8 @@ MEASURES = {"paths": path_count, "depth": lambda cell: max(depths(cell).values()
             "leaves": lambda cell: len(leaves(cell)), **{f"nodes with {act}": uses(act) for act in ACTIVATIONS}}
 
 def steered(controller, direction, key, k=200):
-    """{strength: rows [K, D] sampled while so many times the direction [H] is added to every hidden state}."""
+    """{strength: rows [K, D] sampled while so many times the direction [H] is added to each hidden state, from which
+    it is handed on}."""
     found = {}
     for strength in (-2.0, -1.0, 0.0, 1.0, 2.0):
         push = lambda module, inputs, output: (output[0] + strength * direction, output[1])
@@ -310,22 +346,33 @@ def steered(controller, direction, key, k=200):
         hook.remove()
     return found
 
+def pushed(controller, states, values, measure, *key):
+    """{direction: {strength: mean of a measure of the cells sampled while the state is pushed}}, along the direction in
+    which a linear probe of the final states finds the values, and along random ones of the same norm."""
+    norm = (states - states.mean(0)).norm(dim=1).mean()
+    random_ = [torch.randn(states.shape[1], generator=rng(*key, i), dtype=states.dtype) for i in range(5)]
+    found = {}
+    for name, directions in (("along the probe", [ridge(states, values)]), ("at random", random_)):
+        drawn = [steered(controller, (d / d.norm() * norm).float(), key) for d in directions]
+        found[name] = {str(strength): sum(measure(decode(row)) for x in drawn for row in x[strength]) / sum(
+            len(x[strength]) for x in drawn) for strength in drawn[0]}
+    return found
+
 def study_hidden(config, run):
     """Does the controller's final hidden state know the architecture? Of --replicas searches' controllers, and of the
-    untrained ones that they started from, on --derive_samples uniform cells and on pairs of cells.
+    untrained ones that they started from, on ten times --derive_samples uniform cells and on pairs of them.
 
-    controllers: trained or not -> for each seed 'distances', of pairs that differ by one edit and of random ones,
-    'pairs', for random pairs the distance of their states, the decisions in which they differ, the difference of their
-    losses, 'probes', what is linear in the state, 'steered', the mean of a measure when the state is pushed along the
-    probe's direction, and 'plane', two principal components of the states and the cells' losses."""
+    controllers: trained or not -> for each seed 'distances' of states, of pairs that differ by one edit and of random
+    ones; 'pairs', for random pairs that distance, the number of decisions in which they differ, and the difference of
+    their losses; 'probes', what is linear in the state; 'pushed', see there, by measure; 'plane', two principal
+    components of the states and the cells' losses."""
+    in_plain_space(config, 3)
     corpus, found = load_corpus(config), {"untrained": [], "trained": []}
-    for folder, sub in searches(config, run):
-        weights = torch.load(folder / "weights.pt", weights_only=True)
+    for folder, sub in searches(config, run)["search"]:
         decisions, draw = search_space(sub), rng(sub.seed, "hidden")
-        rows = uniform_rows(decisions, sub.derive_samples, sub.seed, "hidden")
-        losses = torch.cat([evaluate(weights, part, corpus.valid, sub.eval_batch) for part in rows.split(10)]).double()
-        losses = losses.clamp(max=math.log(len(corpus.words)))
-        cells = [decode(row) for row in rows]
+        rows = uniform_rows(decisions, 10 * sub.derive_samples, sub.seed, "hidden")
+        losses = losses_of(sub, shared_weights_of(folder, sub), rows, corpus.valid).double()
+        losses, cells = losses.clamp(max=math.log(len(corpus.words))), list(map(decode, rows))
         measured = {**{name: torch.tensor([float(f(cell)) for cell in cells]) for name, f in MEASURES.items()},
                     "loss": losses}
         edits = {kind: torch.stack([edited(row, kind, draw) for row in rows])
@@ -340,19 +387,16 @@ def study_hidden(config, run):
             centred = states - states.mean(0)
             plane = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].t()
             far = (states[i] - states[j]).norm(dim=1)
-            push = {}
-            for measure in ("depth", "nodes with tanh"):
-                direction = ridge(states, measured[measure])
-                direction = direction / direction.norm() * centred.norm(dim=1).mean()
-                pushed = steered(controller, direction.float(), (sub.seed, "push"))
-                push[measure] = {str(strength): sum(MEASURES[measure](decode(row)) for row in drawn) / len(drawn)
-                                 for strength, drawn in pushed.items()}
+            distances = {kind: (states_of(controller, other) - states).norm(dim=1).tolist()
+                         for kind, other in edits.items()}
             found[name].append({
-                "distances": {**{kind: (states_of(controller, other) - states).norm(dim=1).tolist()
-                                 for kind, other in edits.items()}, "random": far.tolist()},
+                "distances": {**distances, "random": far.tolist()},
                 "pairs": [far.tolist(), (rows[i] != rows[j]).sum(1).tolist(), (losses[i] - losses[j]).abs().tolist()],
                 "probes": {measure: probe(states, values) for measure, values in measured.items()},
-                "steered": push, "plane": [*plane.t().tolist(), losses.tolist()]})
+                "pushed": {measure: pushed(controller, states, measured[measure], MEASURES[measure], sub.seed, measure)
+                           for measure in ("depth", "nodes with tanh")},
+                "plane": [*plane.t().tolist(), losses.tolist()]})
+            run.obey()
     return {"controllers": found}
 
 # 5. A search, watched
@@ -362,6 +406,7 @@ def study_progress(config, run):
     validation split, and the probabilities of its decisions, from 200 samples.
 
     rounds: 'best', a row and its perplexity, and 'shares', decision -> [choices]."""
+    in_plain_space(config, 3)
     corpus, decisions = load_corpus(config), search_space(config)
 
     def watch(weights, controller, epoch):

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from menas import ACTIVATIONS, ROW, UserError, cell_from_json, decode, read_json
 from results.plots import (COLOURS, draw_bands, draw_cell, draw_curves, draw_densities, draw_intervals, draw_points,
                            panels, table)
-from results.stats import (bootstrap, detectable, kendall, mann_whitney, paired_bootstrap, permutation_test,
-                           shares_interval, spearman, t_test, unbiased_shares)
+from results.stats import (bootstrap, effect_shares, kendall, mann_whitney, permutation_test, shares_interval,
+                           sign_flips, spearman, t_test, welch)
 from results.studies import OUTCOMES
 
 PUBLISHED = {"enas": "- / 56.3 (first: 55.8)", "darts_v1": "60.2 / 57.6", "darts_v2": "58.1 / 55.7",
@@ -161,41 +161,57 @@ def mean_of(values):
 def between(low, high):
     return f"{low:+.3f} to {high:+.3f}"
 
-def gap(a, b):
-    """Mean of b minus mean of a, and its bootstrap interval, as text."""
-    low, high = bootstrap(lambda x, y: (y.mean() - x.mean()).item(), a, b)
-    return f"{sum(b) / len(b) - sum(a) / len(a):+.3f} ({between(low, high)})"
+def share_of(networks, what):
+    return f"{sum(n[what] for n in networks)} of {len(networks)}"
 
-def compared_groups(record):
-    """{group: its values of 'test'} with the trained controller's first."""
-    return {group: [entry["test"] for entry in entries] for group, entries in record["metrics"]["groups"].items()}
+def units_of(entries):
+    """What is compared: the mean test loss of the cells of each search, as they stem from one controller; of networks
+    that stem from none, each one's."""
+    by = {}
+    for entry in entries:
+        by.setdefault(entry.get("search", len(by)), []).append(entry["test"])
+    return [sum(by[search]) / len(by[search]) for search in sorted(by)]
+
+def within_searches(entries, measure):
+    """A measure of each search's entries."""
+    return [measure([e for e in entries if e["search"] == search]) for search in sorted({e["search"] for e in entries})]
 
 def table_compare(records):
-    """The groups; each of them against the trained controller's; and shared against standalone losses."""
-    groups, (base, *others) = records[0]["metrics"]["groups"], compared_groups(records[0])
-    losses, tests, ranked = compared_groups(records[0]), [], []
-    about = [(group, len(x), mean_of(x), min(x), mean_of([e["epochs"] for e in groups[group]]))
-             for group, x in losses.items()]
+    """The groups; each of them against the trained controller's, searches being the units; and, within the searches,
+    shared against standalone losses."""
+    groups = records[0]["metrics"]["groups"]
+    base, *others = groups
+    about = [(group, len(x), mean_of(units_of(x)), f"{min(e['test'] for e in x):.3f}", share_of(x, "capped"),
+              share_of(x, "failed")) for group, x in groups.items()]
+    tests, rows, ranked = len(others), [], []
     for other in others:
-        a, b = losses[base], losses[other]
-        less, p = mann_whitney(a, b)
-        tests.append((other, gap(a, b), f"{permutation_test(a, b):.4f}", less, f"{p:.4f}", f"{detectable(a, b):.3f}"))
-    for group in [*(g for g in groups if "shared" in groups[g][0]), "all"]:
-        entries = [e for g in groups for e in groups[g] if group in (g, "all") and "shared" in e]
-        x, y = [e["shared"] for e in entries], [e["test"] for e in entries]
-        ranked.append((group, len(x), *(f"{measure(x, y):.2f} ({between(*paired_bootstrap(measure, x, y, 500))})"
-                                        for measure in (kendall, spearman))))
+        a, b = units_of(groups[base]), units_of(groups[other])
+        if paired := "search" in groups[other][0]:
+            apart = [y - x for x, y in zip(a, b)]
+            mean, half, _, least = t_test(apart, tests)
+            interval, p = bootstrap(lambda x: x.mean().item(), apart), sign_flips(apart)
+        else:
+            mean, half, _, least = welch(a, b, tests)
+            interval, p = bootstrap(lambda x, y: (y.mean() - x.mean()).item(), a, b), permutation_test(a, b)
+        less, rank_p = mann_whitney(a, b)
+        rows.append((other, f"{mean:+.3f} +- {half:.3f}", between(*interval), f"{min(1, tests * p):.3f}", less,
+                     f"{min(1, tests * rank_p):.3f}", f"{least:.3f}"))
+    for group in (*(g for g in groups if "shared" in groups[g][0]), "all three"):
+        entries = [e for g in groups for e in groups[g] if group in (g, "all three") and "shared" in e]
+        order = lambda measure: within_searches(entries, lambda some: measure(*zip(*((e["shared"], e["test"])
+                                                                                     for e in some))))
+        ranked.append((group, len(entries), *(mean_of(order(measure)) for measure in (kendall, spearman))))
     return "\n\n".join((
-        table(("cells of", "networks", "test loss", "best", "epochs"), about),
-        table((f"minus {base}", "difference (95 %)", "p, permutation", f"P({base} is better)", "p, Mann-Whitney",
-               "detectable"), tests),
-        table(("shared against standalone loss", "cells", "Kendall's tau (95 %)", "Spearman's rho (95 %)"), ranked)))
+        table(("networks of", "number", "test loss", "best", "reached the last epoch", "diverged"), about),
+        table((f"minus {base}", "difference", "bootstrap, 95 %", "p, permutation", f"P({base} better)",
+               "p, Mann-Whitney", "detectable"), rows),
+        table(("shared against standalone loss", "cells", "Kendall's tau", "Spearman's rho"), ranked)))
 
 def draw_compare(path, record):
     """Densities of the test loss, and the loss under the shared weights against it."""
     figure, (left, right) = panels(2, 5.4)
-    losses, groups = compared_groups(record), record["metrics"]["groups"]
-    draw_densities(left, losses)
+    groups = record["metrics"]["groups"]
+    draw_densities(left, {group: [e["test"] for e in entries] for group, entries in groups.items()})
     left.set(xlabel="test loss of a network trained from scratch, nats", title="who makes the better cells?")
     draw_points(right, {group: ([e["shared"] for e in entries], [e["test"] for e in entries])
                         for group, entries in groups.items() if "shared" in entries[0]},
@@ -208,23 +224,27 @@ def changes(record):
     """{cell: {kind of change: its differences to the mean of the cell itself, (shared, from scratch)}}."""
     found = {}
     for name, kinds in record["metrics"]["cells"].items():
-        shared, scratch = (sum(x) / len(x) for x in zip(*kinds["itself"]))
-        found[name] = {kind: [(x - shared, y - scratch) for x, y in pairs] for kind, pairs in kinds.items()}
+        shared, scratch = (sum(x) / len(x) for x in zip(*kinds["itself"]["scratch"]))
+        found[name] = {kind: [(x - shared, y - scratch) for x, y in two["scratch"]] for kind, two in kinds.items()}
     return found
 
 def table_ablate(records):
-    """Mean change of the loss, more is worse, by cell and kind of change; how alike both ways of scoring order them."""
-    rows = []
-    for name, kinds in changes(records[0]).items():
-        itself = list(zip(*kinds["itself"]))
-        rows += [(name, kind, len(pairs), *(gap(a, b) for a, b in zip(itself, zip(*pairs))))
-                 for kind, pairs in kinds.items() if kind != "itself"]
-    pairs = [[pair for kind, several in kinds.items() if kind != "itself" for pair in several]
-             for kinds in changes(records[0]).values()]
-    ranked = [(name, len(x), f"{kendall(*zip(*x)):.2f} ({between(*paired_bootstrap(kendall, *zip(*x), 500))})")
-              for name, x in zip(changes(records[0]), pairs)]
+    """Mean change of the test loss, more is worse, by cell and kind of change, and how alike both scores order them."""
+    rows, ranked, cells = [], [], records[0]["metrics"]["cells"]
+    tests = sum(len(kinds) - 1 for kinds in cells.values())
+    for name, kinds in cells.items():
+        own = kinds["itself"]
+        for kind, two in list(kinds.items())[1:]:
+            shared = [x - own["shared"][0] for x in two["shared"]]
+            mean, half, p, least = welch(*([y for _, y in x["scratch"]] for x in (own, two)), tests)
+            rows.append((name, kind, len(shared), f"{sum(shared) / len(shared):+.3f}", f"{max(shared):+.3f}",
+                         len(two["scratch"]), f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}"))
+        pairs = [pair for kind, several in changes(records[0])[name].items() if kind != "itself" for pair in several]
+        interval = bootstrap(lambda at: kendall(*zip(*(pairs[int(i)] for i in at))), range(len(pairs)), draws=500)
+        ranked.append((name, len(pairs), f"{kendall(*zip(*pairs)):.2f} ({between(*interval)})"))
     return "\n\n".join((
-        table(("cell", "changed", "cells", "under the shared weights (95 %)", "from scratch (95 %)"), rows),
+        table(("cell", "changed", "ways", "shared: mean", "worst", "retrained", "from scratch: mean", "p, corrected",
+               "detectable"), rows),
         table(("shared against scratch", "changes", "Kendall's tau (95 %)"), ranked)))
 
 def draw_ablate(path, record):
@@ -246,7 +266,7 @@ def table_factors(records):
     """Mean test loss of each combination, and each factor's share of the variance."""
     found = records[0]["metrics"]
     means = [(a, *(f"{sum(x) / len(x):.3f}" for x in row)) for a, row in zip(found["connections"], found["losses"])]
-    shares, intervals = unbiased_shares(found["losses"]), shares_interval(found["losses"])
+    shares, intervals = effect_shares(found["losses"]), shares_interval(found["losses"])
     return "\n\n".join((
         table(("test loss", *found["activations"]), means),
         table(("share of the variance", "estimate", "95 %"),
@@ -267,7 +287,7 @@ def draw_factors(path, record):
     left.set_xticklabels(found["activations"], rotation=30)
     left.set_yticklabels(found["connections"])
     figure.colorbar(image, ax=left)
-    shares, intervals = unbiased_shares(found["losses"]), shares_interval(found["losses"])
+    shares, intervals = effect_shares(found["losses"]), shares_interval(found["losses"])
     for y, (share, (low, high)) in enumerate(zip(shares, intervals)):
         right.errorbar(share, y, xerr=[[max(0, share - low)], [max(0, high - share)]], fmt="o", capsize=4, color="C0")
     right.set(yticks=range(4), yticklabels=SOURCES, xlabel="share of the variance, 95 %", title="what matters?")
@@ -276,24 +296,29 @@ def draw_factors(path, record):
     figure.savefig(path, dpi=100)
 
 def table_capacity(records):
-    """What each kind of cell reaches on the slice, and its gap; and what goes with either."""
+    """What each kind of cell reaches on the slice, and its gap to validation, both against the same cells as they are;
+    and what goes with either."""
     cells, rows, ranked = records[0]["metrics"]["cells"], [], []
-    gaps = {kind: [e["valid"] - e["train"] for e in entries] for kind, entries in cells.items()}
+    measures = {"slice": lambda e: e["train"], "gap": lambda e: e["valid"] - e["train"]}
+    tests = len(measures) * (len(cells) - 1)
     for kind, entries in cells.items():
-        train, mixed = ([e["train"] for e in x] for x in (entries, cells["mixed"]))
-        mean, half, p, least = t_test([x - y for x, y in zip(train, mixed)], len(cells) - 1)
-        differs = (f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}") if kind != "mixed" else ("", "", "")
-        rows.append((kind, len(train), mean_of(train), mean_of(gaps[kind]), *differs))
+        rows.append([kind, len(entries)])
+        for f in measures.values():
+            mean, half, p, least = t_test([f(e) - f(m) for e, m in zip(entries, cells["mixed"])], tests)
+            rows[-1] += [mean_of(list(map(f, entries))), *((f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}")
+                                                           if kind != "mixed" else ("", "", ""))]
     for name, kinds in (("paths", ("mixed",)), ("depth", ("mixed",)), ("parameters", ("mixed", "narrow"))):
-        entries = [e for kind in kinds for e in cells[kind]]
-        x, train = [float(e[name]) for e in entries], [e["train"] for e in entries]
-        gap_ = [e["valid"] - e["train"] for e in entries]
-        ranked.append((name, len(x), *(f"{spearman(x, y):.2f} ({between(*paired_bootstrap(spearman, x, y, 500))})"
-                                       for y in (train, gap_))))
+        ranked.append([name, len(kinds) * len(cells["mixed"])])
+        for f in measures.values():
+            def rho(at):  # of cells drawn anew, with all of their kinds
+                chosen = [cells[kind][int(i)] for i in at for kind in kinds]
+                return spearman([float(e[name]) for e in chosen], [f(e) for e in chosen])
+            everyone = range(len(cells["mixed"]))
+            ranked[-1].append(f"{rho(everyone):.2f} ({between(*bootstrap(rho, everyone, draws=500))})")
     return "\n\n".join((
-        table(("activations", "cells", "loss on the slice", "gap to validation", "slice, minus mixed", "p, corrected",
-               "detectable"), rows),
-        table(("Spearman's rho (95 %)", "cells", "with the loss on the slice", "with the gap"), ranked)))
+        table(("activations", "cells", "loss on the slice", "minus mixed", "p, corrected", "detectable",
+               "gap to validation", "minus mixed", "p, corrected", "detectable"), rows),
+        table(("Spearman's rho (95 %)", "networks", "with the loss on the slice", "with the gap"), ranked)))
 
 def draw_capacity(path, record):
     """The loss on the slice and the gap, by kind, and against depth and paths."""
@@ -309,7 +334,8 @@ def draw_capacity(path, record):
     figure.savefig(path, dpi=100)
 
 def table_robust(records):
-    """Mean test loss of each group at each strength; and how much more than plain cells it loses, paired by seed."""
+    """Mean test loss of each group at each strength; and how much more than the plain cells it loses by it, 95 %, not
+    corrected: of the cells paired by the search's seed, of the LSTMs not."""
     found, rows = records[0]["metrics"], []
     for kind, lines in found["losses"].items():
         for i, strength in enumerate(found["strengths"][kind]):
@@ -319,7 +345,8 @@ def table_robust(records):
                 rows[-1].append(mean_of(values[i]))
                 if i and name != "plain":
                     lost = [x - y for x, y in zip(values[i], values[0])]
-                    rows[-1][-1] += f" (lost {mean_of([x - y for x, y in zip(lost, plain)])})"
+                    more = t_test([x - y for x, y in zip(lost, plain)]) if name != "LSTM" else welch(plain, lost)
+                    rows[-1][-1] += " (lost {:+.3f} +- {:.3f} more)".format(*more[:2])
     return table(("perturbation", *(f"found by {name}" if name != "LSTM" else name for name in lines)), rows)
 
 def draw_robust(path, record):
@@ -339,11 +366,11 @@ def hidden_measures(record):
             distance, (far, edits, losses) = seed["distances"], seed["pairs"]
             measures = {f"distance after {kind} / of random pairs": mean(distance[kind]) / mean(distance["random"])
                         for kind in ("a connection", "an activation")}
-            measures["rho of distance and edits"] = spearman(far, edits)
+            measures["rho of distance and decisions that differ"] = spearman(far, edits)
             measures["rho of distance and difference in loss"] = spearman(far, losses)
             measures.update({f"R2 of a probe for {of}": r2 for of, r2 in seed["probes"].items()})
-            measures.update({f"{of} from push -2 to +2": means["2.0"] - means["-2.0"]
-                             for of, means in seed["steered"].items()})
+            measures.update({f"{of}, pushed from -2 to +2 {way}": means["2.0"] - means["-2.0"]
+                             for of, ways in seed["pushed"].items() for way, means in ways.items()})
             for measure, value in measures.items():
                 found.setdefault(measure, {}).setdefault(name, []).append(value)
     return found
@@ -364,12 +391,13 @@ def draw_hidden(path, record):
         points = axes.scatter(x, y, c=losses, s=10, cmap="viridis_r", vmax=sorted(losses)[int(.95 * len(losses))])
         axes.set(title=f"{name} controller", xlabel="first component", ylabel="second component")
         figure.colorbar(points, ax=axes, label="loss under the shared weights, nats")
-    for name, seeds in controllers.items():
-        for of in seeds[0]["steered"]:
-            strengths = list(seeds[0]["steered"][of])
-            means = [sum(seed["steered"][of][s] for seed in seeds) / len(seeds) for s in strengths]
-            grid[-1].plot(list(map(float, strengths)), means, marker="o", label=f"{of}, {name}")
-    grid[-1].set(title="the state, pushed", xlabel="strength, in the states' mean norm", ylabel="mean of 200 samples")
+    seeds = controllers["trained"]
+    for of, ways in seeds[0]["pushed"].items():
+        for way, style in zip(ways, ("-", "--")):
+            means = [sum(seed["pushed"][of][way][s] for seed in seeds) / len(seeds) for s in ways[way]]
+            grid[-1].plot(list(map(float, ways[way])), means, style, marker="o", markersize=4, label=f"{of}, {way}")
+    grid[-1].set(title="the trained one's state, pushed", xlabel="strength, in the states' mean norm",
+                 ylabel="mean of 200 samples")
     grid[-1].legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
@@ -472,9 +500,9 @@ def report(folder="results", readme="README.md"):
                 shown += [(f"{label(record)}: the reward", title, x) for title, x in reward_errors(record).items()]
         if shown:
             draw_intervals(Path(folder) / f"{study}.png", shown)
-    for record in (r for study in FIGURES for r in group(study)):
-        on = "" if label(record) == "toy" else f"-{label(record)}"
-        FIGURES[record["study"]](Path(folder) / f"{record['study']}{on}.png", record)
+    first = {(r["study"], label(r)): r for r in reversed(records) if r["study"] in FIGURES}
+    for (study, on), record in first.items():
+        FIGURES[study](Path(folder) / (f"{study}.png" if on == "toy" else f"{study}-{Path(on).name}.png"), record)
     for record in group("search"):
         cell = cell_from_json(record["metrics"]["best_cell"])
         draw_cell(cell, "the cell found").figure.savefig(record["folder"] / "cell.png", dpi=110)

@@ -1,5 +1,5 @@
-"""Statistics: small and exact, each held to enumeration or published values in tests/test_stats.py. Samples are
-sequences of numbers; where a p is drawn at random the draws are a function of the data's size, so it is the same again.
+"""Statistics: small, each held to enumeration, published values or simulation in tests/test_stats.py. Samples are
+sequences of numbers; what is drawn at random is a function of their size, so it is the same again.
 """
 import math
 from functools import lru_cache
@@ -15,7 +15,7 @@ EXACT = 20000  # up to so many rearrangements are enumerated, beyond that drawn
 def sample_of(values):
     return torch.as_tensor(values, dtype=torch.float64)
 
-@lru_cache
+@lru_cache(maxsize=8)
 def student_t(df):
     """Student's distribution on a grid from 0: t and its cumulative probability."""
     t = torch.linspace(0, 500, 1000001, dtype=torch.float64)
@@ -34,6 +34,30 @@ def t_test(values, tests=1):
     at = int(min(abs(mean) / max(error, 1e-300) / 500, 1) * (len(p) - 1))
     least = (quantile(1 - .025 / tests) + quantile(.8)) * error
     return mean, quantile(.975) * error, min(1.0, tests * 2 * (1 - p[at].item())), least
+
+def welch(a, b, tests=1):
+    """Of two samples of unequal variances: mean of b minus mean of a, half of its 95 % interval, p, corrected for that
+    many tests, and the smallest true difference found in about 80 of 100 cases (Welch 1947)."""
+    a, b = sample_of(a), sample_of(b)
+    u, v = (x.var().item() / len(x) if len(x) > 1 else math.nan for x in (a, b))
+    if not u + v > 0:
+        return (b.mean() - a.mean()).item(), math.nan, math.nan, math.nan
+    t, p = student_t(round((u + v) ** 2 / (u * u / (len(a) - 1) + v * v / (len(b) - 1)), 3))
+    quantile = lambda q: t[torch.searchsorted(p, q)].item()
+    difference, error = (b.mean() - a.mean()).item(), math.sqrt(u + v)
+    at = int(min(abs(difference) / error / 500, 1) * (len(p) - 1))
+    least = (quantile(1 - .025 / tests) + quantile(.8)) * error
+    return difference, quantile(.975) * error, min(1.0, tests * 2 * (1 - p[at].item())), least
+
+def sign_flips(values, draws=9999):
+    """Two-sided p of a sample of differences having mean 0: the share of ways to flip their signs with a mean as far
+    from 0, the permutation test of pairs. Exact for few values, else drawn."""
+    x = sample_of(values)
+    exact = 2 ** len(x) <= EXACT
+    signs = torch.cartesian_prod(*[torch.tensor((-1.0, 1.0))] * len(x)).view(-1, len(x)) if exact else \
+        torch.randint(2, (draws, len(x)), generator=rng("flips", len(x))) * 2.0 - 1
+    as_much = int(((signs.double() @ x).abs() >= x.sum().abs() - 1e-12).sum())
+    return as_much / len(signs) if exact else (as_much + 1) / (len(signs) + 1)
 
 def splits(n, k, draws):
     """Which of n are in the first group of k: all ways [ways, k], or if they are many so many at random."""
@@ -72,16 +96,6 @@ def bootstrap(statistic, *samples, draws=2000):
     values = sample_of([statistic(*(drawn(x, i, j) for j, x in enumerate(samples))) for i in range(draws)])
     return tuple(values.nanquantile(sample_of((.025, .975))).tolist())
 
-def paired_bootstrap(statistic, x, y, draws=2000):
-    """The same of a statistic of pairs: both of a pair are drawn, or neither."""
-    x, y = sample_of(x), sample_of(y)
-    return bootstrap(lambda at: statistic(x[at.long()], y[at.long()]), torch.arange(len(x)), draws=draws)
-
-def detectable(a, b):
-    """The smallest true difference of means that a test at 5 % finds in about 80 of 100 cases, large samples."""
-    a, b = sample_of(a), sample_of(b)
-    return (1.96 + .8416) * (a.var() / len(a) + b.var() / len(b)).sqrt().item()
-
 def kendall(x, y):
     """Kendall's tau-b: concordant minus discordant pairs, divided by the geometric mean of the numbers of pairs that
     differ in x and in y (Kendall 1945); nan if there are none."""
@@ -110,8 +124,9 @@ def variance_shares(table):
              (values - cell[..., None]).square().sum()]
     return [(part / sum(parts)).item() for part in parts]
 
-def unbiased_shares(table):
-    """The same with each effect's share less what chance alone would give it (omega squared, Hays 1963)."""
+def effect_shares(table):
+    """The same with each effect's share less what chance alone would give it (omega squared, Hays 1963); the rest is
+    what is left."""
     values = sample_of(table)
     (n_a, n_b, n), shares = values.shape, variance_shares(values)
     error = shares[3] / (n_a * n_b * (n - 1))  # the rest's, a degree of freedom
@@ -119,18 +134,16 @@ def unbiased_shares(table):
     found = [(share - df * error) / (1 + error) for share, df in zip(shares, free)]
     return [*found, 1 - sum(found)]
 
-def shares_interval(table, draws=1000):
-    """95 % intervals of unbiased_shares: bootstrap of the residuals, pooled and rescaled to their variance, and basic
-    (Davison and Hinkley 1997), since the shares of drawn values lie above those of the values as these do above the
-    truth."""
+def shares_interval(table):
+    """95 % intervals of effect_shares: jackknife over the n replicates, each left out from all combinations at once, as
+    what stems from one search may be alike (Tukey 1958)."""
     values = sample_of(table)
-    cell, n, found = values.mean(2, keepdim=True), values.shape[2], sample_of(unbiased_shares(table))
-    residuals = ((values - cell) * math.sqrt(n / (n - 1))).flatten()
-    drawn = [unbiased_shares(cell + residuals[torch.randint(len(residuals), values.shape, generator=rng("shares", i))])
-             for i in range(draws)]
-    low, high = sample_of(drawn).quantile(sample_of((.025, .975)), 0)
-    low, high = (2 * found - x for x in (high, low))
-    return list(zip(low.clamp(0, 1).tolist(), high.clamp(0, 1).tolist()))
+    n, found = values.shape[2], sample_of(effect_shares(table))
+    if n < 3:  # a replicate left out leaves no variance within
+        return [(math.nan, math.nan)] * 4
+    others = [values[..., [j for j in range(n) if j != i]] for i in range(n)]
+    pseudo = n * found - (n - 1) * sample_of([effect_shares(x) for x in others])            # [n, 4]
+    return [(mean - half, mean + half) for mean, half, *_ in (t_test(column.tolist()) for column in pseudo.t())]
 
 def ridge(x, y, penalty=1.0):
     """The weights w [d] of a ridge regression of y [n] on x [n, d], both centred; the penalty is on w in units of x's

@@ -1,6 +1,7 @@
 """The studies of cells: what they change, measure and share out. Run: pytest tests/test_cell_studies.py"""
 import json
 import math
+import re
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -200,7 +201,7 @@ def test_parts_do_the_work_together(text, tmp_path, finished):
     for part in ("1/2", "2/2") * 2:  # the searches, then the networks
         with pytest.raises(SystemExit) as left:
             run_study("factors", STUDIES["factors"], replace(config, part=part))
-        assert not left.value.code
+        assert not left.value.code and not (tmp_path / "shared/factors/result.json").exists()
     names = {path.name for path in (tmp_path / "shared/factors").iterdir() if path.is_dir()}
     assert names == {"search 1", "search 2", "scratch 0", "scratch 1"}
     stamps = [(path, path.stat().st_mtime) for path in (tmp_path / "shared/factors").glob("s*/*.jsonl")]
@@ -215,16 +216,79 @@ def test_parts_that_make_no_sense(study, part, words, tmp_path, capsys):
     assert words in capsys.readouterr().err
 
 
+def trained(config):
+    """{(row, seed): the test loss} of every network of a finished study, by its own record."""
+    records = [json.loads(path.read_text()) for path in Path(config.out).glob("scratch */result.json")]
+    return {(n["cell"], n["seed"]): math.log(n["test_perplexity"]) for r in records for n in r["metrics"]["networks"]}
+
+
 def test_compare_keeps_every_record(finished):
-    """As many cells of each source, each with its losses; the shared loss is that of the search's own derived.json."""
+    """As many cells of each source, each with its own losses: the shared one is that of the search's derived.json."""
     config, record = finished("compare")
     groups = record["metrics"]["groups"]
     assert {name: len(entries) for name, entries in groups.items()} == {
-        "trained": 6, "uniform": 6, "untrained": 6, "LSTM": 10, "LSTM, as many weights": 10}
+        "trained": 6, "untrained": 6, "uniform": 6, "LSTM": 10, "LSTM, as many weights": 10}
     derived = json.loads((Path(config.out) / "search 2/derived.json").read_text())["cells"]
-    mine = [(e["row"], e["shared"]) for e in groups["trained"] if e["search"] == 2]
-    assert mine == [(row[:-1], pytest.approx(math.log(row[-1]))) for row in derived]
-    assert all(e["test"] > 0 and e["epochs"] == 1 for entries in groups.values() for e in entries)
+    mine = sorted((e["row"], e["shared"]) for e in groups["trained"] if e["search"] == 2)
+    guess = math.log(len(load_corpus(config).words))
+    assert mine == sorted((row[:-1], pytest.approx(min(guess, math.log(row[-1])))) for row in derived)
+    by_row = {}
+    for (cell, _), loss in trained(config).items():
+        by_row.setdefault(cell, []).append(loss)
+    for entry in (e for name in ("trained", "untrained", "uniform") for e in groups[name]):
+        losses = by_row["-".join(map(str, entry["row"]))]
+        assert any(entry["test"] == pytest.approx(min(loss, guess)) for loss in losses)
+    assert len({seed for _, seed in trained(config)}) == 18  # none is trained like another
+
+
+def test_factors_and_ablations_are_of_their_own_cells(finished):
+    """Oracle: the networks' own records, where a cell is known by its row."""
+    config, record = finished("factors")
+    found, networks = record["metrics"], trained(config)
+    chain = "-".join(map(str, encode([CELLS["chain"]._replace(nodes=CELLS["chain"].nodes[:4])])[0].tolist()))
+    i, j = found["connections"].index("chain"), found["activations"].index("tanh")
+    of = lambda name: sorted(x for (cell, _), x in networks.items() if cell == name)
+    assert sorted(found["losses"][i][j]) == pytest.approx(of(chain))
+    config, record = finished("ablate")
+    itself, networks = record["metrics"]["cells"]["random:1"]["itself"], trained(config)
+    assert sorted(x for _, x in itself["scratch"]) == pytest.approx(of(name_of(load_cell(config, "random:1"))))
+    assert len(itself["scratch"]) == 5 == len({x for _, x in itself["scratch"]})  # seeds that differ
+    assert {x for x, _ in itself["scratch"]} == {*itself["shared"]}
+
+
+def test_robust_without_a_perturbation_is_the_plain_test_loss(finished):
+    """Oracle: the networks' own records."""
+    config, record = finished("robust")
+    for lines in record["metrics"]["losses"].values():
+        mine = [x for name in ("plain", "words dropped", "noise") for x in lines[name][0]]
+        assert sorted(mine) == pytest.approx(sorted(trained(config).values()), abs=1e-4)
+
+
+def test_tables_have_the_right_sign():
+    """Hand-made records: trained cells that are better, a change that harms, a lone factor, a kind that learns less."""
+    entry = lambda search, loss: dict(search=search, shared=loss, test=loss, capped=False, failed=False)
+    groups = {name: [entry(s, 2 + worse + .01 * s + .001 * i) for s in range(5) for i in range(4)]
+              for name, worse in (("trained", 0), ("untrained", .5), ("uniform", .2))}
+    groups["LSTM"] = [dict(test=1.5 + .01 * i, capped=False, failed=True) for i in range(5)]
+    made = TABLES["compare"]([{"metrics": {"groups": groups}}])
+    assert re.search(r"untrained +\| \+0.500 \+- 0.000 .*\| 1.00", made) and re.search(r"LSTM +\| -0.5", made)
+    assert "5 of 5" in made and "1.000 +- 0.000" in made
+    two = lambda shared, scratch: {"shared": [shared], "scratch": [[shared, scratch + .01 * i] for i in range(5)]}
+    cells = {"enas": {"itself": two(2.0, 2.0), "a node removed": two(2.3, 2.5)}}
+    made = TABLES["ablate"]([{"metrics": {"cells": cells}}])
+    assert re.search(r"a node removed +\| 1 +\| \+0.300 .*\| \+0.500", made)
+
+
+@pytest.mark.parametrize("study, settings, words", [
+    ("ablate", dict(cell="enas"), "enas|up to --nodes 4"), ("ablate", dict(cell="lstm_cell"), "lstm_cell"),
+    ("factors", dict(replicas=1), "at least 2"), ("factors", dict(min_nodes=2), "min_nodes"),
+    ("robust", dict(operations="highway,glu"), "operations"), ("hidden", dict(nodes=2), "nodes"),
+    ("progress", dict(activations="tanh,relu"), "activations")])
+def test_what_a_study_is_not_for(study, settings, words, tmp_path, capsys):
+    flags = [x for name, value in settings.items() for x in (f"--{name}", str(value))]
+    assert main([study, "--preset", "smoke", *flags, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words.split("|")) and error.count("\n") == 1
 
 
 def test_capacity_learns_a_slice_by_heart(text, finished):
@@ -234,11 +298,6 @@ def test_capacity_learns_a_slice_by_heart(text, finished):
     assert words["train"] == words["valid"] and {*words["test"]} <= {*words["train"]}
     assert words["train"] == (text / "train.txt").read_text().split()[:len(words["train"])]
     assert len(load_corpus(configure("train", data=str(folder))).train) == pytest.approx(6000 / 20, abs=5)
-
-
-def test_ablations_of_a_cell_that_does_not_fit(tmp_path, capsys):
-    assert main(["ablate", "--preset", "smoke", "--cell", "enas", "--out", str(tmp_path / "run")]) == 2
-    assert "enas" in capsys.readouterr().err
 
 
 def test_progress_watches_every_round(finished, tmp_path):

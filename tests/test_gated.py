@@ -459,3 +459,14 @@ def test_rows_that_are_none_are_refused(row):
 
 def test_a_large_space_can_be_drawn_from():
     assert uniform_rows(search_space(Config(nodes=140)), 2, 1).shape == (2, 282)
+
+
+def test_a_small_cell_that_reads_also_under_a_larger_bank():
+    """Fewer nodes than the weights of a gated space have: the second edge's row is the last, not a node's."""
+    cell = Cell((Node(INPUT, "tanh"), Node(1, "relu"), Node(2, "tanh", also=1)))
+    rows, weights = encode([cell]), {name: w.double() for name, w in shared_weights(DROPOUT, WORDS).items()}
+    tokens = torch.randint(WORDS, (2, 4, STREAMS), generator=torch.Generator().manual_seed(1))
+    batch = Batch(tokens[0], tokens[1], torch.zeros(1, STREAMS, 2 * HIDDEN).double(), {})
+    expected = reference_losses(weights, rows[0], batch)[0].item()
+    for w in (weights, menas.inherit(weights, rows)):
+        assert network(w, rows, batch, torch.float64)[0].item() == pytest.approx(expected, abs=1e-12)

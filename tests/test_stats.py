@@ -1,13 +1,13 @@
 """The statistics against enumeration, published values and simulation. Run: pytest tests/test_stats.py"""
 from itertools import combinations, permutations, product
+from math import isnan
 
 import pytest
 import torch
 
 from menas import rng
-from results.stats import (bootstrap, correlation, detectable, kendall, mann_whitney, paired_bootstrap,
-                           permutation_test, probe, ranks, shares_interval, spearman, t_test, unbiased_shares,
-                           variance_shares)
+from results.stats import (bootstrap, correlation, effect_shares, kendall, mann_whitney, permutation_test, probe,
+                           ranks, shares_interval, sign_flips, spearman, t_test, variance_shares, welch)
 
 
 def normal(*shape, key=0):
@@ -67,7 +67,28 @@ def test_kendall_and_spearman(seed):
     assert spearman(x, y) == pytest.approx(torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item())
     x, y = torch.randperm(8, generator=rng(seed)).tolist(), list(range(8))
     assert spearman(x, y) == pytest.approx(1 - 6 * sum((a - b) ** 2 for a, b in zip(x, y)) / (8 * 63))
-    assert kendall(y, y) == spearman(y, y) == pytest.approx(1) and correlation(y, [1.0] * 8) != correlation(y, y)
+    assert kendall(y, y) == spearman(y, y) == pytest.approx(1) and isnan(correlation(y, [1.0] * 8))
+
+
+def test_welch():
+    """Oracle: a published table of Student's t, 24 degrees of freedom, .975: 2.0639, .8: .8569; and simulation, where
+    the variances and sizes differ, the other way round than the sizes would have it."""
+    a = normal(13)
+    error = (2 * a.var() / 13).sqrt().item()
+    difference, half, p, least = welch(a, a + 2.0639 * error)
+    assert difference == pytest.approx(half, rel=1e-3) and p == pytest.approx(.05, abs=1e-3)
+    assert least == pytest.approx((2.0639 + .8569) * error, rel=1e-3) and welch([1.0], [2.0, 3.0])[0] == 1.5
+    sure = [welch(normal(10, key=("a", i)) * 3, normal(60, key=("b", i)))[2] < .05 for i in range(300)]
+    assert 4 <= sum(sure) <= 28
+
+
+def test_sign_flips():
+    """Oracle: every choice of signs, in plain Python; and of a hundred values without a mean p is about 1/2."""
+    values = [1.0, 2.0, -.5, 3.0, .25]
+    flips = [abs(sum(s * x for s, x in zip(signs, values))) for signs in product((-1, 1), repeat=5)]
+    assert sign_flips(values) == sum(x >= sum(values) - 1e-9 for x in flips) / 32
+    assert sign_flips([1.0] * 10) == 2 / 1024
+    assert .3 < sum(sign_flips(normal(20, key=i), 499) for i in range(60)) / 60 < .7
 
 
 def test_intervals_cover():
@@ -76,16 +97,17 @@ def test_intervals_cover():
     inside = [low < 0 < high for low, high in (bootstrap(mean, normal(30, key=i), draws=300) for i in range(100))]
     assert 86 <= sum(inside) <= 100
     x, noise = normal(40, key="x"), normal(40, key="noise")
-    low, high = paired_bootstrap(correlation, x, x + noise, draws=500)
+    low, high = bootstrap(lambda at: correlation(x[at.long()], (x + noise)[at.long()]), range(40), draws=500)
     assert low < correlation(x, x + noise) < high and low > .3
-    gap = 2.8016 * (2 / 50) ** .5
-    assert detectable(normal(5000), normal(5000, key=1)) == pytest.approx(gap / 10, rel=.03)
+    gap = welch(normal(5000), normal(5000, key=1))[3] * 10
+    assert gap == pytest.approx(2.8016 * (2 / 50) ** .5, rel=.03)
     found = [permutation_test(normal(50, key=("a", i)), normal(50, key=("b", i)) + gap, draws=199) for i in range(100)]
     assert 68 <= sum(p <= .05 for p in found) <= 93
 
 
 def test_shares_of_the_variance():
-    """Oracle: sums of squares written out; effects without noise; and simulation with shares that are known."""
+    """Oracle: sums of squares written out; effects without noise; and simulation with shares that are known, with
+    values that are independent and with ones that share a part in a replicate, as those of one search do."""
     a, b, n = 3, 4, 6
     values = normal(a, b, n)
     shares = variance_shares(values)
@@ -94,14 +116,17 @@ def test_shares_of_the_variance():
     first = sum(b * n * (values[i].mean().item() - grand) ** 2 for i in range(a))
     assert shares[0] == pytest.approx(first / total) and sum(shares) == pytest.approx(1)
     effect = torch.tensor([1.0, 0, -1])[:, None, None].expand(a, b, n)
-    assert variance_shares(effect)[0] == pytest.approx(1) == unbiased_shares(effect)[0]
-    true, covered, means = 2 / 3 / (2 / 3 + 1), 0, []
-    for i in range(60):
-        drawn = effect + normal(a, b, n, key=("shares", i))
-        means.append(unbiased_shares(drawn))
-        covered += (interval := shares_interval(drawn, 200))[0][0] < true < interval[0][1]
-    means = torch.tensor(means).mean(0)
-    assert means[0] == pytest.approx(true, abs=.05) and means[1:3].abs().max() < .02 and covered >= 52
+    assert variance_shares(effect)[0] == pytest.approx(1) == effect_shares(effect)[0]
+    for alike in (0.0, .5):
+        true, covered, means = 2 / 3 / (2 / 3 + 1 + alike), 0, []
+        for i in range(100):
+            drawn = effect + normal(a, b, n, key=("shares", i)) + alike ** .5 * normal(1, 1, n, key=("replicate", i))
+            means.append(effect_shares(drawn))
+            (low, high), *_ = shares_interval(drawn)
+            covered += low < true < high
+        means = torch.tensor(means).mean(0)
+        assert means[0] == pytest.approx(true, abs=.05) and means[1:3].abs().max() < .03 and covered >= 85
+    assert shares_interval(values[..., :2])[0][0] != shares_interval(values[..., :2])[0][0]  # nan: too few to say
 
 
 def test_probe():

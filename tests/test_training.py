@@ -141,3 +141,14 @@ def test_sgd_step_is_torchs_clip_and_sgd():
 def test_perplexity_of_a_broken_loss_is_infinite():
     assert perplexity(math.nan) == perplexity(math.inf) == perplexity(1e6) == math.inf
     assert perplexity(math.log(80)) == pytest.approx(80)
+
+
+def test_a_network_may_have_a_seed_of_its_own(text, tmp_path):
+    """'chain@5' is the network that --seed 5 trains, whatever is trained beside it."""
+    run = lambda name, **more: menas.run_study("train", menas.study_train, menas.configure(
+        "train", "smoke", data=str(text), hidden=8, epochs=1, out=str(tmp_path / name), **more))["metrics"]["networks"]
+    several = run("several", cell="tree,chain@5,chain@7", seed=2)
+    assert [(n["cell"], n["seed"]) for n in several] == [("tree", 2), ("chain", 5), ("chain", 7)]
+    alone, = run("alone", cell="chain", seed=5)
+    assert several[1]["test_perplexity"] == pytest.approx(alone["test_perplexity"], rel=1e-3)
+    assert several[1]["test_perplexity"] != several[2]["test_perplexity"]
