@@ -78,8 +78,8 @@ def test_welch():
     difference, half, p, least = welch(a, a + 2.0639 * error)
     assert difference == pytest.approx(half, rel=1e-3) and p == pytest.approx(.05, abs=1e-3)
     assert least == pytest.approx((2.0639 + .8569) * error, rel=1e-3) and welch([1.0], [2.0, 3.0])[0] == 1.5
-    sure = [welch(normal(10, key=("a", i)) * 3, normal(60, key=("b", i)))[2] < .05 for i in range(300)]
-    assert 4 <= sum(sure) <= 28
+    sure = [welch(normal(10, key=("a", i)) * 3, normal(60, key=("b", i)))[2] < .05 for i in range(100)]
+    assert 1 <= sum(sure) <= 11
 
 
 def test_sign_flips():
