@@ -62,7 +62,10 @@ def draw_curves(records, axes, y, scale=1):
     axes.set(ylabel=y.replace("_", " "))
 
 def draw_intervals(path, panels):
-    """Panels (title, x label, {name: its values, one for each seed}): the values, their means and 95 % intervals."""
+    """Panels (title, x label, {name: its values, one for each seed}): the values, their means and 95 % intervals. A row
+    has one name, which some of the panels may lack."""
+    fullest_first = sorted(panels, key=lambda panel: -len(panel[2]))
+    names = list(dict.fromkeys(name for _, _, found in fullest_first for name in found))
     wide = 2 if len(panels) == 4 else min(3, len(panels))
     high = math.ceil(len(panels) / wide)
     figure = Figure(figsize=(4 * wide + 1.5, 3.4 * high), layout="constrained")
@@ -70,11 +73,11 @@ def draw_intervals(path, panels):
     for axes in grid[len(panels):]:
         axes.axis("off")
     for axes, (title, xlabel, found) in zip(grid, panels):
-        for y, values in enumerate(found.values()):
-            mean, half = t_test(values)[:2]
+        for name, values in found.items():
+            y, (mean, half, *_) = names.index(name), t_test(values)
             axes.plot(values, [y] * len(values), ".", color="#999999", label="" if y else "a seed")
             axes.errorbar(mean, y, xerr=half, fmt="o", color="tab:blue", capsize=4, label="" if y else "mean, 95 %")
-        axes.set(yticks=range(len(found)), yticklabels=list(found), title=title, xlabel=xlabel)
+        axes.set(yticks=range(len(names)), yticklabels=names, title=title, xlabel=xlabel)
         axes.axvline(0, color="black", linewidth=1)
     axes.invert_yaxis()  # of all, as they share it
     axes.legend(fontsize=8)

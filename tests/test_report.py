@@ -9,9 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from menas import WHEREABOUTS, Config, UserError, cell_from_json, main, parse, studies
-from results.report import label, report, summary, table
+from results.plots import draw_intervals, table
+from results.report import label, report, summary
 
 ROOT = Path(__file__).parent.parent
 
@@ -116,3 +118,16 @@ def test_experiments_runs_every_study_in_all_ways():
     assert sorted(words[words.index("--part") + 1] for words in parts if "--part" in words) == [
         f"{i}/3" for i in (1, 2, 3) for _ in range(4)]  # two stages, two corpora
     assert sum("--part" not in words for words in parts) == 2
+
+
+def test_a_row_of_a_figure_has_one_name(tmp_path, monkeypatch):
+    """Panels whose names differ, as those of two corpora may: each value stands in the row of its own name."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    draw_intervals(tmp_path / "x.png", [("toy", "nats", {"first": [0.0, 0.1], "third": [3.0, 3.1]}),
+                                        ("ptb", "nats", {"first": [0.0], "second": [2.0], "third": [3.0]})])
+    labels = [text.get_text() for text in drawn[0].axes[0].get_yticklabels()]
+    assert labels == ["first", "second", "third"]
+    for axes in drawn[0].axes:
+        points = {(x, y) for line in axes.lines if line.get_marker() == "." for x, y in zip(*line.get_data())}
+        assert all(labels[int(y)] == {0: "first", 2: "second", 3: "third"}[int(x)] for x, y in points)
