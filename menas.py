@@ -7,7 +7,7 @@
     python menas.py train --preset ptb --cell enas    # a published cell, a JSON file, or a search's folder
     python menas.py search --lookahead fresh --response sampled    # with the gradient term that ENAS leaves out
     python menas.py search --operations highway,glu,gate,sum --memory    # in a space that holds the LSTM
-    python menas.py STUDY | report | --help           # the studies are in results/studies.py
+    python menas.py STUDY | report | --help           # the studies are in results/studies.py, cells.py
 
 The one idea: an architecture is a row of integers, a batch of architectures is a tensor. One forward pass runs K of
 them on the same minibatch, under shared weights (ENAS) or each under its own (many networks, trained as one).
@@ -132,7 +132,7 @@ class Config:
     derive_samples: int = option(100, "architectures scored on the whole validation split at the end", ">= 1")
     retrain: bool = option(False, "search: train the cell found and an LSTM from scratch; extra: a few sampled cells")
     retrain_epochs: int = option(0, "of these trainings (0: as --epochs of train)", ">= 0")
-    retrain_cells: int = option(4, "extra: how many sampled cells these are, per search", ">= 1")
+    retrain_cells: int = option(4, "extra: how many sampled cells, per search; ablate: changes of a kind", ">= 1")
     # train
     cell: str = option("enas", "names, JSON files or search runs, comma-separated, trained in one batch, each with "
                        "--seed or as in enas@3 its own; or lstm")
@@ -146,7 +146,7 @@ class Config:
     part: str = option("", "I/N: every N-th of a study's sub-runs, from the I-th; without it the study is completed")
     checkpoint_seconds: float = option(30.0, "least time between two checkpoints", ">= 0")
 
-# preset -> study -> settings; "all" holds for every study and comes first. results/studies.py adds those of its own.
+# preset -> study -> settings; "all" holds for every study and comes first. results/ adds those of its own studies.
 PRESETS = {"smoke": {
     "all": dict(data="toy", hidden=16, batch=64, bptt=20, nodes=4, epochs=2, controller_samples=8, log_every=10,
                 controller_steps=5, shared_steps=20, derive_samples=10, lr=5.0),
