@@ -49,7 +49,7 @@ SETTINGS = {"smoke": {
     "optimizer": dict(SEARCHES, lr=2.5),
     "conditional": dict(WIDER, nodes=12, min_nodes=4, controller_steps=800, controller_lr=.01, entropy=.01, replicas=5),
 }, "ptb": {
-    "extra": SMALL, **dict.fromkeys(("spaces", "state"), BARE), "optimizer": dict(BARE, lr=5.0),
+    "extra": SMALL, "spaces": BARE, "state": dict(BARE, retrain_epochs=2), "optimizer": dict(BARE, lr=5.0),
     "anneal": dict(BARE, settle=0, derive_samples=16, retrain=True, retrain_epochs=1),
 }, "paper": {
     **dict.fromkeys(("extra", "spaces", "state", "optimizer"), LARGE), "anneal": dict(LARGE, derive_samples=100),
@@ -239,16 +239,16 @@ def study_cost(config, run):
 
 # 3. The hidden state, and a controller that is told what to aim for
 
-def reward_error(config, folder, corpus, k=30, at_least=30):
+def reward_error(config, folder, corpus, k=0, at_least=30):
     """{policy: [bias, tau]} of what a controller step sees of k uniform cells, under each policy for the hidden state,
-    with the shared weights of one search.
+    with the shared weights of one search. By default 30 cells, or as many as 700,000 words of validation text allow.
 
     As in a search, each segment of the validation split is read by other architectures than the one before; whole
     passes over the split, of at_least so many segments. bias: the median cell's mean loss minus that in the evaluation
     of the whole split, nats; tau: Kendall's, of the order of the cells on one segment and on the whole split, mean over
     segments."""
     weights, decisions, found = torch.load(folder / "weights.pt", weights_only=True), search_space(config), {}
-    dtype = DTYPES[config.dtype]
+    dtype, k = DTYPES[config.dtype], k or max(2, min(30, 700_000 // len(corpus.valid)))
     rows = uniform_rows(decisions, k, config.seed, "scored")
     whole = evaluate(weights, rows, corpus.valid, config.eval_batch, dtype=dtype)
     for policy in STATES:
