@@ -77,10 +77,10 @@ for study in spaces state anneal optimizer; do
     [ -n "${SMOKE:-}" ] || share $study-$preset $study --preset $preset
 done
 
-# What makes a cell good, and does the controller know? An hour, then a quarter of an hour or less each, on one core.
+# What makes a cell good, and does the controller know? Not run by us but in small.
 for study in compare ablate factors capacity robust hidden; do share $study $study --preset $tiny; done
 run progress progress --preset $tiny
-# The same on Penn Treebank, not run by us.
+# The same on Penn Treebank, not run by us either.
 for study in compare ablate factors capacity robust hidden; do
     [ -n "${SMOKE:-}" ] || share $study-$preset $study --preset $preset
 done

@@ -229,6 +229,7 @@ def write_atomically(path, content):
         temporary.unlink(missing_ok=True)
 
 def write_json(path, value):
+    """Indented, atomic."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 def read_json(path):
@@ -639,7 +640,8 @@ def load_cell(config, name, others=("lstm",)):
 
 # 4. The shared network -----------------------------------------------------------------------------------------------
 # Weights are a dict of tensors. Shared by all architectures: 'edges' is the bank [edges, H, 2H], a row for each pair
-# (slot read, node). Standalone, a network per architecture: every tensor has a leading K and 'edges' is [K, N, H, 2H].
+# (slot read, node). Standalone, a network per architecture: every tensor has a leading K, 'edges' is [K, N, H, 2H], and
+# if a node reads a slot also [K, N + 1, H, 2H], the last its second edge.
 # In gated spaces any node may read the input pair, so 'input', else [H, 2H], is [N, H, 2H], a matrix for each.
 
 STATE_BOUND = 25.0  # largest norm of h_t, as in the peers, and of m_t
@@ -856,9 +858,9 @@ def edge_gradients(dz, reads, mask, out):
 class Recurrence(torch.autograd.Function):
     """All nodes, steps and architectures of the recurrence, with a backward pass through time written by hand.
     xw [I, K or 1, T, B, 2H] is x_t times the input weights of the I nodes on_input; h0, m0 [K, B, H]; w [N, K, H, 2H]
-    each node's weights, its candidate half scaled by slope; mask [K or 1, B or 1, H] or None; a Structure, act the
-    coefficients. Returns h [K, T, B, H] and the last memory [K, B, H] or None. Buffers are filled in place, without a
-    graph. For second derivatives: reference_losses."""
+    each node's weights, then the second edge's if there is one, the candidate half scaled by slope; mask [K or 1, B or
+    1, H] or None; a Structure, act the coefficients. Returns h [K, T, B, H] and the last memory [K, B, H] or None.
+    Buffers are filled in place, without a graph. For second derivatives: reference_losses."""
 
     @staticmethod
     def forward(ctx, training, xw, h0, m0, w, mask, on_input, cell, *act):
@@ -1504,7 +1506,7 @@ def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32, war
     inputs, targets = text.inputs[:text.length], text.targets[:text.length]
     before = inputs[-warm:].roll(1, 1)  # the end of the stream before [warm, B]; the first has no words before it
     zeros = zero_state(weights, inputs.shape[1])
-    state = network(weights, cells, Batch(before, torch.full_like(before, -1), zeros, {}), dtype)[1]
+    state = network(weights, cells, Batch(before, torch.full_like(before, -1), zeros, masks(before, -1)), dtype)[1]
     state[:, 0] = 0
     for lo in range(0, text.length, bptt):
         part = Batch(inputs[lo:lo + bptt], targets[lo:lo + bptt], state, masks(inputs[lo:lo + bptt], lo))
