@@ -18,11 +18,10 @@ from results.stats import probe, ridge
 from results.studies import BARE, BRIEF, LARGE, PROPERTIES, SEARCHES, depths, path_count
 
 AT_ONCE = 25  # networks trained as one
-LSTMS = 10  # seeds of an LSTM in study_compare
 
 QUICKLY = dict(BRIEF, retrain_epochs=1, replicas=2)
 UNTIL_IT_STOPS = dict(retrain_epochs=25, patience=3, plateau=4.0)  # improving; the tables count what ran into the limit
-FULLY, FEW = dict(SEARCHES, **UNTIL_IT_STOPS), dict(BARE, **UNTIL_IT_STOPS)
+FULLY, FEW = dict(SEARCHES, **UNTIL_IT_STOPS), dict(BARE, retrain_epochs=1)  # an epoch of Penn Treebank takes a minute
 PAPER = dict(LARGE, retrain_epochs=300, patience=10, plateau=2.0)
 # preset -> study -> its settings beside the preset's own
 SETTINGS = {"smoke": {
@@ -34,10 +33,10 @@ SETTINGS = {"smoke": {
     "capacity": dict(retrain_epochs=100, patience=5, plateau=2.0, derive_samples=20),
     "hidden": dict(SEARCHES, derive_samples=30), "progress": dict(SEARCHES, epochs=12, derive_samples=20),
 }, "ptb": {
-    "compare": dict(FEW, replicas=5, derive_samples=4), "factors": dict(FEW, replicas=3), "robust": FEW,
-    "ablate": dict(FEW, cell="found,random:1", retrain_cells=4),
-    "capacity": dict(FEW, retrain_epochs=100, derive_samples=10),
-    "hidden": dict(BARE, derive_samples=30), "progress": dict(BARE, epochs=8),
+    "compare": dict(FEW, derive_samples=3), "factors": dict(FEW, replicas=2), "robust": FEW,
+    "ablate": dict(FEW, cell="found,random:1", retrain_cells=3),
+    "capacity": dict(BARE, retrain_epochs=20, derive_samples=6),
+    "hidden": dict(BARE, derive_samples=30), "progress": dict(BARE, epochs=8, derive_samples=20),
 }, "paper": {
     "compare": dict(PAPER, derive_samples=10), **dict.fromkeys(("factors", "robust"), PAPER),
     "ablate": dict(PAPER, nodes=12, cell="found,random:1,random:2,enas,darts_v2,enas_lm", retrain_cells=20),
@@ -117,7 +116,8 @@ def matched_units(config, wanted):
 
 def study_compare(config, run):
     """Cells of a trained controller, of an untrained one and of the uniform distribution, --derive_samples of each from
-    each of --replicas searches, every one trained from scratch; beside LSTMs, of as many units and of as many weights.
+    each of --replicas searches, every one trained from scratch; beside as many LSTMs as searches, of as many units and
+    of as many weights.
 
     groups: name -> one entry for each network: its row, the search, 'shared', the loss under its shared weights on the
     whole validation split, and from scratch 'train', 'valid', 'test', 'epochs', 'capped', 'failed'."""
@@ -134,7 +134,7 @@ def study_compare(config, run):
     lookups = [load_cell(config, row_name([*e["row"], None])) for e in entries]
     wanted = sum(PROPERTIES["parameters"](cell, config.hidden) for cell in lookups) / len(entries)
     units = {"LSTM": config.hidden, "LSTM, as many weights": matched_units(config, wanted)}
-    networks, lstms = train_all(config, run, list(map(name_of, lookups)), {u: LSTMS for u in units.values()})
+    networks, lstms = train_all(config, run, list(map(name_of, lookups)), {u: config.replicas for u in units.values()})
     keep = ("train", "valid", "test", "epochs", "capped", "failed", "recurrent_parameters")
     entries = [{**entry, **{name: network[name] for name in keep}} for entry, network in zip(entries, networks)]
     groups = {group: [e for e in entries if e["group"] == group] for group in ("trained", "untrained", "uniform")}

@@ -69,7 +69,7 @@ def table_arms(records):
         found = differences(record, outcome)
         for i, arm in enumerate(found):
             values, (mean, half, p, least) = record["metrics"]["arms"][arm][outcome], t_test(found[arm], len(found) - 1)
-            compared = i and len(values) > 1
+            compared = any(found[arm]) and len(values) > 1  # neither the first arm nor what cannot differ
             shown = (f"{show(mean, '+')} +- {show(half)}", f"{p:.3f}", show(least)) if compared else ("", "", "")
             rows.append((OUTCOMES[outcome], arm, show(sum(values) / len(values)), *shown, len(values)))
     arms = "lookahead, response" if records[0]["study"] == "extra" else "arm"

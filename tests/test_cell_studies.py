@@ -227,7 +227,7 @@ def test_compare_keeps_every_record(finished):
     config, record = finished("compare")
     groups = record["metrics"]["groups"]
     assert {name: len(entries) for name, entries in groups.items()} == {
-        "trained": 6, "untrained": 6, "uniform": 6, "LSTM": 10, "LSTM, as many weights": 10}
+        "trained": 6, "untrained": 6, "uniform": 6, "LSTM": 2, "LSTM, as many weights": 2}
     derived = json.loads((Path(config.out) / "search 2/derived.json").read_text())["cells"]
     mine = sorted((e["row"], e["shared"]) for e in groups["trained"] if e["search"] == 2)
     guess = math.log(len(load_corpus(config).words))
