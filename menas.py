@@ -55,7 +55,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # 1. Config and presets -----------------------------------------------------------------------------------------------
-
 # What a number must be, as a refusal says it -> whether a value is that; nan is none of them.
 RANGES = {">= 0": lambda x: x >= 0, ">= 1": lambda x: x >= 1, "in [0, 1)": lambda x: 0 <= x < 1,
           "> 0": lambda x: x >= 1e-12}  # what is smaller overflows as a divisor
@@ -193,7 +192,6 @@ def rng(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 # 2. Data -------------------------------------------------------------------------------------------------------------
-
 PTB_MIRRORS = ("https://raw.githubusercontent.com/carpedm20/ENAS-pytorch/master/data/ptb/{}.txt",
                "https://raw.githubusercontent.com/timbmg/RNNLM/master/data/ptb.{}.txt",
                "https://raw.githubusercontent.com/kcyu2014/eval-nas/master/data/penn/{}.txt")
@@ -218,10 +216,7 @@ def write_atomically(path, content):
     temporary = path.with_name(f".menas-{os.getpid()}-{path.name}")
     try:
         with open(temporary, "wb") as file:
-            if isinstance(content, dict):
-                torch.save(content, file)
-            else:
-                file.write(content)
+            torch.save(content, file) if isinstance(content, dict) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -328,8 +323,6 @@ Segment = namedtuple("Segment", "inputs targets before ends")
 
 class Stream:
     """B parallel readings of a split, cut into segments: every token but the first is a target once per epoch."""
-    at = property(lambda self: self.place[1])  # the next segment's start
-
     def __init__(self, tokens, batch, bptt, key=(), vary=False):
         if len(tokens) <= batch:
             raise UserError(f"--batch {batch} is larger than the corpus allows: a split has {len(tokens)} tokens")
@@ -356,10 +349,9 @@ class Stream:
 
     def progress(self):
         """Epochs read so far, with the fraction of the one at hand."""
-        return self.place[0] + self.at / self.length
+        return self.place[0] + self.place[1] / self.length
 
 # 3. Cells and search spaces ------------------------------------------------------------------------------------------
-
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda u: u, "sigmoid": torch.sigmoid}
 # With [c, u] = s_p W, q a second predecessor, and s_p = h_{t-1} on the input pair, whose product is [x_t, h_{t-1}] W:
 OPERATIONS = ("highway",  # s = s_p + sigmoid(c) * (act(u) - s_p)      ENAS's only one (Zilly et al. 2017)
@@ -855,6 +847,59 @@ def edge_gradients(dz, reads, mask, out):
         read = reads(i) if mask is None else reads(i) * mask[:, None]
         torch.bmm(flat(read).transpose(1, 2), flat(dz[i].flatten(3)), out=dw)
 
+# What both passes of the recurrence gather by. On the CPU an architecture is alone if it is the only one: then the host
+# knows its numbers and gathers nothing. Else slots are rows slot * K + k of one tensor: reads, of each node [N][K]; in
+# gated cells second [N, K] and memory [K]; also [K], or None; half [N, K, 1, 1] is 1/2 where a node reads also.
+Plan = namedtuple("Plan", "alone reads leaf takes gated second memory also half")
+
+def plan_of(cell, w):
+    """The Plan of a Structure; leaf [K, 1, N] and takes [N, K, 1, 1] are its own, in the dtype of the weights w."""
+    k, more = cell.read.shape[1], cell.more
+    alone, flat = k == 1 and w.device.type == "cpu", lambda slot: slot * k + torch.arange(k, device=w.device)
+    reads = cell.read.flatten().tolist() if alone else flat(cell.read).unbind()
+    leaf, takes = cell.leaf.t()[:, None].to(w.dtype).contiguous(), cell.takes[..., None, None].to(w.dtype)
+    if more is None:
+        return Plan(alone, reads, leaf, takes, False, None, None, None, None)
+    also = (None, None) if more.also is None else (flat(more.also), more.here.to(w.dtype) / 2)
+    return Plan(alone, reads, leaf, takes, True, flat(more.second), flat(more.memory), *also)
+
+def back_through_time(grad, w, mask, cell, plan, gates, keep, passed, h, shrink, m, m_shrink):
+    """dL/dh0 and dL/dm0, or None, from grad, dL/dh [K, T, B, H]; gates, each node's local derivatives, become dL/dz.
+    ds [slots, K, B, H] collects the gradient of every slot of one step."""
+    (n, k), (t_, b, hidden), more = cell.read.shape, h.shape[1:], cell.more
+    ds, dz, dp = (w.new_zeros(n + 1 + plan.gated, k, b, hidden), *(w.new_empty(k, b, x * hidden) for x in (2, 1)))
+    leaf = plan.leaf.permute(2, 0, 1)[..., None]                                         # [N, K, 1, 1]
+    per_node = list(zip(ds[1:].unbind(), plan.reads, w.transpose(2, 3).unbind(), gates.unbind(), keep.unbind()))
+    ds_flat, dz_pair, dh = ds.flatten(0, 1), dz.view(k, b, 2, hidden), None
+    for t in reversed(range(t_)):
+        dh = grad[:, t] if dh is None else grad[:, t] + dh
+        dmean = bound_norm_backward(dh, h[:, t], shrink[:, t])
+        if plan.gated:
+            dmean, dm = dmean * more.live, bound_norm_backward(ds[-1], m[:, t], m_shrink[:, t]) * more.has
+            ds[-1] = 0
+        ds[0] = 0
+        torch.mul(dmean, leaf, out=ds[1:n + 1])
+        if plan.gated:
+            ds_flat.index_add_(0, plan.memory, dm)
+        for i, (d, where, w_t, local, stay) in reversed(list(enumerate(per_node))):
+            now = local[:, t]                                                            # [K, B, 2, H]
+            torch.mul(now, d[:, :, None], out=dz_pair)
+            now.copy_(dz_pair)
+            torch.bmm(dz, w_t, out=dp)
+            if mask is not None:
+                dp.mul_(mask)
+            dp.addcmul_(d, stay[:, t])
+            if plan.also is not None:
+                dr = torch.bmm(dz, w[n].transpose(1, 2))
+                dr = (dr if mask is None else dr * mask).addcmul_(d, stay[:, t])
+                ds_flat.index_add_(0, plan.also, plan.half[i] * dr)
+                dp.mul_(1 - plan.half[i])
+            ds[where].add_(dp) if plan.alone else ds_flat.index_add_(0, where, dp)
+            if plan.gated:
+                ds_flat.index_add_(0, plan.second[i], d * passed[i][:, t])
+        dh = ds[0]
+    return dh, ds[-1] if plan.gated else None
+
 class Recurrence(torch.autograd.Function):
     """All nodes, steps and architectures of the recurrence, with a backward pass through time written by hand.
     xw [I, K or 1, T, B, 2H] is x_t times the input weights of the I nodes on_input; h0, m0 [K, B, H]; w [N, K, H, 2H]
@@ -865,60 +910,51 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, training, xw, h0, m0, w, mask, on_input, cell, *act):
         ctx.inputs = training, xw, h0, m0, w, mask, on_input, cell, *act
-        (n, k), hidden, (t_, b), more = cell.read.shape, w.shape[2], xw.shape[2:4], cell.more
-        kept, count = t_ if training else 1, n + 1 + (more is not None)  # steps, for the backward pass; slots
+        (n, k), hidden, (t_, b), more, plan = cell.read.shape, w.shape[2], xw.shape[2:4], cell.more, plan_of(cell, w)
+        kept, count = t_ if training else 1, n + 1 + plan.gated  # steps, for the backward pass; slots
         slots = Workspace.take(w, count, k, kept, b, hidden)  # the input pair, the nodes, the memory
         gates = Workspace.take(w, n if training else 1, k, kept, b, 2, hidden)
         h, shrink = w.new_empty(k, t_, b, hidden), w.new_empty(k, t_, b, 1)
+        m, m_shrink = (torch.empty_like(h), torch.empty_like(shrink)) if plan.gated else (None, None)
         p, pm, z = (w.new_empty(k, b, width) for width in (hidden, hidden, 2 * hidden))
-        alone = k == 1 and w.device.type == "cpu"  # then the host knows the cell: it gathers nothing
         z_pair = z.view(k, b, 2, hidden)
         z_c, z_u = z_pair.unbind(2)  # c, and slope * u, of the product that bmm writes to z
-        flat = lambda slot: slot * k + torch.arange(k, device=w.device)                  # [.., K] rows of slots, flat
-        index, leaf = flat(cell.read), cell.leaf.t()[:, None].to(w.dtype).contiguous()   # [N, K]; [K, 1, N]
-        slope, spread = act[0], lambda x: x.flatten().tolist() if alone else x.unbind()
-        per_node = list(zip(w, *map(spread, (index, *act[1:5]))))
-        takes, gated, parts = cell.takes[..., None, None].to(w.dtype), more is not None, None            # [N, K, 1, 1]
-        if gated:
-            highway, live, has = (x.to(w.dtype) for x in (more.highway, more.live, more.has))
-            m, m_shrink = torch.empty_like(h), torch.empty_like(shrink)
-            also = None if more.also is None else flat(more.also)
-            parts = highway, live, has, (second := flat(more.second)), (memory := flat(more.memory)), m, m_shrink, also
+        slope, spread = act[0], lambda x: x.flatten().tolist() if plan.alone else x.unbind()
+        per_node = list(zip(w, plan.reads, *map(spread, act[1:5])))
         for t in range(t_):
             now = t if training else 0
             rows = slots.view(count * k, kept, b, hidden)[:, now]                        # [slots * K, B, H]
             values = slots[:, :, now].unbind()                                           # of each slot [K, B, H]
             values[0].copy_(h0 if t == 0 else h[:, t - 1])
-            if gated:
+            if plan.gated:
                 values[-1].copy_(m0 if t == 0 else m[:, t - 1])
             for i, (w_i, where, scale, shift, linear, floor) in enumerate(per_node):
-                p = values[where] if alone else torch.index_select(rows, 0, where, out=p)
+                p = values[where] if plan.alone else torch.index_select(rows, 0, where, out=p)
                 torch.bmm(p if mask is None else torch.mul(p, mask, out=pm), w_i, out=z)
                 if i in on_input:
                     x = xw[on_input.index(i), :, t]
-                    z_c.addcmul_(x[..., :hidden], takes[i])
-                    z_u.addcmul_(x[..., hidden:], takes[i] * slope[i])
-                if gated and also is not None:
-                    p = read_also(z, p, rows.index_select(0, also), more.here[i], mask, w[n])
-                if gated:  # a gate's activation is of the second slot
-                    q = rows.index_select(0, second[i])
+                    z_c.addcmul_(x[..., :hidden], plan.takes[i])
+                    z_u.addcmul_(x[..., hidden:], plan.takes[i] * slope[i])
+                if plan.also is not None:
+                    p = read_also(z, p, rows.index_select(0, plan.also), more.here[i], mask, w[n])
+                if plan.gated:  # a gate's activation is of the second slot
+                    q = rows.index_select(0, plan.second[i])
                     z_u.copy_(torch.where(more.gate[i], q * slope[i], z_u))
-                c, y = activate(z_pair, gates[i if training else 0, :, now], alone, scale, shift, linear, floor)
-                torch.lerp(p * highway[i] if gated else p, y, c, out=values[i + 1])      # glu and gate carry nothing
-                if gated:
+                c, y = activate(z_pair, gates[i if training else 0, :, now], plan.alone, scale, shift, linear, floor)
+                torch.lerp(p * more.highway[i] if plan.gated else p, y, c, out=values[i + 1])  # others carry nothing
+                if plan.gated:
                     values[i + 1].copy_(torch.where(more.sum[i], p + q, values[i + 1]))
-            mean = torch.bmm(leaf, slots[1:n + 1, :, now].view(n, k, b * hidden).transpose(0, 1)).view(k, b, hidden)
-            h[:, t], shrink[:, t] = bound_norm(mean * live if gated else mean)
-            if gated:
-                m[:, t], m_shrink[:, t] = bound_norm(rows.index_select(0, memory) * has)
+            mean = torch.bmm(plan.leaf, slots[1:n + 1, :, now].view(n, k, -1).transpose(0, 1)).view(k, b, hidden)
+            h[:, t], shrink[:, t] = bound_norm(mean * more.live if plan.gated else mean)
+            if plan.gated:
+                m[:, t], m_shrink[:, t] = bound_norm(rows.index_select(0, plan.memory) * more.has)
         if training:
-            ctx.buffers = index, leaf, takes, parts, slots, gates, h.detach(), shrink  # else h would refer to itself
+            ctx.buffers = plan, slots, gates, h.detach(), shrink, m, m_shrink  # else h would refer to itself
         else:
             Workspace.give(slots, gates)
-        if not gated:
-            return h, None
-        ctx.mark_non_differentiable(last := m[:, -1].clone())
-        return h, last
+        if plan.gated:
+            ctx.mark_non_differentiable(last := m[:, -1].clone())
+        return h, last if plan.gated else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -926,64 +962,29 @@ class Recurrence(torch.autograd.Function):
         training, xw, _, _, w, mask, on_input, cell, *act = ctx.inputs
         if ctx.buffers is None:  # a second backward: the first one has used them up
             Recurrence.forward(ctx, *ctx.inputs)
-        (index, leaf, takes, parts, slots, gates, h, shrink), ctx.buffers = ctx.buffers, None
-        (n, k), hidden, (t_, b), count, gated = cell.read.shape, w.shape[2], h.shape[1:3], len(slots), parts is not None
-        if gated:
-            highway, live, has, second, memory, m, m_shrink, also = parts
-        two = gated and also is not None  # does a node read also? Both of its edges have half of the gradient:
-        half = cell.more.here.to(w.dtype) / 2 if two else None                           # [N, K, 1, 1], else 0
-        flat, alone = slots.view(count * k, t_, b, hidden), k == 1 and w.device.type == "cpu"
-        wheres = index.flatten().tolist() if alone else index.unbind()
-        values = lambda where: slots[where] if alone else flat.index_select(0, where)    # [K, T, B, H]
-        r = flat.index_select(0, also) if two else None
-        carried = lambda i: torch.lerp(values(wheres[i]), r, half[i][:, None]) if two else values(wheres[i])
-        keep, passed = (Workspace.take(w, n, k, t_, b, hidden) if x else None for x in (True, gated))
-        for i in range(n):  # gates become ds/dc~ and ds/dz, keep ds/dp, passed ds/dq
-            kinds = [x[i][:, None] for x in (highway, cell.more.gate, cell.more.sum)] if gated else None
-            local_derivatives(gates[i], carried(i), keep[i], [x[i][:, None] for x in act], kinds,
-                              passed[i] if gated else None)
-        # Back through time: ds [slots, K, B, H] collects the gradient of every slot of one step.
-        ds, dz, dp = w.new_zeros(count, k, b, hidden), w.new_empty(k, b, 2 * hidden), w.new_empty(k, b, hidden)
-        dh, leaf = None, leaf.permute(2, 0, 1)[..., None]                                # leaf [N, K, 1, 1]
-        per_node = list(zip(ds[1:].unbind(), wheres, w.transpose(2, 3).unbind(), gates.unbind(), keep.unbind()))
-        ds_flat, dz_pair = ds.view(count * k, b, hidden), dz.view(k, b, 2, hidden)
-        for t in reversed(range(t_)):
-            dh = grad[:, t] if dh is None else grad[:, t] + dh
-            dmean = bound_norm_backward(dh, h[:, t], shrink[:, t])
-            if gated:
-                dmean, dm = dmean * live, bound_norm_backward(ds[-1], m[:, t], m_shrink[:, t]) * has
-                ds[-1] = 0
-            ds[0] = 0
-            torch.mul(dmean, leaf, out=ds[1:n + 1])
-            if gated:
-                ds_flat.index_add_(0, memory, dm)
-            for i, (d, where, w_t, local, stay) in reversed(list(enumerate(per_node))):
-                now = local[:, t]                                                        # [K, B, 2, H]
-                torch.mul(now, d[:, :, None], out=dz_pair)
-                now.copy_(dz_pair)
-                torch.bmm(dz, w_t, out=dp)
-                if mask is not None:
-                    dp.mul_(mask)
-                dp.addcmul_(d, stay[:, t])
-                if two:
-                    dr = torch.bmm(dz, w[n].transpose(1, 2))
-                    ds_flat.index_add_(0, also, half[i] * (dr if mask is None else dr * mask).addcmul_(d, stay[:, t]))
-                    dp.mul_(1 - half[i])
-                ds[where].add_(dp) if alone else ds_flat.index_add_(0, where, dp)
-                if gated:
-                    ds_flat.index_add_(0, second[i], d * passed[i][:, t])
-            dh = ds[0]
+        (plan, slots, gates, *bounded), ctx.buffers = ctx.buffers, None
+        n, two = len(gates), plan.also is not None  # does a node read also? Its edges have half of the gradient each
+        flat = slots.flatten(0, 1)                                                       # [slots * K, T, B, H]
+        values = lambda where: slots[where] if plan.alone else flat.index_select(0, where)  # [K, T, B, H]
+        r = flat.index_select(0, plan.also) if two else None
+        keep, passed = (Workspace.take(w, *slots[:n].shape) if x else None for x in (True, plan.gated))
+        for i, where in enumerate(plan.reads):  # gates become ds/dc~ and ds/dz, keep ds/dp, passed ds/dq
+            carried = torch.lerp(values(where), r, plan.half[i][:, None]) if two else values(where)
+            kinds = [x[i][:, None] for x in cell.more[:3]] if plan.gated else None
+            local_derivatives(gates[i], carried, keep[i], [x[i][:, None] for x in act], kinds,
+                              passed[i] if plan.gated else None)
+        dh, dm = back_through_time(grad, w, mask, cell, plan, gates, keep, passed, *bounded)
         dw = torch.empty_like(w)
         if two:
-            edge_gradients((gates * half[..., None, None]).sum(0, keepdim=True), lambda i: r, mask, dw[n:])
-            gates.mul_(1 - half[..., None, None])  # what is left to the first edges
-        edge_gradients(gates, lambda i: values(wheres[i]), mask, dw[:n])
-        dxw = gates[on_input] * takes[on_input][..., None, None]                         # [I, K, T, B, 2, H]
+            half = plan.half[..., None, None]
+            edge_gradients((gates * half).sum(0, keepdim=True), lambda i: r, mask, dw[n:])
+            gates.mul_(1 - half)  # what is left to the first edges
+        edge_gradients(gates, lambda i: values(plan.reads[i]), mask, dw[:n])
+        dxw = gates[on_input] * plan.takes[on_input][..., None, None]                    # [I, K, T, B, 2, H]
         dxw[..., 1, :] *= act[0][on_input][:, :, None]  # slope
         dxw = dxw.flatten(4)
-        Workspace.give(slots, gates, keep, *[passed] * bool(gated))
-        dxw, dm0 = dxw if xw.shape[1] == k else dxw.sum(1, keepdim=True), ds[-1].clone() if gated else None
-        return None, dxw, dh.clone(), dm0, dw, *[None] * (3 + len(act))
+        Workspace.give(slots, gates, keep, *[passed] * plan.gated)
+        return None, dxw if xw.shape[1] == len(dh) else dxw.sum(1, keepdim=True), dh, dm, dw, *[None] * (3 + len(act))
 
 class CrossEntropy(torch.autograd.Function):
     """Mean loss [K] of h [K, R, H] for targets [R], -1 for none, under decoders [K, V, H] and biases [K, V].
@@ -1119,7 +1120,6 @@ def gradients(losses, weights):
     return dict(zip(weights, torch.autograd.grad(losses.sum(), list(weights.values()), materialize_grads=True)))
 
 # 5. The controller ---------------------------------------------------------------------------------------------------
-
 # K architectures, rows [K, D], and what the policy says of them: log_prob [K] of the whole row; entropy [K], the sum of
 # the decisions' entropies along the row's path, whose mean estimates the policy's.
 Sample = namedtuple("Sample", "rows log_prob entropy")
@@ -1350,7 +1350,6 @@ def policy_loss(sample, rewards, baseline, entropy_weight):
     return -(advantage * sample.log_prob + entropy_weight * sample.entropy).mean()
 
 # 7. Runs and records -------------------------------------------------------------------------------------------------
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 WHEREABOUTS = {"out", "cache", "device", "threads", "part", "checkpoint_seconds"}  # may differ when a run resumes
 
@@ -1486,7 +1485,6 @@ class Run:
         return record
 
 # 8. Evaluate and train -----------------------------------------------------------------------------------------------
-
 def to_device(tensors, device):
     """A dict of tensors, moved; without their gradients."""
     return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
@@ -1595,7 +1593,6 @@ def train_networks(config, run, corpus, weights, cells, seeds):
     return s["best"], {name: s[name].tolist() for name in ("best_loss", "best_epoch", "epochs", "failed")}
 
 # 9. Search and derive ------------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def warm_start(weights, cells, segment, carried, dtype):
     """The state after the segment before, read from 0 by the architectures themselves; costs a forward pass."""
@@ -1822,18 +1819,19 @@ def search(config, run, corpus, watch=lambda weights, controller, epoch: None):
         run.obey()
     return game.s["weights"], game.controller
 
-def derive(config, weights, rows, corpus, at_once=10):
+def losses_on(tokens, config, weights, rows, **more):
+    """Losses [K] on a whole split under shared weights, ten architectures at a time, for memory's sake; on the CPU."""
+    tokens, rows = tokens.to(device_of(config)), rows.to(device_of(config))
+    return torch.cat([evaluate(weights, some, tokens, config.eval_batch, **more) for some in rows.split(10)]).cpu()
+
+def derive(config, weights, rows, corpus):
     """Architectures under the shared weights on the whole validation split, best first: rows [K, D], perplexities."""
-    device = device_of(config)
-    distinct, which = rows.to(device).unique(dim=0, return_inverse=True)
-    valid, masks = corpus.valid.to(device), perturbed(config, weights)
-    losses = torch.cat([evaluate(weights, part, valid, config.eval_batch, dtype=DTYPES[config.dtype], masks=masks)
-                        for part in distinct.split(at_once)])  # some at a time, for memory's sake
-    losses, order = losses[which].cpu().sort(stable=True)
-    return rows.cpu()[order], [perplexity(loss) for loss in losses.tolist()]
+    distinct, which = (rows := rows.cpu()).unique(dim=0, return_inverse=True)
+    how = dict(dtype=DTYPES[config.dtype], masks=perturbed(config, weights))
+    losses, order = losses_on(corpus.valid, config, weights, distinct, **how)[which].sort(stable=True)
+    return rows[order], [perplexity(loss) for loss in losses.tolist()]
 
 # 10. The two commands ------------------------------------------------------------------------------------------------
-
 def check(config):
     """Wrong settings, each with its name, before any work is done."""
     for name, choices in (("preset", PRESETS), ("dtype", DTYPES), ("schedule", SCHEDULES), ("state", STATES),
@@ -1958,7 +1956,6 @@ def studies():
     return {"search": study_search, "train": study_train, **studies.STUDIES, **cells.STUDIES}
 
 # 11. Main -------------------------------------------------------------------------------------------------------------
-
 def boolean(text):
     """--flag, --flag true or --flag false."""
     return ("false", "true").index(text.lower()) == 1

@@ -12,8 +12,8 @@ import torch
 
 from menas import (ACTIVATIONS, CELLS, FAMILIES, INPUT, PRESETS, SPLITS, Controller, Node, UserError, decode, derive,
                    device_of, edge_index, encode, evaluate, inherit, is_gated, leaves, load_cell, load_corpus,
-                   perturbed, read_json, retrain, rng, row_name, run_study, search, search_space, study_search,
-                   to_device, uniform_rows, write_atomically, write_json)
+                   losses_on, perturbed, read_json, retrain, rng, row_name, run_study, search, search_space,
+                   study_search, to_device, uniform_rows, write_atomically, write_json)
 from results.stats import probe, ridge
 from results.studies import BARE, BRIEF, LARGE, PROPERTIES, SEARCHES, depths, path_count
 
@@ -79,12 +79,6 @@ def searches(config, run, arms={"search": {}}):
 
 def shared_weights_of(folder, config):
     return to_device(torch.load(folder / "weights.pt", weights_only=True), device_of(config))
-
-def losses_of(config, weights, rows, tokens, **more):
-    """Losses [K] on a whole split, a few cells at a time, for memory's sake."""
-    device = device_of(config)
-    return torch.cat([evaluate(weights, part.to(device), tokens.to(device), config.eval_batch, **more).cpu()
-                      for part in rows.split(10)])
 
 def train_all(config, run, names, lstms={}, **settings):
     """Metrics of a network trained from scratch for each cell, each with a seed of its own, until it stops improving
@@ -194,7 +188,7 @@ def study_ablate(config, run):
         kinds = {"itself": [(cell, list(range(len(cell.nodes))))], **variants(cell)}
         found[name] = {}
         for kind, changed in kinds.items():
-            shared = [losses_of(config, *inherit_numbered(weights, [x], [numbers]), corpus.test).item()
+            shared = [losses_on(corpus.test, config, *inherit_numbered(weights, [x], [numbers])).item()
                       for x, numbers in changed]
             found[name][kind] = {"shared": shared, "scratch": []}
             draw = torch.randperm(len(changed), generator=rng(config.seed, "ablate", name, kind)).tolist()
@@ -363,15 +357,15 @@ def study_hidden(config, run):
     untrained ones that they started from, on ten times --derive_samples uniform cells and on pairs of them.
 
     controllers: trained or not -> for each seed 'distances' of states, of pairs that differ by one edit and of random
-    ones; 'pairs', for random pairs that distance, the number of decisions in which they differ, and the difference of
-    their losses; 'probes', what is linear in the state; 'pushed', see there, by measure; 'plane', two principal
-    components of the states and the cells' losses."""
+    ones; 'edited', the numbers of the edits' nodes; 'pairs', for random pairs that distance, the number of decisions in
+    which they differ, and the difference of their losses; 'probes', what is linear in the state; 'pushed', see there,
+    by measure; 'plane', two principal components of the states and the cells' losses."""
     in_plain_space(config, 3)
     corpus, found = load_corpus(config), {"untrained": [], "trained": []}
     for folder, sub in searches(config, run)["search"]:
         decisions, draw = search_space(sub), rng(sub.seed, "hidden")
         rows = uniform_rows(decisions, 10 * sub.derive_samples, sub.seed, "hidden")
-        losses = losses_of(sub, shared_weights_of(folder, sub), rows, corpus.valid).double()
+        losses = losses_on(corpus.valid, sub, shared_weights_of(folder, sub), rows).double()
         losses, cells = losses.clamp(max=math.log(len(corpus.words))), list(map(decode, rows))
         measured = {**{name: torch.tensor([float(f(cell)) for cell in cells]) for name, f in MEASURES.items()},
                     "loss": losses}
@@ -389,8 +383,10 @@ def study_hidden(config, run):
             far = (states[i] - states[j]).norm(dim=1)
             distances = {kind: (states_of(controller, other) - states).norm(dim=1).tolist()
                          for kind, other in edits.items()}
+            node = lambda other: ((other != rows).long().argmax(1) // 2 - 1).tolist()
             found[name].append({
                 "distances": {**distances, "random": far.tolist()},
+                "edited": {kind: node(other) for kind, other in edits.items()},
                 "pairs": [far.tolist(), (rows[i] != rows[j]).sum(1).tolist(), (losses[i] - losses[j]).abs().tolist()],
                 "probes": {measure: probe(states, values) for measure, values in measured.items()},
                 "pushed": {measure: pushed(controller, states, measured[measure], MEASURES[measure], sub.seed, measure)

@@ -366,6 +366,8 @@ def hidden_measures(record):
             distance, (far, edits, losses) = seed["distances"], seed["pairs"]
             measures = {f"distance after {kind} / of random pairs": mean(distance[kind]) / mean(distance["random"])
                         for kind in ("a connection", "an activation")}
+            measures.update({f"rho of distance after {kind} and its node's number": spearman(distance[kind], nodes)
+                             for kind, nodes in seed["edited"].items()})
             measures["rho of distance and decisions that differ"] = spearman(far, edits)
             measures["rho of distance and difference in loss"] = spearman(far, losses)
             measures.update({f"R2 of a probe for {of}": r2 for of, r2 in seed["probes"].items()})

@@ -254,7 +254,7 @@ def reward_error(config, folder, corpus, k=0, at_least=30):
     for policy in STATES:
         stream, carried = Stream(corpus.valid, config.batch, config.bptt), zero_state(weights, config.batch)
         now, losses, tokens = replace(config, state=policy), [], []
-        while len(losses) < at_least or stream.at > 0:
+        while len(losses) < at_least or stream.place[1] > 0:
             segment = stream.next()
             losses.append(score(now, weights, rows, segment, carried)[0])
             tokens.append((segment.targets >= 0).sum())

@@ -300,6 +300,14 @@ def test_capacity_learns_a_slice_by_heart(text, finished):
     assert len(load_corpus(configure("train", data=str(folder))).train) == pytest.approx(6000 / 20, abs=5)
 
 
+def test_hidden_knows_which_node_was_edited(finished):
+    """A connection can be changed from node 2 on, an activation anywhere; every edit moves the state."""
+    for found in (seed for seeds in finished("hidden")[1]["metrics"]["controllers"].values() for seed in seeds):
+        assert {*found["edited"]["a connection"]} == {2, 3} and {*found["edited"]["an activation"]} == {0, 1, 2, 3}
+        for kind, nodes in found["edited"].items():
+            assert len(nodes) == len(found["distances"][kind]) and min(found["distances"][kind]) > 0
+
+
 def test_progress_watches_every_round(finished, tmp_path):
     """From before the first round to the end; shares are probabilities; the search is the same as without a watch."""
     config, record = finished("progress")
