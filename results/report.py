@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import stdev
 
 import torch
 from matplotlib.figure import Figure
@@ -181,8 +182,9 @@ def table_compare(records):
     shared against standalone losses."""
     groups = records[0]["metrics"]["groups"]
     base, *others = groups
-    about = [(group, len(x), mean_of(units_of(x)), f"{min(e['test'] for e in x):.3f}", share_of(x, "capped"),
-              share_of(x, "failed")) for group, x in groups.items()]
+    about = [(group, len(x), mean_of(units_of(x)), f"{stdev(e['test'] for e in x):.3f}",
+              f"{min(e['test'] for e in x):.3f}", share_of(x, "capped"), share_of(x, "failed"))
+             for group, x in groups.items()]
     tests, rows, ranked = len(others), [], []
     for other in others:
         a, b = units_of(groups[base]), units_of(groups[other])
@@ -202,7 +204,7 @@ def table_compare(records):
                                                                                      for e in some))))
         ranked.append((group, len(entries), *(mean_of(order(measure)) for measure in (kendall, spearman))))
     return "\n\n".join((
-        table(("networks of", "number", "test loss", "best", "reached the last epoch", "diverged"), about),
+        table(("networks of", "number", "test loss", "sd of networks", "best", "reached the last epoch", "diverged"), about),
         table((f"minus {base}", "difference", "bootstrap, 95 %", "p, permutation", f"P({base} better)",
                "p, Mann-Whitney", "detectable"), rows),
         table(("shared against standalone loss", "cells", "Kendall's tau", "Spearman's rho"), ranked)))

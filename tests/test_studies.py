@@ -126,9 +126,9 @@ def test_the_reward_under_a_policy_for_the_state(tmp_path, text):
 
 @pytest.mark.parametrize("study", ["spaces", "optimizer", "anneal", "state", "conditional"])
 def test_the_wider_spaces_studies_run(tmp_path, study, text):
-    tiny = {**TINY, "nodes": 4, "replicas": 1, "derive_samples": 2, "retrain_epochs": 1, "retrain_cells": 1} if study != "conditional" else {"controller_steps": 3}
-    tiny["data"] = text
-    settings = [x for name, value in tiny.items() for x in (f"--{name}", str(value))]
+    tiny = {**TINY, "nodes": 4, "replicas": 1, "derive_samples": 2, "retrain_epochs": 1, "retrain_cells": 1}
+    tiny = {"controller_steps": 3} if study == "conditional" else tiny
+    settings = [x for name, value in {**tiny, "data": text}.items() for x in (f"--{name}", str(value))]
     assert main([study, "--preset", "smoke", *settings, "--out", str(tmp_path / "run")]) == 0
     report(str(tmp_path), str(tmp_path / "none.md"))
     figure, = tmp_path.glob(f"{study}*.png")
