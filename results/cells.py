@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from menas import (ACTIVATIONS, CELLS, FAMILIES, INPUT, PRESETS, SPLITS, Controller, Node, UserError, decode, derive,
-                   device_of, edge_index, encode, evaluate, inherit, is_gated, leaves, load_cell, load_corpus,
+from menas import (ACTIVATIONS, CELLS, FAMILIES, INPUT, PRESETS, SPLITS, Controller, Node, Stream, UserError, decode,
+                   derive, device_of, edge_index, encode, evaluate, inherit, is_gated, leaves, load_cell, load_corpus,
                    losses_on, perturbed, read_json, retrain, rng, row_name, run_study, search, search_space,
                    study_search, to_device, uniform_rows, write_atomically, write_json)
 from results.stats import probe, ridge
@@ -270,6 +270,7 @@ def study_capacity(config, run):
 # 3. Perturbed input as an objective
 
 PERTURBED = {"words dropped": [0.0, .05, .1, .2, .3], "noise": [0.0, .25, .5, .75, 1.0]}
+SEGMENTS, WORDS = 30, 35  # a perturbed loss is a mean over so many segments, or more, each with masks of its own
 OBJECTIVES = {"plain": {}, "words dropped": dict(reward_words=.2), "noise": dict(reward_noise=.5)}
 
 def study_robust(config, run):
@@ -287,16 +288,21 @@ def study_robust(config, run):
     weights = {name: torch.cat([w[name] for w in saved]) for name in saved[0]}
     cells = encode([load_cell(config, name) for name in names.values()]).to(device)
     lstm, zeros = load(f"lstm {config.hidden}"), torch.zeros(config.replicas, 2)
+    streams = min(config.eval_batch, max(1, len(corpus.test) // 70))  # as evaluate cuts the text
+    passes = math.ceil(SEGMENTS / math.ceil(Stream(corpus.test, streams, WORDS).length / WORDS))
     found = {}
     for setting, (kind, strengths) in zip(settings, PERTURBED.items()):
         found[kind] = {name: [] for name in (*OBJECTIVES, "LSTM")}
         for strength in strengths:
-            masks = perturbed(replace(config, **{setting: strength}), weights)
-            measure = lambda w, rows: evaluate(w, rows, corpus.test.to(device), config.eval_batch, masks=masks).tolist()
+            masks = [perturbed(replace(config, seed=config.seed + i, **{setting: strength}), weights)
+                     for i in range(passes if strength else 1)]
+            measure = lambda w, rows: torch.stack([evaluate(w, rows, corpus.test.to(device), config.eval_batch, WORDS,
+                                                            masks=m) for m in masks]).mean(0).tolist()
             losses = dict(zip(names, measure(weights, cells)))
             for name in OBJECTIVES:
                 found[kind][name].append([losses[name, i] for i in range(config.replicas)])
             found[kind]["LSTM"].append(measure(lstm, zeros))
+            run.obey()
     return {"strengths": PERTURBED, "losses": found}
 
 # 4. The controller's hidden state
@@ -328,11 +334,13 @@ uses = lambda act: lambda cell: sum(node.activation == act for node in cell.node
 MEASURES = {"paths": path_count, "depth": lambda cell: max(depths(cell).values()),
             "leaves": lambda cell: len(leaves(cell)), **{f"nodes with {act}": uses(act) for act in ACTIVATIONS}}
 
+STRENGTHS = (-4.0, -2.0, 0.0, 2.0, 4.0)  # of a push, in mean norms of the state
+
 def steered(controller, direction, key, k=200):
     """{strength: rows [K, D] sampled while so many times the direction [H] is added to each hidden state, from which
     it is handed on}."""
     found = {}
-    for strength in (-2.0, -1.0, 0.0, 1.0, 2.0):
+    for strength in STRENGTHS:
         push = lambda module, inputs, output: (output[0] + strength * direction, output[1])
         hook = controller.lstm.register_forward_hook(push)
         with torch.no_grad():
@@ -341,16 +349,14 @@ def steered(controller, direction, key, k=200):
     return found
 
 def pushed(controller, states, values, measure, *key):
-    """{direction: {strength: mean of a measure of the cells sampled while the state is pushed}}, along the direction in
-    which a linear probe of the final states finds the values, and along random ones of the same norm."""
-    norm = (states - states.mean(0)).norm(dim=1).mean()
+    """{direction: for each such direction the means of a measure of cells sampled while the state is pushed, one for
+    each strength}: the one in which a linear probe of the final states [cells, H] finds the values, and five at random,
+    all as long as the states are on average."""
     random_ = [torch.randn(states.shape[1], generator=rng(*key, i), dtype=states.dtype) for i in range(5)]
-    found = {}
-    for name, directions in (("along the probe", [ridge(states, values)]), ("at random", random_)):
-        drawn = [steered(controller, (d / d.norm() * norm).float(), key) for d in directions]
-        found[name] = {str(strength): sum(measure(decode(row)) for x in drawn for row in x[strength]) / sum(
-            len(x[strength]) for x in drawn) for strength in drawn[0]}
-    return found
+    mean = lambda rows: sum(measure(decode(row)) for row in rows) / len(rows)
+    along = lambda d: steered(controller, (d * states.norm(dim=1).mean() / d.norm()).float(), key)
+    return {name: [list(map(mean, along(d).values())) for d in directions]
+            for name, directions in (("along the probe", [ridge(states, values)]), ("at random", random_))}
 
 def study_hidden(config, run):
     """Does the controller's final hidden state know the architecture? Of --replicas searches' controllers, and of the
@@ -359,7 +365,8 @@ def study_hidden(config, run):
     controllers: trained or not -> for each seed 'distances' of states, of pairs that differ by one edit and of random
     ones; 'edited', the numbers of the edits' nodes; 'pairs', for random pairs that distance, the number of decisions in
     which they differ, and the difference of their losses; 'probes', what is linear in the state; 'pushed', see there,
-    by measure; 'plane', two principal components of the states and the cells' losses."""
+    by measure; 'norms', the means of |state - mean state| and |state|; 'plane', two principal components of the states
+    and the cells' losses."""
     in_plain_space(config, 3)
     corpus, found = load_corpus(config), {"untrained": [], "trained": []}
     for folder, sub in searches(config, run)["search"]:
@@ -391,6 +398,7 @@ def study_hidden(config, run):
                 "probes": {measure: probe(states, values) for measure, values in measured.items()},
                 "pushed": {measure: pushed(controller, states, measured[measure], MEASURES[measure], sub.seed, measure)
                            for measure in ("depth", "nodes with tanh")},
+                "norms": [centred.norm(dim=1).mean().item(), states.norm(dim=1).mean().item()],
                 "plane": [*plane.t().tolist(), losses.tolist()]})
             run.obey()
     return {"controllers": found}

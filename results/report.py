@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from menas import ACTIVATIONS, ROW, UserError, cell_from_json, decode, read_json
+from results.cells import STRENGTHS
 from results.plots import (COLOURS, draw_bands, draw_cell, draw_curves, draw_densities, draw_intervals, draw_points,
                            panels, table)
 from results.stats import (bootstrap, effect_shares, kendall, mann_whitney, permutation_test, shares_interval,
@@ -204,7 +205,8 @@ def table_compare(records):
                                                                                      for e in some))))
         ranked.append((group, len(entries), *(mean_of(order(measure)) for measure in (kendall, spearman))))
     return "\n\n".join((
-        table(("networks of", "number", "test loss", "sd of networks", "best", "reached the last epoch", "diverged"), about),
+        table(("networks of", "number", "test loss", "sd of networks", "best", "reached the last epoch", "diverged"),
+              about),
         table((f"minus {base}", "difference", "bootstrap, 95 %", "p, permutation", f"P({base} better)",
                "p, Mann-Whitney", "detectable"), rows),
         table(("shared against standalone loss", "cells", "Kendall's tau", "Spearman's rho"), ranked)))
@@ -366,15 +368,19 @@ def hidden_measures(record):
     for name, seeds in record["metrics"]["controllers"].items():
         for seed in seeds:
             distance, (far, edits, losses) = seed["distances"], seed["pairs"]
-            measures = {f"distance after {kind} / of random pairs": mean(distance[kind]) / mean(distance["random"])
+            measures = {"distance of a state to their mean / norm": seed["norms"][0] / seed["norms"][1]}
+            measures |= {f"distance after {kind} / of random pairs": mean(distance[kind]) / mean(distance["random"])
                         for kind in ("a connection", "an activation")}
             measures.update({f"rho of distance after {kind} and its node's number": spearman(distance[kind], nodes)
                              for kind, nodes in seed["edited"].items()})
             measures["rho of distance and decisions that differ"] = spearman(far, edits)
             measures["rho of distance and difference in loss"] = spearman(far, losses)
             measures.update({f"R2 of a probe for {of}": r2 for of, r2 in seed["probes"].items()})
-            measures.update({f"{of}, pushed from -2 to +2 {way}": means["2.0"] - means["-2.0"]
-                             for of, ways in seed["pushed"].items() for way, means in ways.items()})
+            for of, ways in seed["pushed"].items():  # the strongest pushes both ways
+                along, anywhere = ([x[-1] - x[0] for x in ways[way]] for way in ("along the probe", "at random"))
+                measures[f"{of}, pushed along the probe: change"] = mean(along)
+                measures[f"{of}, pushed along the probe: its size"] = mean(list(map(abs, along)))
+                measures[f"{of}, pushed at random: its size"] = mean(list(map(abs, anywhere)))
             for measure, value in measures.items():
                 found.setdefault(measure, {}).setdefault(name, []).append(value)
     return found
@@ -386,8 +392,10 @@ def table_hidden(records):
     return table(("of the final hidden state", *names),
                  [(measure, *(mean_of(values[name]) for name in names)) for measure, values in found.items()])
 
+PUSHED = "nodes with tanh"  # what the figure shows
+
 def draw_hidden(path, record):
-    """The first seed's states in the plane of their principal components, coloured by loss; and the pushed samples."""
+    """The first seed's states in the plane of their principal components, coloured by loss; and all seeds' pushes."""
     controllers = record["metrics"]["controllers"]
     figure, grid = panels(len(controllers) + 1)
     for axes, (name, seeds) in zip(grid, controllers.items()):
@@ -395,13 +403,12 @@ def draw_hidden(path, record):
         points = axes.scatter(x, y, c=losses, s=10, cmap="viridis_r", vmax=sorted(losses)[int(.95 * len(losses))])
         axes.set(title=f"{name} controller", xlabel="first component", ylabel="second component")
         figure.colorbar(points, ax=axes, label="loss under the shared weights, nats")
-    seeds = controllers["trained"]
-    for of, ways in seeds[0]["pushed"].items():
-        for way, style in zip(ways, ("-", "--")):
-            means = [sum(seed["pushed"][of][way][s] for seed in seeds) / len(seeds) for s in ways[way]]
-            grid[-1].plot(list(map(float, ways[way])), means, style, marker="o", markersize=4, label=f"{of}, {way}")
+    for i, way in enumerate(("at random", "along the probe")):
+        for j, line in enumerate(line for seed in controllers["trained"] for line in seed["pushed"][PUSHED][way]):
+            grid[-1].plot(STRENGTHS, [y - line[len(line) // 2] for y in line], color=("#bbbbbb", "C0")[i], marker=".",
+                          linewidth=1 + i, label="" if j else way)
     grid[-1].set(title="the trained one's state, pushed", xlabel="strength, in the states' mean norm",
-                 ylabel="mean of 200 samples")
+                 ylabel=f"change of the mean number of {PUSHED}")
     grid[-1].legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
@@ -423,7 +430,7 @@ def draw_progress(path, record):
         lines = [[r["shares"][name][j] for r in rounds] for name, j in choices]
         labels = [f"{name.split()[-1]}: {list(ACTIVATIONS)[j] if kind == 'activation' else j}" for name, j in choices]
         image = axes.imshow(lines, aspect="auto", vmin=0, vmax=1, cmap="Blues")
-        axes.set(title=f"{kind}s", xlabel="round", yticks=range(len(labels)))
+        axes.set(title=f"{kind}s", xlabel="round", ylabel="node: its choice", yticks=range(len(labels)))
         axes.set_yticklabels(labels, fontsize=6)
     figure.colorbar(image, ax=grid[-1], label="probability")
     figure.savefig(path, dpi=100)
