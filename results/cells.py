@@ -5,6 +5,7 @@ Networks are trained in batches of AT_ONCE, each batch a sub-run of its own, as 
 N-th of them, so that N commands do a study together. Losses are in nats per token.
 """
 
+import json
 import math
 from dataclasses import replace
 
@@ -80,10 +81,19 @@ def searches(config, run, arms={"search": {}}):
 def shared_weights_of(folder, config):
     return to_device(torch.load(folder / "weights.pt", weights_only=True), device_of(config))
 
+def late_gains(path, guess):
+    """By how much each network's best validation loss fell in its last two epochs, None if it had no others; path: of
+    its metrics.jsonl."""
+    losses = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        for k, x in zip(line.get("networks", ()), line.get("valid_perplexity", ())):
+            losses.setdefault(k, []).append(min(math.log(x), guess))
+    return [min(x[:-2]) - min(x) if len(x) > 2 else None for _, x in sorted(losses.items())]
+
 def train_all(config, run, names, lstms={}, **settings):
     """Metrics of a network trained from scratch for each cell, each with a seed of its own, until it stops improving
-    on validation or --retrain_epochs are over ('capped'); and of LSTMs, units -> number of seeds, in lists by units.
-    The loss on each split is 'train', 'valid' and 'test', at most that of guessing."""
+    on validation or --retrain_epochs are over ('capped'; 'late', the last two's gain); and of LSTMs, units -> number of
+    seeds, in lists by units. The loss on each split is 'train', 'valid' and 'test', at most that of guessing."""
     settings = dict(schedule="constant", plateau=config.plateau, patience=config.patience, **settings)
     seeded = [f"{name}@{config.seed + i}" for i, name in enumerate(names)]
     batches = {f"scratch {i // AT_ONCE}": ",".join(seeded[i:i + AT_ONCE]) for i in range(0, len(names), AT_ONCE)}
@@ -92,9 +102,12 @@ def train_all(config, run, names, lstms={}, **settings):
     work |= {f"lstm {units}": lambda folder, units=units, seeds=seeds: retrain(
         config, "lstm", folder, **settings, lstm_hidden=units, replicas=seeds) for units, seeds in lstms.items()}
     guess = math.log(len(load_corpus(config).words))
-    found = {name: [{**n, **{split: min(math.log(n[f"{split}_perplexity"]), guess) for split in SPLITS},
-                     "capped": n["epochs"] >= record["config"]["epochs"]} for n in record["metrics"]["networks"]]
-             for name, record in sub_runs(run, work).items()}
+    found = {}
+    for name, record in sub_runs(run, work).items():
+        late = late_gains(run.folder / name / "metrics.jsonl", guess)
+        found[name] = [{**n, **{split: min(math.log(n[f"{split}_perplexity"]), guess) for split in SPLITS},
+                        "capped": n["epochs"] >= record["config"]["epochs"], "late": gain}
+                       for n, gain in zip(record["metrics"]["networks"], late)]
     return [n for name in batches for n in found[name]], {units: found[f"lstm {units}"] for units in lstms}
 
 def shuffled(config, jobs):
@@ -114,7 +127,7 @@ def study_compare(config, run):
     of as many weights.
 
     groups: name -> one entry for each network: its row, the search, 'shared', the loss under its shared weights on the
-    whole validation split, and from scratch 'train', 'valid', 'test', 'epochs', 'capped', 'failed'."""
+    whole validation split, and from scratch 'train', 'valid', 'test', 'epochs', 'capped', 'late', 'failed'."""
     corpus, entries, guess = load_corpus(config), [], math.log(len(load_corpus(config).words))
     for folder, sub in searches(config, run)["search"]:
         derived, decisions = read_json(folder / "derived.json"), search_space(sub)
@@ -129,7 +142,7 @@ def study_compare(config, run):
     wanted = sum(PROPERTIES["parameters"](cell, config.hidden) for cell in lookups) / len(entries)
     units = {"LSTM": config.hidden, "LSTM, as many weights": matched_units(config, wanted)}
     networks, lstms = train_all(config, run, list(map(name_of, lookups)), {u: config.replicas for u in units.values()})
-    keep = ("train", "valid", "test", "epochs", "capped", "failed", "recurrent_parameters")
+    keep = ("train", "valid", "test", "epochs", "capped", "late", "failed", "recurrent_parameters")
     entries = [{**entry, **{name: network[name] for name in keep}} for entry, network in zip(entries, networks)]
     groups = {group: [e for e in entries if e["group"] == group] for group in ("trained", "untrained", "uniform")}
     for group, u in units.items():

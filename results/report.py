@@ -166,6 +166,11 @@ def between(low, high):
 def share_of(networks, what):
     return f"{sum(n[what] for n in networks)} of {len(networks)}"
 
+def mean_late(networks):
+    """The mean gain of their last two epochs; empty if there were no others."""
+    late = [n["late"] for n in networks]
+    return "" if None in late else f"{sum(late) / len(late):.4f}"
+
 def units_of(entries):
     """What is compared: the mean test loss of the cells of each search, as they stem from one controller; of networks
     that stem from none, each one's."""
@@ -184,7 +189,7 @@ def table_compare(records):
     groups = records[0]["metrics"]["groups"]
     base, *others = groups
     about = [(group, len(x), mean_of(units_of(x)), f"{stdev(e['test'] for e in x):.3f}",
-              f"{min(e['test'] for e in x):.3f}", share_of(x, "capped"), share_of(x, "failed"))
+              f"{min(e['test'] for e in x):.3f}", share_of(x, "capped"), mean_late(x), share_of(x, "failed"))
              for group, x in groups.items()]
     tests, rows, ranked = len(others), [], []
     for other in others:
@@ -205,8 +210,8 @@ def table_compare(records):
                                                                                      for e in some))))
         ranked.append((group, len(entries), *(mean_of(order(measure)) for measure in (kendall, spearman))))
     return "\n\n".join((
-        table(("networks of", "number", "test loss", "sd of networks", "best", "reached the last epoch", "diverged"),
-              about),
+        table(("networks of", "number", "test loss", "sd of networks", "best", "reached the last epoch",
+               "last two epochs' gain", "diverged"), about),
         table((f"minus {base}", "difference", "bootstrap, 95 %", "p, permutation", f"P({base} better)",
                "p, Mann-Whitney", "detectable"), rows),
         table(("shared against standalone loss", "cells", "Kendall's tau", "Spearman's rho"), ranked)))

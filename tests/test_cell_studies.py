@@ -13,8 +13,8 @@ import menas
 from menas import (CELLS, INPUT, Batch, Controller, Search, cell_from_json, cell_to_json, configure, decode,
                    edge_index, encode, evaluate, load_cell, load_corpus, lstm_weights, main, network, perturbed,
                    run_study, search_space, shared_weights, uniform_rows)
-from results.cells import (MEASURES, STUDIES, edited, inherit_numbered, matched_units, name_of, states_of, steered,
-                           variants, without)
+from results.cells import (MEASURES, STUDIES, edited, inherit_numbered, late_gains, matched_units, name_of, states_of,
+                           steered, variants, without)
 from results.report import FIGURES, TABLES, summary
 
 SMALL = dict(hidden=8, nodes=4, epochs=2, shared_steps=4, controller_steps=2, controller_samples=3, derive_samples=3,
@@ -264,12 +264,22 @@ def test_robust_without_a_perturbation_is_the_plain_test_loss(finished):
         assert sorted(mine) == pytest.approx(sorted(trained(config).values()), abs=1e-4)
 
 
+def test_what_the_last_epochs_gained(tmp_path):
+    """By hand: two networks of which the first stops early; the second has diverged, so it counts as guessing."""
+    lines = [dict(step=1, loss=2.0)] + [dict(networks=[0, 1], valid_perplexity=[math.exp(3 - i), math.inf])
+                                        for i in range(3)] + [dict(networks=[1], valid_perplexity=[math.e])]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert late_gains(tmp_path / "metrics.jsonl", 5.0) == pytest.approx([2.0, 4.0])
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[1]))
+    assert late_gains(tmp_path / "metrics.jsonl", 5.0) == [None, None]
+
+
 def test_tables_have_the_right_sign():
     """Hand-made records: trained cells that are better, a change that harms, a lone factor, a kind that learns less."""
-    entry = lambda search, loss: dict(search=search, shared=loss, test=loss, capped=False, failed=False)
+    entry = lambda search, loss: dict(search=search, shared=loss, test=loss, capped=False, late=.01, failed=False)
     groups = {name: [entry(s, 2 + worse + .01 * s + .001 * i) for s in range(5) for i in range(4)]
               for name, worse in (("trained", 0), ("untrained", .5), ("uniform", .2))}
-    groups["LSTM"] = [dict(test=1.5 + .01 * i, capped=False, failed=True) for i in range(5)]
+    groups["LSTM"] = [dict(test=1.5 + .01 * i, capped=False, late=None, failed=True) for i in range(5)]
     made = TABLES["compare"]([{"metrics": {"groups": groups}}])
     assert re.search(r"untrained +\| \+0.500 \+- 0.000 .*\| 1.00", made) and re.search(r"LSTM +\| -0.5", made)
     assert "5 of 5" in made and "1.000 +- 0.000" in made
