@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from menas import (ACTIVATIONS, CELLS, FAMILIES, INPUT, PRESETS, SPLITS, Controller, Node, Stream, UserError, decode,
-                   derive, device_of, edge_index, encode, evaluate, inherit, is_gated, leaves, load_cell, load_corpus,
+                   derive, device_of, edge_index, encode, evaluate, inherit, is_gated, load_cell, load_corpus,
                    losses_on, perturbed, read_json, retrain, rng, row_name, run_study, search, search_space,
                    study_search, to_device, uniform_rows, write_atomically, write_json)
 from results.stats import probe, ridge
@@ -345,7 +345,7 @@ def edited(row, kind, draw):
 
 uses = lambda act: lambda cell: sum(node.activation == act for node in cell.nodes)
 MEASURES = {"paths": path_count, "depth": lambda cell: max(depths(cell).values()),
-            "leaves": lambda cell: len(leaves(cell)), **{f"nodes with {act}": uses(act) for act in ACTIVATIONS}}
+            **{f"nodes with {act}": uses(act) for act in ACTIVATIONS}}
 
 STRENGTHS = (-4.0, -2.0, 0.0, 2.0, 4.0)  # of a push, in mean norms of the state
 

@@ -340,6 +340,7 @@ def draw_capacity(path, record):
         draw_points(axes, {kind: ([e[name] for e in cells[kind]], [e["train"] for e in cells[kind]])
                            for kind in ("mixed", "narrow")}, xlabel=name, ylabel="loss on the slice, nats",
                     title=f"against {name}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=100)
 
 def table_robust(records):

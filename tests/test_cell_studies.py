@@ -130,10 +130,10 @@ def test_a_push_moves_what_is_sampled():
 
 
 def test_measures_of_a_cell():
-    """Oracle: the chain and the tree, whose paths, depth and leaves are known."""
+    """Oracle: the chain and the tree, whose paths and depth are known."""
     chain, tree = CELLS["chain"], CELLS["tree"]
-    assert [MEASURES[name](chain) for name in ("paths", "depth", "leaves", "nodes with tanh")] == [1, 12, 1, 12]
-    assert MEASURES["leaves"](tree) == MEASURES["paths"](tree) == 6 and MEASURES["nodes with relu"](tree) == 0
+    assert [MEASURES[name](chain) for name in ("paths", "depth", "nodes with tanh")] == [1, 12, 12]
+    assert MEASURES["paths"](tree) == 6 and MEASURES["nodes with relu"](tree) == 0
 
 
 def test_an_lstm_of_as_many_weights():
