@@ -408,13 +408,14 @@ def draw_hidden(path, record):
         x, y, losses = seeds[0]["plane"]
         points = axes.scatter(x, y, c=losses, s=10, cmap="viridis_r", vmax=sorted(losses)[int(.95 * len(losses))])
         axes.set(title=f"{name} controller", xlabel="first component", ylabel="second component")
+        axes.locator_params(nbins=4)
         figure.colorbar(points, ax=axes, label="loss under the shared weights, nats")
     for i, way in enumerate(("at random", "along the probe")):
         for j, line in enumerate(line for seed in controllers["trained"] for line in seed["pushed"][PUSHED][way]):
             grid[-1].plot(STRENGTHS, [y - line[len(line) // 2] for y in line], color=("#bbbbbb", "C0")[i], marker=".",
                           linewidth=1 + i, label="" if j else way)
     grid[-1].set(title="the trained one's state, pushed", xlabel="strength, in the states' mean norm",
-                 ylabel=f"change of the mean number of {PUSHED}")
+                 ylabel=f"change of {PUSHED}, mean of 200")
     grid[-1].legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
