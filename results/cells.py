@@ -195,13 +195,13 @@ def study_ablate(config, run):
         if len(cell.nodes) > config.nodes or is_gated(cell):
             raise UserError(f"--cell {name}: the study is for cells of ENAS's space of up to --nodes {config.nodes}")
     corpus, (folder, _) = load_corpus(config), searches(replace(config, replicas=1), run)["search"][0]
-    weights, found, jobs = shared_weights_of(folder, config), {}, []
+    weights, found, jobs, guess = shared_weights_of(folder, config), {}, [], math.log(len(corpus.words))
     for name in config.cell.split(","):
         cell = own[name] if name in own else load_cell(config, str(folder))
         kinds = {"itself": [(cell, list(range(len(cell.nodes))))], **variants(cell)}
         found[name] = {}
         for kind, changed in kinds.items():
-            shared = [losses_on(corpus.test, config, *inherit_numbered(weights, [x], [numbers])).item()
+            shared = [min(losses_on(corpus.test, config, *inherit_numbered(weights, [x], [numbers])).item(), guess)
                       for x, numbers in changed]
             found[name][kind] = {"shared": shared, "scratch": []}
             draw = torch.randperm(len(changed), generator=rng(config.seed, "ablate", name, kind)).tolist()
