@@ -63,9 +63,12 @@ def differences(record, outcome):
         return {}
     return {arm: [x - y for x, y in zip(found[outcome], base)] for arm, found in arms.items()}
 
+# of the optimizer study: who has a reason to choose a rate, and who chooses without one
+CHOOSING, CONTROL = ("rates, sampled", "rates, unrolled"), "rates, zero"
+
 def table_arms(records):
-    """Means over the seeds, and paired differences to the first arm: of losses, less is better. p is corrected for the
-    arms of an outcome, not for the outcomes."""
+    """Means over the seeds, and paired differences to the first arm, or a control: of losses, less is better. p is
+    corrected for the arms of an outcome, not for the outcomes."""
     rows, show = [], lambda x, sign="": f"{x:{sign}.3f}" if abs(x) < 1000 else f"{x:{sign},.0f}"
     for record, outcome in ((r, o) for r in records for o in ABOUT[r["study"]]):
         found = differences(record, outcome)
@@ -74,6 +77,11 @@ def table_arms(records):
             compared = any(found[arm]) and len(values) > 1  # neither the first arm nor what cannot differ
             shown = (f"{show(mean, '+')} +- {show(half)}", f"{p:.3f}", show(least)) if compared else ("", "", "")
             rows.append((OUTCOMES[outcome], arm, show(sum(values) / len(values)), *shown, len(values)))
+        for arm in CHOOSING if CONTROL in found else ():
+            apart = [x - y for x, y in zip(found[arm], found[CONTROL])]
+            mean, half, p, least = t_test(apart, len(CHOOSING))
+            shown = f"{show(mean, '+')} +- {show(half)}", f"{p:.3f}", show(least)
+            rows.append((OUTCOMES[outcome], f"{arm}, minus {CONTROL}", "", *shown, len(apart)))
     arms = "lookahead, response" if records[0]["study"] == "extra" else "arm"
     return table(("outcome", arms, "mean", "difference", "p, corrected", "detectable", "seeds"), rows)
 
