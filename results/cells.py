@@ -35,7 +35,7 @@ SETTINGS = {"smoke": {
     "hidden": dict(SEARCHES, derive_samples=30), "progress": dict(SEARCHES, epochs=12, derive_samples=20),
 }, "ptb": {
     "compare": dict(FEW, derive_samples=3), "factors": dict(FEW, replicas=2), "robust": FEW,
-    "ablate": dict(FEW, cell="found,random:1", retrain_cells=3),
+    "ablate": dict(FEW, cell="found", retrain_cells=3),
     "capacity": dict(BARE, retrain_epochs=20, derive_samples=6),
     "hidden": dict(BARE, derive_samples=30), "progress": dict(BARE, epochs=8, derive_samples=20),
 }, "paper": {
