@@ -93,7 +93,8 @@ def late_gains(path, guess):
 def train_all(config, run, names, lstms={}, **settings):
     """Metrics of a network trained from scratch for each cell, each with a seed of its own, until it stops improving
     on validation or --retrain_epochs are over ('capped'; 'late', the last two's gain); and of LSTMs, units -> number of
-    seeds, in lists by units. The loss on each split is 'train', 'valid' and 'test', at most that of guessing."""
+    seeds, in lists by units. The loss on each split is 'train', 'valid' and 'test', at most that of guessing, which is
+    to have 'failed'."""
     settings = dict(schedule="constant", plateau=config.plateau, patience=config.patience, **settings)
     seeded = [f"{name}@{config.seed + i}" for i, name in enumerate(names)]
     batches = {f"scratch {i // AT_ONCE}": ",".join(seeded[i:i + AT_ONCE]) for i in range(0, len(names), AT_ONCE)}
@@ -106,7 +107,8 @@ def train_all(config, run, names, lstms={}, **settings):
     for name, record in sub_runs(run, work).items():
         late = late_gains(run.folder / name / "metrics.jsonl", guess)
         found[name] = [{**n, **{split: min(math.log(n[f"{split}_perplexity"]), guess) for split in SPLITS},
-                        "capped": n["epochs"] >= record["config"]["epochs"], "late": gain}
+                        "capped": n["epochs"] >= record["config"]["epochs"], "late": gain,
+                        "failed": n["failed"] or math.log(n["test_perplexity"]) >= guess}
                        for n, gain in zip(record["metrics"]["networks"], late)]
     return [n for name in batches for n in found[name]], {units: found[f"lstm {units}"] for units in lstms}
 

@@ -238,6 +238,7 @@ def test_compare_keeps_every_record(finished):
     for entry in (e for name in ("trained", "untrained", "uniform") for e in groups[name]):
         losses = by_row["-".join(map(str, entry["row"]))]
         assert any(entry["test"] == pytest.approx(min(loss, guess)) for loss in losses)
+        assert entry["failed"] == (entry["test"] >= guess)
     assert len({seed for _, seed in trained(config)}) == 18  # none is trained like another
 
 
