@@ -225,13 +225,16 @@ def table_compare(records):
         table(("shared against standalone loss", "cells", "Kendall's tau", "Spearman's rho"), ranked)))
 
 def draw_compare(path, record):
-    """Densities of the test loss, and the loss under the shared weights against it."""
+    """Densities of the test loss, and the loss under the shared weights against it; without networks that failed."""
     figure, (left, right) = panels(2, 5.4)
-    groups = record["metrics"]["groups"]
-    draw_densities(left, {group: [e["test"] for e in entries] for group, entries in groups.items()})
+    fine = {}
+    for group, entries in record["metrics"]["groups"].items():
+        failed = sum(e["failed"] for e in entries)
+        fine[f"{group}, {failed} failed" if failed else group] = [e for e in entries if not e["failed"]]
+    draw_densities(left, {group: [e["test"] for e in entries] for group, entries in fine.items()})
     left.set(xlabel="test loss of a network trained from scratch, nats", title="who makes the better cells?")
     draw_points(right, {group: ([e["shared"] for e in entries], [e["test"] for e in entries])
-                        for group, entries in groups.items() if "shared" in entries[0]},
+                        for group, entries in fine.items() if "shared" in entries[0]},
                 xlabel="validation loss under the shared weights, nats", ylabel="test loss from scratch, nats",
                 title="does the search's signal mean anything?")
     right.set(ylim=left.get_xlim())
