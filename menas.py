@@ -847,13 +847,13 @@ def edge_gradients(dz, reads, mask, out):
         read = reads(i) if mask is None else reads(i) * mask[:, None]
         torch.bmm(flat(read).transpose(1, 2), flat(dz[i].flatten(3)), out=dw)
 
-# What both passes of the recurrence gather by. On the CPU an architecture is alone if it is the only one: then the host
-# knows its numbers and gathers nothing. Else slots are rows slot * K + k of one tensor: reads, of each node [N][K]; in
-# gated cells second [N, K] and memory [K]; also [K], or None; half [N, K, 1, 1] is 1/2 where a node reads also.
+# What both passes of the recurrence gather by: rows slot * K + k of all slots. reads, N of [K]; in gated cells second
+# [N, K] and memory [K]; also [K], or None; half [N, K, 1, 1], 1/2 where a node reads also. On the CPU an architecture
+# is alone if it is the only one: the host knows what is read, so reads are N numbers, and nothing is gathered by them.
 Plan = namedtuple("Plan", "alone reads leaf takes gated second memory also half")
 
 def plan_of(cell, w):
-    """The Plan of a Structure; leaf [K, 1, N] and takes [N, K, 1, 1] are its own, in the dtype of the weights w."""
+    """The Plan of a Structure, whose leaf, here [K, 1, N], and takes [N, K, 1, 1] get the dtype of the weights w."""
     k, more = cell.read.shape[1], cell.more
     alone, flat = k == 1 and w.device.type == "cpu", lambda slot: slot * k + torch.arange(k, device=w.device)
     reads = cell.read.flatten().tolist() if alone else flat(cell.read).unbind()
@@ -941,7 +941,7 @@ class Recurrence(torch.autograd.Function):
                     q = rows.index_select(0, plan.second[i])
                     z_u.copy_(torch.where(more.gate[i], q * slope[i], z_u))
                 c, y = activate(z_pair, gates[i if training else 0, :, now], plan.alone, scale, shift, linear, floor)
-                torch.lerp(p * more.highway[i] if plan.gated else p, y, c, out=values[i + 1])  # others carry nothing
+                torch.lerp(p * more.highway[i] if plan.gated else p, y, c, out=values[i + 1])  # only a highway carries
                 if plan.gated:
                     values[i + 1].copy_(torch.where(more.sum[i], p + q, values[i + 1]))
             mean = torch.bmm(plan.leaf, slots[1:n + 1, :, now].view(n, k, -1).transpose(0, 1)).view(k, b, hidden)
@@ -1820,7 +1820,7 @@ def search(config, run, corpus, watch=lambda weights, controller, epoch: None):
     return game.s["weights"], game.controller
 
 def losses_on(tokens, config, weights, rows, **more):
-    """Losses [K] on a whole split under shared weights, ten architectures at a time, for memory's sake; on the CPU."""
+    """Losses [K], on the CPU, of a whole split under shared weights; ten architectures at a time, for memory's sake."""
     tokens, rows = tokens.to(device_of(config)), rows.to(device_of(config))
     return torch.cat([evaluate(weights, some, tokens, config.eval_batch, **more) for some in rows.split(10)]).cpu()
 

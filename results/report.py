@@ -66,22 +66,30 @@ def differences(record, outcome):
 # of the optimizer study: who has a reason to choose a rate, and who chooses without one
 CHOOSING, CONTROL = ("rates, sampled", "rates, unrolled"), "rates, zero"
 
+def show(x, sign=""):
+    """A loss with three decimals, a number of weights with none."""
+    return f"{x:{sign}.3f}" if abs(x) < 1000 else f"{x:{sign},.0f}"
+
+def compared(apart, tests):
+    """Of paired differences: their mean with its interval, p, what is detectable; empty where there is none of them."""
+    if len(apart) < 2 or not any(apart):
+        return "", "", ""
+    mean, half, p, least = t_test(apart, tests)
+    return f"{show(mean, '+')} +- {show(half)}", f"{p:.3f}", show(least)
+
 def table_arms(records):
     """Means over the seeds, and paired differences to the first arm, or a control: of losses, less is better. p is
     corrected for the arms of an outcome, not for the outcomes."""
-    rows, show = [], lambda x, sign="": f"{x:{sign}.3f}" if abs(x) < 1000 else f"{x:{sign},.0f}"
+    rows = []
     for record, outcome in ((r, o) for r in records for o in ABOUT[r["study"]]):
         found = differences(record, outcome)
-        for i, arm in enumerate(found):
-            values, (mean, half, p, least) = record["metrics"]["arms"][arm][outcome], t_test(found[arm], len(found) - 1)
-            compared = any(found[arm]) and len(values) > 1  # neither the first arm nor what cannot differ
-            shown = (f"{show(mean, '+')} +- {show(half)}", f"{p:.3f}", show(least)) if compared else ("", "", "")
-            rows.append((OUTCOMES[outcome], arm, show(sum(values) / len(values)), *shown, len(values)))
+        for arm, apart in found.items():
+            values = record["metrics"]["arms"][arm][outcome]
+            mean = show(sum(values) / len(values))
+            rows.append((OUTCOMES[outcome], arm, mean, *compared(apart, len(found) - 1), len(values)))
         for arm in CHOOSING if CONTROL in found else ():
             apart = [x - y for x, y in zip(found[arm], found[CONTROL])]
-            mean, half, p, least = t_test(apart, len(CHOOSING))
-            shown = f"{show(mean, '+')} +- {show(half)}", f"{p:.3f}", show(least)
-            rows.append((OUTCOMES[outcome], f"{arm}, minus {CONTROL}", "", *shown, len(apart)))
+            rows.append((OUTCOMES[outcome], f"{arm}, minus {CONTROL}", "", *compared(apart, len(CHOOSING)), len(apart)))
     arms = "lookahead, response" if records[0]["study"] == "extra" else "arm"
     return table(("outcome", arms, "mean", "difference", "p, corrected", "detectable", "seeds"), rows)
 

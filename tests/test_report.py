@@ -66,6 +66,21 @@ def test_table_is_markdown_and_aligned():
     assert made == ["| a     | long name |", "| ----- | --------- |", "| 1,234 | 1.50      |", "| x     | y         |"]
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_gain_is_also_compared_with_its_control(seeds):
+    """By hand: of .3, .1 is the control's. The first arm has no difference, and of one seed nothing can be said."""
+    losses = lambda gain: [2.0 - gain + .01 * i * (gain > 0) for i in range(seeds)]
+    gains = {"no choice": 0, "rates, zero": .1, "rates, sampled": .3, "rates, unrolled": .1}
+    arms = {arm: {"expected": losses(gain), "rate": [0.0] * seeds} for arm, gain in gains.items()}
+    made = summary({"study": "optimizer", "config": {"task": "none"}, "metrics": {"arms": arms}})
+    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in made.splitlines()]
+    shown = {row[1]: row[3].split(" ")[0] for row in rows if row[0] == "F"}
+    assert shown == {"no choice": "", "rates, zero": "-0.090", "rates, sampled": "-0.290", "rates, unrolled": "-0.090",
+                     "rates, sampled, minus rates, zero": "-0.200", "rates, unrolled, minus rates, zero": ""} or (
+        seeds == 1 and {*shown.values()} == {""})
+    assert "nan" not in made
+
+
 def test_no_records_is_one_clear_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError):
         report(tmp_path)
