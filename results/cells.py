@@ -34,9 +34,9 @@ SETTINGS = {"smoke": {
     "capacity": dict(retrain_epochs=100, patience=5, plateau=2.0, derive_samples=20),
     "hidden": dict(SEARCHES, derive_samples=30), "progress": dict(SEARCHES, epochs=12, derive_samples=20),
 }, "ptb": {
-    "compare": dict(FEW, derive_samples=3), "factors": dict(FEW, replicas=2), "robust": FEW,
+    "compare": dict(FEW, derive_samples=3), **dict.fromkeys(("factors", "robust"), FEW),
     "ablate": dict(FEW, cell="found", retrain_cells=3),
-    "capacity": dict(BARE, retrain_epochs=20, derive_samples=6),
+    "capacity": dict(BARE, lr=10.0, batch=10, retrain_epochs=150, patience=5, plateau=2.0, derive_samples=8),
     "hidden": dict(BARE, derive_samples=30), "progress": dict(BARE, epochs=8, derive_samples=20),
 }, "paper": {
     "compare": dict(PAPER, derive_samples=10), **dict.fromkeys(("factors", "robust"), PAPER),
@@ -245,13 +245,13 @@ def study_factors(config, run):
     table = [[[losses[r, a, b] for r in range(config.replicas)] for b in activations] for a in connections]
     return {"connections": connections, "activations": activations, "losses": table}
 
-SLICE = 20  # of the training text a 20th
+SLICE = 20, 10_000  # of the training text a 20th, at most so many words
 
 def slice_of(corpus, folder):
     """A folder of texts to overfit on: a slice of the training text, which is also what 'validation' looks at, and as
     'test' the validation text, without the sentences whose words the slice lacks, where there is no <unk>."""
     lines = lambda tokens: [line.split() for line in " ".join(corpus.words[i] for i in tokens.tolist()).split("<eos>")]
-    part = lines(corpus.train[:len(corpus.train) // SLICE])
+    part = lines(corpus.train[:min(len(corpus.train) // SLICE[0], SLICE[1])])
     known = {word for line in part for word in line}
     valid = [line for line in lines(corpus.valid) if "<unk>" in known or {*line} <= known]
     folder.mkdir(exist_ok=True)
@@ -265,7 +265,8 @@ def study_capacity(config, run):
     quarter, and with each single activation, trained without dropout on a small slice of the text for as long as the
     loss on that very slice falls.
 
-    cells: kind -> for each cell 'paths', 'depth', 'parameters', 'train', the loss on the slice, and 'valid'."""
+    cells: kind -> for each cell 'paths', 'depth', 'parameters', 'train', the loss on the slice, and 'valid'; 'capped',
+    'late' and 'failed' as in train_all."""
     in_plain_space(config, 2)
     texts = slice_of(load_corpus(config), run.folder / "slice")
     cells = [decode(row) for row in uniform_rows(search_space(config), config.derive_samples, config.seed, "capacity")]
@@ -275,10 +276,12 @@ def study_capacity(config, run):
              **{act: [same(cell, act) for cell in cells] for act in ACTIVATIONS}}
     jobs = shuffled(config, [(kind, i) for i in range(len(cells)) for kind in kinds])
     off = dict.fromkeys(("word_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_decay"), 0.0)
+    own = {name: getattr(config, name) for name in ("batch", "bptt", "lr", "clip")}  # there is no search to have them
     networks, _ = train_all(replace(config, data=str(texts)), run, [name_of(kinds[kind][i]) for kind, i in jobs],
-                            average=False, **off)
+                            average=False, **own, **off)
     measured = lambda cell, network: {**{name: f(cell, config.hidden) for name, f in PROPERTIES.items()},
-                                      "train": network["valid"], "valid": network["test"]}  # see slice_of
+                                      "train": network["valid"], "valid": network["test"],  # see slice_of
+                                      **{name: network[name] for name in ("capped", "late", "failed")}}
     found = {(kind, i): measured(kinds[kind][i], network) for (kind, i), network in zip(jobs, networks)}
     return {"cells": {kind: [found[kind, i] for i in range(len(cells))] for kind in kinds}}
 
