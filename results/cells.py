@@ -388,6 +388,7 @@ def study_hidden(config, run):
     and the cells' losses."""
     in_plain_space(config, 3)
     corpus, found = load_corpus(config), {"untrained": [], "trained": []}
+    listed = lambda values: [float(f"{x:.5g}") for x in values.tolist()]  # there are thousands
     for folder, sub in searches(config, run)["search"]:
         decisions, draw = search_space(sub), rng(sub.seed, "hidden")
         rows = uniform_rows(decisions, 10 * sub.derive_samples, sub.seed, "hidden")
@@ -407,18 +408,18 @@ def study_hidden(config, run):
             centred = states - states.mean(0)
             plane = centred @ torch.linalg.svd(centred, full_matrices=False)[2][:2].t()
             far = (states[i] - states[j]).norm(dim=1)
-            distances = {kind: (states_of(controller, other) - states).norm(dim=1).tolist()
+            distances = {kind: listed((states_of(controller, other) - states).norm(dim=1))
                          for kind, other in edits.items()}
             node = lambda other: ((other != rows).long().argmax(1) // 2 - 1).tolist()
             found[name].append({
-                "distances": {**distances, "random": far.tolist()},
+                "distances": {**distances, "random": listed(far)},
                 "edited": {kind: node(other) for kind, other in edits.items()},
-                "pairs": [far.tolist(), (rows[i] != rows[j]).sum(1).tolist(), (losses[i] - losses[j]).abs().tolist()],
+                "pairs": [listed(far), (rows[i] != rows[j]).sum(1).tolist(), listed((losses[i] - losses[j]).abs())],
                 "probes": {measure: probe(states, values) for measure, values in measured.items()},
                 "pushed": {measure: pushed(controller, states, measured[measure], MEASURES[measure], sub.seed, measure)
                            for measure in ("depth", "nodes with tanh")},
                 "norms": [centred.norm(dim=1).mean().item(), states.norm(dim=1).mean().item()],
-                "plane": [*plane.t().tolist(), losses.tolist()]})
+                "plane": [*map(listed, plane.t()), listed(losses)]})
             run.obey()
     return {"controllers": found}
 
