@@ -90,11 +90,11 @@ def late_gains(path, guess):
             losses.setdefault(k, []).append(min(math.log(x), guess))
     return [min(x[:-2]) - min(x) if len(x) > 2 else None for _, x in sorted(losses.items())]
 
-def train_all(config, run, names, lstms={}, **settings):
+def train_all(config, run, names, lstms={}, judged="test", **settings):
     """Metrics of a network trained from scratch for each cell, each with a seed of its own, until it stops improving
     on validation or --retrain_epochs are over ('capped'; 'late', the last two's gain); and of LSTMs, units -> number of
-    seeds, in lists by units. The loss on each split is 'train', 'valid' and 'test', at most that of guessing, which is
-    to have 'failed'."""
+    seeds, in lists by units. The loss on each split is 'train', 'valid' and 'test'. That of guessing, or worse, on the
+    split by which it is judged is to have 'failed', and counts as guessing."""
     settings = dict(schedule="constant", plateau=config.plateau, patience=config.patience, **settings)
     seeded = [f"{name}@{config.seed + i}" for i, name in enumerate(names)]
     batches = {f"scratch {i // AT_ONCE}": ",".join(seeded[i:i + AT_ONCE]) for i in range(0, len(names), AT_ONCE)}
@@ -105,11 +105,12 @@ def train_all(config, run, names, lstms={}, **settings):
     guess = math.log(len(load_corpus(config).words))
     found = {}
     for name, record in sub_runs(run, work).items():
-        late = late_gains(run.folder / name / "metrics.jsonl", guess)
-        found[name] = [{**n, **{split: min(math.log(n[f"{split}_perplexity"]), guess) for split in SPLITS},
-                        "capped": n["epochs"] >= record["config"]["epochs"], "late": gain,
-                        "failed": n["failed"] or math.log(n["test_perplexity"]) >= guess}
-                       for n, gain in zip(record["metrics"]["networks"], late)]
+        late, found[name] = late_gains(run.folder / name / "metrics.jsonl", guess), []
+        for n, gain in zip(record["metrics"]["networks"], late):
+            losses = {split: math.log(n[f"{split}_perplexity"]) for split in SPLITS}
+            failed = n["failed"] or losses[judged] >= guess
+            found[name].append({**n, **{split: min(x, guess) if failed else x for split, x in losses.items()},
+                                "capped": n["epochs"] >= record["config"]["epochs"], "late": gain, "failed": failed})
     return [n for name in batches for n in found[name]], {units: found[f"lstm {units}"] for units in lstms}
 
 def shuffled(config, jobs):
@@ -278,7 +279,7 @@ def study_capacity(config, run):
     off = dict.fromkeys(("word_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_decay"), 0.0)
     own = {name: getattr(config, name) for name in ("batch", "bptt", "lr", "clip")}  # there is no search to have them
     networks, _ = train_all(replace(config, data=str(texts)), run, [name_of(kinds[kind][i]) for kind, i in jobs],
-                            average=False, **own, **off)
+                            judged="valid", average=False, **own, **off)
     measured = lambda cell, network: {**{name: f(cell, config.hidden) for name, f in PROPERTIES.items()},
                                       "train": network["valid"], "valid": network["test"],  # see slice_of
                                       **{name: network[name] for name in ("capped", "late", "failed")}}

@@ -70,12 +70,15 @@ def show(x, sign=""):
     """A loss with three decimals, a number of weights with none."""
     return f"{x:{sign}.3f}" if abs(x) < 1000 else f"{x:{sign},.0f}"
 
+def show_p(p):
+    return f"{p:.3f}" if p >= .0005 else "< .001"
+
 def compared(apart, tests):
     """Of paired differences: their mean with its interval, p, what is detectable; empty where there is none of them."""
     if len(apart) < 2 or not any(apart):
         return "", "", ""
     mean, half, p, least = t_test(apart, tests)
-    return f"{show(mean, '+')} +- {show(half)}", f"{p:.3f}", show(least)
+    return f"{show(mean, '+')} +- {show(half)}", show_p(p), show(least)
 
 def table_arms(records):
     """Means over the seeds, and paired differences to the first arm, or a control: of losses, less is better. p is
@@ -179,13 +182,14 @@ def mean_of(values):
 def between(low, high):
     return f"{low:+.3f} to {high:+.3f}"
 
-def share_of(networks, what):
-    return f"{sum(n[what] for n in networks)} of {len(networks)}"
+ENDS = ("reached the last epoch", "last two epochs' gain", "diverged")
 
-def mean_late(networks):
-    """The mean gain of their last two epochs; empty if there were no others."""
+def ends_of(networks):
+    """How many of train_all's networks were still improving when they were stopped, the mean gain of their last two
+    epochs, empty if there were no others, and how many failed."""
+    count = lambda what: f"{sum(n[what] for n in networks)} of {len(networks)}"
     late = [n["late"] for n in networks]
-    return "" if None in late else f"{sum(late) / len(late):.4f}"
+    return count("capped"), "" if None in late else f"{sum(late) / len(late):.4f}", count("failed")
 
 def units_of(entries):
     """What is compared: the mean test loss of the cells of each search, as they stem from one controller; of networks
@@ -205,8 +209,7 @@ def table_compare(records):
     groups = records[0]["metrics"]["groups"]
     base, *others = groups
     about = [(group, len(x), mean_of(units_of(x)), f"{stdev(e['test'] for e in x):.3f}",
-              f"{min(e['test'] for e in x):.3f}", share_of(x, "capped"), mean_late(x), share_of(x, "failed"))
-             for group, x in groups.items()]
+              f"{min(e['test'] for e in x):.3f}", *ends_of(x)) for group, x in groups.items()]
     tests, rows, ranked = len(others), [], []
     for other in others:
         a, b = units_of(groups[base]), units_of(groups[other])
@@ -218,16 +221,15 @@ def table_compare(records):
             mean, half, _, least = welch(a, b, tests)
             interval, p = bootstrap(lambda x, y: (y.mean() - x.mean()).item(), a, b), permutation_test(a, b)
         less, rank_p = mann_whitney(a, b)
-        rows.append((other, f"{mean:+.3f} +- {half:.3f}", between(*interval), f"{min(1, tests * p):.3f}", less,
-                     f"{min(1, tests * rank_p):.3f}", f"{least:.3f}"))
+        rows.append((other, f"{mean:+.3f} +- {half:.3f}", between(*interval), show_p(min(1, tests * p)), less,
+                     show_p(min(1, tests * rank_p)), f"{least:.3f}"))
     for group in (*(g for g in groups if "shared" in groups[g][0]), "all three"):
         entries = [e for g in groups for e in groups[g] if group in (g, "all three") and "shared" in e]
         order = lambda measure: within_searches(entries, lambda some: measure(*zip(*((e["shared"], e["test"])
                                                                                      for e in some))))
         ranked.append((group, len(entries), *(mean_of(order(measure)) for measure in (kendall, spearman))))
     return "\n\n".join((
-        table(("networks of", "number", "test loss", "sd of networks", "best", "reached the last epoch",
-               "last two epochs' gain", "diverged"), about),
+        table(("networks of", "number", "test loss", "sd of networks", "best", *ENDS), about),
         table((f"minus {base}", "difference", "bootstrap, 95 %", "p, permutation", f"P({base} better)",
                "p, Mann-Whitney", "detectable"), rows),
         table(("shared against standalone loss", "cells", "Kendall's tau", "Spearman's rho"), ranked)))
@@ -266,7 +268,7 @@ def table_ablate(records):
             shared = [x - own["shared"][0] for x in two["shared"]]
             mean, half, p, least = welch(*([y for _, y in x["scratch"]] for x in (own, two)), tests)
             rows.append((name, kind, len(shared), f"{sum(shared) / len(shared):+.3f}", f"{max(shared):+.3f}",
-                         len(two["scratch"]), f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}"))
+                         len(two["scratch"]), f"{mean:+.3f} +- {half:.3f}", show_p(p), f"{least:.3f}"))
         pairs = [pair for kind, several in changes(records[0])[name].items() if kind != "itself" for pair in several]
         interval = bootstrap(lambda at: kendall(*zip(*(pairs[int(i)] for i in at))), range(len(pairs)), draws=500)
         itself = [y for _, y in own["scratch"]]
@@ -327,17 +329,16 @@ def draw_factors(path, record):
     figure.savefig(path, dpi=100)
 
 def table_capacity(records):
-    """What each kind of cell reaches on the slice, and its gap to validation, both against the same cells as they are;
+    """What each kind of cell reaches on the slice, and its gap to validation; both against the same cells as they are;
     and what goes with either."""
-    cells, rows, ranked = records[0]["metrics"]["cells"], [], []
+    cells, about, rows, ranked = records[0]["metrics"]["cells"], [], [], []
     measures = {"slice": lambda e: e["train"], "gap": lambda e: e["valid"] - e["train"]}
     tests = len(measures) * (len(cells) - 1)
     for kind, entries in cells.items():
-        rows.append([kind, len(entries)])
-        for f in measures.values():
-            mean, half, p, least = t_test([f(e) - f(m) for e, m in zip(entries, cells["mixed"])], tests)
-            rows[-1] += [mean_of(list(map(f, entries))), *((f"{mean:+.3f} +- {half:.3f}", f"{p:.3f}", f"{least:.3f}")
-                                                           if kind != "mixed" else ("", "", ""))]
+        about.append((kind, len(entries), *(mean_of(list(map(f, entries))) for f in measures.values()),
+                      *ends_of(entries)))
+        apart = [compared([f(e) - f(m) for e, m in zip(entries, cells["mixed"])], tests) for f in measures.values()]
+        rows += [(kind, *apart[0], *apart[1])] if kind != "mixed" else []
     for name, kinds in (("paths", ("mixed",)), ("depth", ("mixed",)), ("parameters", ("mixed", "narrow"))):
         ranked.append([name, len(kinds) * len(cells["mixed"])])
         for f in measures.values():
@@ -347,8 +348,9 @@ def table_capacity(records):
             everyone = range(len(cells["mixed"]))
             ranked[-1].append(f"{rho(everyone):.2f} ({between(*bootstrap(rho, everyone, draws=500))})")
     return "\n\n".join((
-        table(("activations", "cells", "loss on the slice", "minus mixed", "p, corrected", "detectable",
-               "gap to validation", "minus mixed", "p, corrected", "detectable"), rows),
+        table(("activations", "cells", "loss on the slice", "gap to validation", *ENDS), about),
+        table(("minus mixed", "loss on the slice", "p, corrected", "detectable",
+               "gap to validation", "p, corrected", "detectable"), rows),
         table(("Spearman's rho (95 %)", "networks", "with the loss on the slice", "with the gap"), ranked)))
 
 def draw_capacity(path, record):

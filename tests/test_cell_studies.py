@@ -311,6 +311,19 @@ def test_capacity_learns_a_slice_by_heart(text, finished):
     assert len(load_corpus(configure("train", data=str(folder))).train) == pytest.approx(6000 / 20, abs=5)
 
 
+def test_what_is_learnt_by_heart_may_be_worse_than_guessing_elsewhere(tmp_path):
+    """The gap would be cut off if the validation text's loss were; and the trainings are at the study's own rate."""
+    for split, line in (("train", "a b c d e"), ("valid", "e d c b a"), ("test", "e d c b a")):
+        (tmp_path / f"{split}.txt").write_text(f" {line} \n" * 2000)
+    config = settings("capacity", tmp_path, tmp_path, retrain_epochs=4, derive_samples=2, lr=3.0, batch=4)
+    cells = run_study("capacity", STUDIES["capacity"], config)["metrics"]["cells"]
+    guess = math.log(len(load_corpus(config).words))
+    learnt = [entry for entries in cells.values() for entry in entries if entry["train"] < guess / 2]
+    assert learnt and all(entry["valid"] > guess and not entry["failed"] for entry in learnt)
+    of_training = json.loads((tmp_path / "capacity/scratch 0/config.json").read_text())
+    assert (of_training["lr"], of_training["batch"], of_training["word_dropout"]) == (3.0, 4, 0.0)
+
+
 def test_hidden_knows_which_node_was_edited(finished):
     """A connection can be changed from node 2 on, an activation anywhere; every edit moves the state."""
     for found in (seed for seeds in finished("hidden")[1]["metrics"]["controllers"].values() for seed in seeds):
