@@ -295,15 +295,21 @@ def draw_ablate(path, record):
 
 SOURCES = ("connections", "activations", "their interaction", "the rest")
 
+def shares_of(found, without=()):
+    """[(an effect's share of the variance, its 95 % interval)] in SOURCES' order, without some of the connections."""
+    losses = [row for a, row in zip(found["connections"], found["losses"]) if a not in without]
+    return list(zip(effect_shares(losses), shares_interval(losses)))
+
 def table_factors(records):
-    """Mean test loss of each combination, and each factor's share of the variance."""
+    """Mean test loss of each combination, and each factor's share of the variance, with the chains and without."""
     found = records[0]["metrics"]
     means = [(a, *(f"{sum(x) / len(x):.3f}" for x in row)) for a, row in zip(found["connections"], found["losses"])]
-    shares, intervals = effect_shares(found["losses"]), shares_interval(found["losses"])
+    shares = zip(SOURCES, shares_of(found), shares_of(found, without=("chain",)))
     return "\n\n".join((
         table(("test loss", *found["activations"]), means),
-        table(("share of the variance", "estimate", "95 %"),
-              [(name, share, between(*interval)) for name, share, interval in zip(SOURCES, shares, intervals)])))
+        table(("share of the variance", "estimate", "95 %", "without chains", "95 %"),
+              [(name, share, between(*interval), other, between(*its_own))
+               for name, (share, interval), (other, its_own) in shares])))
 
 def draw_factors(path, record):
     """The means as a picture, and the shares with their intervals."""
@@ -320,9 +326,11 @@ def draw_factors(path, record):
     left.set_xticklabels(found["activations"], rotation=30)
     left.set_yticklabels(found["connections"])
     figure.colorbar(image, ax=left)
-    shares, intervals = effect_shares(found["losses"]), shares_interval(found["losses"])
-    for y, (share, (low, high)) in enumerate(zip(shares, intervals)):
-        right.errorbar(share, y, xerr=[[max(0, share - low)], [max(0, high - share)]], fmt="o", capsize=4, color="C0")
+    for i, (label, without) in enumerate((("all", ()), ("without chains", ("chain",)))):
+        for y, (share, (low, high)) in enumerate(shares_of(found, without)):
+            right.errorbar(share, y + .2 * i, xerr=[[max(0, share - low)], [max(0, high - share)]], fmt="o", capsize=4,
+                           color=f"C{i}", label=label if not y else None)
+    right.legend()
     right.set(yticks=range(4), yticklabels=SOURCES, xlabel="share of the variance, 95 %", title="what matters?")
     right.invert_yaxis()
     right.axvline(0, color="black", linewidth=1)
