@@ -29,7 +29,7 @@ SETTINGS = {"smoke": {
     **dict.fromkeys(("compare", "factors", "robust", "progress"), QUICKLY), "capacity": dict(QUICKLY, derive_samples=2),
     "ablate": dict(QUICKLY, cell="found,random:1", retrain_cells=1), "hidden": dict(QUICKLY, derive_samples=2),
 }, "tiny": {
-    "compare": dict(FULLY, replicas=10, derive_samples=10), "factors": FULLY, "robust": FULLY,
+    "compare": dict(FULLY, replicas=10, derive_samples=10, retrain_epochs=75), "factors": FULLY, "robust": FULLY,
     "ablate": dict(FULLY, nodes=9, cell="found,random:1,darts_v2", retrain_cells=6),
     "capacity": dict(retrain_epochs=100, patience=5, plateau=2.0, derive_samples=20),
     "hidden": dict(SEARCHES, derive_samples=30), "progress": dict(SEARCHES, epochs=12, derive_samples=20),
