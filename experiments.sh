@@ -59,7 +59,7 @@ run $preset-uniform-best train --preset $preset --cell "$out/$preset-search/unif
 
 # The extra gradient, first where everything is known: ten seconds, every check must hold.
 ${LAUNCH:-} python toy_enas.py "$out/toy_enas.png"
-# What does it cost, and how noisy is it? Expected: unrolled below 5 times the plain controller step.
+# What does it cost, and how noisy is it? Expected: unrolled below 5 times the plain step, on PTB with a fold of 1 only.
 run cost cost --preset $tiny --threads 1
 run cost-$preset cost --preset $preset --batch 20 --shared_steps 20 --controller_steps 5 --threads 1
 # Is the gradient that looks ahead closer to the next one? Expected: yes, a fresh one on the same samples.
@@ -77,7 +77,7 @@ for study in spaces state anneal optimizer; do
     [ -n "${SMOKE:-}" ] || share $study-$preset $study --preset $preset
 done
 
-# What makes a cell good, and does the controller know? Expected: a little. An hour and a half on one core.
+# What makes a cell good, and does the controller know? Expected: a little. Two hours on one core.
 for study in compare ablate factors capacity robust hidden; do share $study $study --preset $tiny; done
 run progress progress --preset $tiny
 # The same on Penn Treebank: half an hour to two hours each on one core.

@@ -28,8 +28,9 @@ def draw_cell(cell, title="", axes=None):
     width = max(map(len, rows))
     place = {slot: (j - (len(row) - 1) / 2, y) for y, row in enumerate(rows) for j, slot in enumerate(row)}
     axes = axes or Figure(figsize=(max(4, 1.25 * width), 0.8 * top + 1), layout="constrained").subplots()
+    room = axes.figure.get_figwidth() / len(axes.figure.axes)  # inches
     box = lambda x, y, text, colour="white": axes.text(
-        x, y, text, ha="center", va="center", fontsize=11, zorder=3,
+        x, y, text, ha="center", va="center", fontsize=min(11, 8.8 * room / width), zorder=3,
         bbox=dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour))
     arrow = lambda x, y, x_end, y_end, **style: axes.annotate(  # from the top of one box to the bottom of another
         "", (x_end, y_end - 0.22), (x, y + 0.22), zorder=1,
@@ -63,7 +64,7 @@ def draw_curves(records, axes, y, scale=1):
 
 def draw_intervals(path, panels):
     """Panels (title, x label, {name: its values, one for each seed}): the values, their means and 95 % intervals. A row
-    has one name, which some of the panels may lack."""
+    has one name, which some of the panels may lack; 0 is marked where it is near."""
     fullest_first = sorted(panels, key=lambda panel: -len(panel[2]))
     names = list(dict.fromkeys(name for _, _, found in fullest_first for name in found))
     wide = 2 if len(panels) == 4 else min(3, len(panels))
@@ -78,9 +79,11 @@ def draw_intervals(path, panels):
             axes.plot(values, [y] * len(values), ".", color="#999999", label="" if y else "a seed")
             axes.errorbar(mean, y, xerr=half, fmt="o", color="tab:blue", capsize=4, label="" if y else "mean, 95 %")
         axes.set(yticks=range(len(names)), yticklabels=names, title=title, xlabel=xlabel)
-        axes.axvline(0, color="black", linewidth=1)
+        low, high = (end(x for values in found.values() for x in values) for end in (min, max))
+        if low <= high - low:
+            axes.axvline(0, color="black", linewidth=1)
     axes.invert_yaxis()  # of all, as they share it
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8)
     figure.savefig(path, dpi=100)
 
 def panels(count, width=4.4, height=3.6):
@@ -89,7 +92,8 @@ def panels(count, width=4.4, height=3.6):
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 def draw_densities(axes, groups):
-    """Groups, name -> values: Gaussian kernel density estimates with Scott's bandwidth, and the values as a rug."""
+    """Groups, name -> values: Gaussian kernel density estimates with Scott's bandwidth, and the values as a rug,
+    those beyond the axis as triangles at its end."""
     everything = torch.tensor([x for values in groups.values() for x in values])
     low, high = everything.quantile(torch.tensor([0.0, .98])).tolist()
     at = torch.linspace(low - .1 * (high - low), high + .1 * (high - low), 400)
@@ -98,9 +102,10 @@ def draw_densities(axes, groups):
         width = (values.std() * len(values) ** -.2).clamp(min=(high - low) / 200)
         density = torch.exp(-((at[:, None] - values) / width) ** 2 / 2).mean(1) / width / math.sqrt(2 * math.pi)
         axes.plot(at.tolist(), density.tolist(), color=f"C{i}", label=f"{name} ({len(values)})")
-        inside = values[values <= at[-1]].tolist()
-        rug = axes.get_xaxis_transform()  # heights as shares of the panel's
-        axes.plot(inside, [.012 + .022 * i] * len(inside), "|", color=f"C{i}", markersize=5, transform=rug)
+        inside = values <= at[-1]
+        for marker, x in (("|", values[inside]), (">", values[~inside].clamp(max=at[-8]))):
+            axes.plot(x.tolist(), [.02 + .022 * i] * len(x), marker, color=f"C{i}", markersize=5,
+                      transform=axes.get_xaxis_transform())  # heights as shares of the panel's
     axes.set(ylabel="density", xlim=(at[0].item(), at[-1].item()))
     axes.legend(fontsize=8)
 

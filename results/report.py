@@ -168,7 +168,7 @@ def draw_conditional(path, record):
                 axes.errorbar(float(target), values.mean(), values.std(), fmt="o", color=f"C{i}", capsize=3)
         ends = axes.get_xlim()
         axes.plot(ends, ends, color="black", linewidth=1, label="what was asked for")
-        axes.set(title=name, xlabel="asked for (not trained on)", ylabel="sampled: mean, sd")
+        axes.set(title=name, xlabel="asked for (not trained on)", ylabel="sampled: mean, sd (a colour a seed)")
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=100)
 
@@ -182,7 +182,7 @@ def mean_of(values):
 def between(low, high):
     return f"{low:+.3f} to {high:+.3f}"
 
-ENDS = ("reached the last epoch", "last two epochs' gain", "diverged")
+ENDS = ("reached the last epoch", "last two epochs' gain", "failed")
 
 def ends_of(networks):
     """How many of train_all's networks were still improving when they were stopped, the mean gain of their last two
@@ -204,25 +204,27 @@ def within_searches(entries, measure):
     return [measure([e for e in entries if e["search"] == search]) for search in sorted({e["search"] for e in entries})]
 
 def table_compare(records):
-    """The groups; each of them against the trained controller's, searches being the units; and, within the searches,
-    shared against standalone losses."""
+    """The groups; each of them against the trained controller's, searches being the units: all cells of a search, and
+    the one that is best on validation; and, within the searches, shared against standalone losses."""
     groups = records[0]["metrics"]["groups"]
+    best_of = lambda group: within_searches(groups[group], lambda some: min(some, key=lambda e: e["valid"])["test"])
     base, *others = groups
     about = [(group, len(x), mean_of(units_of(x)), f"{stdev(e['test'] for e in x):.3f}",
               f"{min(e['test'] for e in x):.3f}", *ends_of(x)) for group, x in groups.items()]
     tests, rows, ranked = len(others), [], []
     for other in others:
-        a, b = units_of(groups[base]), units_of(groups[other])
+        a, b, best = units_of(groups[base]), units_of(groups[other]), ""
         if paired := "search" in groups[other][0]:
             apart = [y - x for x, y in zip(a, b)]
             mean, half, _, least = t_test(apart, tests)
             interval, p = bootstrap(lambda x: x.mean().item(), apart), sign_flips(apart)
+            best = "{:+.3f} +- {:.3f}".format(*t_test([y - x for x, y in zip(best_of(base), best_of(other))])[:2])
         else:
             mean, half, _, least = welch(a, b, tests)
             interval, p = bootstrap(lambda x, y: (y.mean() - x.mean()).item(), a, b), permutation_test(a, b)
         less, rank_p = mann_whitney(a, b)
         rows.append((other, f"{mean:+.3f} +- {half:.3f}", between(*interval), show_p(min(1, tests * p)), less,
-                     show_p(min(1, tests * rank_p)), f"{least:.3f}"))
+                     show_p(min(1, tests * rank_p)), f"{least:.3f}", best))
     for group in (*(g for g in groups if "shared" in groups[g][0]), "all three"):
         entries = [e for g in groups for e in groups[g] if group in (g, "all three") and "shared" in e]
         order = lambda measure: within_searches(entries, lambda some: measure(*zip(*((e["shared"], e["test"])
@@ -231,7 +233,7 @@ def table_compare(records):
     return "\n\n".join((
         table(("networks of", "number", "test loss", "sd of networks", "best", *ENDS), about),
         table((f"minus {base}", "difference", "bootstrap, 95 %", "p, permutation", f"P({base} better)",
-               "p, Mann-Whitney", "detectable"), rows),
+               "p, Mann-Whitney", "detectable", "best of each search"), rows),
         table(("shared against standalone loss", "cells", "Kendall's tau", "Spearman's rho"), ranked)))
 
 def draw_compare(path, record):
@@ -247,7 +249,6 @@ def draw_compare(path, record):
                         for group, entries in fine.items() if "shared" in entries[0]},
                 xlabel="validation loss under the shared weights, nats", ylabel="test loss from scratch, nats",
                 title="does the search's signal mean anything?")
-    right.set(ylim=left.get_xlim())
     figure.savefig(path, dpi=100)
 
 def changes(record):
@@ -541,13 +542,15 @@ def report(folder="results", readme="README.md"):
         shown = []
         for record in group(study):
             if study == "similarity":
-                shown += [(title, "cosine with the gradient at t + 1", x) for title, x in cosines(record).items()]
+                shown += [(title, "cosine with the " + ("real change" if "change" in title else "gradient at t + 1"), x)
+                          for title, x in cosines(record).items()]
             else:
                 loss = f"minus that of '{next(iter(record['metrics']['arms']))}', nats"
                 shown += [(f"{label(record)}: {OUTCOMES[outcome]}", loss, differences(record, outcome))
                            for outcome in ABOUT[study] if outcome in LOSSES and differences(record, outcome)]
             if study == "state":
-                shown += [(f"{label(record)}: the reward", title, x) for title, x in reward_errors(record).items()]
+                shown += [(f"{label(record)}: the reward, {title.split(',')[0]}", title, x)
+                          for title, x in reward_errors(record).items()]
         if shown:
             draw_intervals(Path(folder) / f"{study}.png", shown)
     first = {(r["study"], label(r)): r for r in reversed(records) if r["study"] in FIGURES}

@@ -277,12 +277,14 @@ def test_what_the_last_epochs_gained(tmp_path):
 
 def test_tables_have_the_right_sign():
     """Hand-made records: trained cells that are better, a change that harms, a lone factor, a kind that learns less."""
-    entry = lambda search, loss: dict(search=search, shared=loss, test=loss, capped=False, late=.01, failed=False)
-    groups = {name: [entry(s, 2 + worse + .01 * s + .001 * i) for s in range(5) for i in range(4)]
-              for name, worse in (("trained", 0), ("untrained", .5), ("uniform", .2))}
+    entry = lambda search, i, loss: dict(search=search, shared=loss, valid=-i, test=loss, capped=False, late=.01,
+                                         failed=False)  # best on validation is a search's last
+    groups = {name: [entry(s, i, 2 + worse + .01 * s + spread * i) for s in range(5) for i in range(4)]
+              for name, worse, spread in (("trained", 0, .001), ("untrained", .5, .001), ("uniform", .2, -.02))}
     groups["LSTM"] = [dict(test=1.5 + .01 * i, capped=False, late=None, failed=True) for i in range(5)]
     made = TABLES["compare"]([{"metrics": {"groups": groups}}])
-    assert re.search(r"untrained +\| \+0.500 \+- 0.000 .*\| 1.00", made) and re.search(r"LSTM +\| -0.5", made)
+    assert re.search(r"untrained +\| \+0.500 \+- 0.000 .*\| 1.00 .*\| \+0.500 \+- 0.000", made)
+    assert re.search(r"uniform .*\| \+0.137 \+- 0.000", made) and re.search(r"LSTM +\| -0.5", made)
     assert "5 of 5" in made and "1.000 +- 0.000" in made
     two = lambda shared, scratch: {"shared": [shared], "scratch": [[shared, scratch + .01 * i] for i in range(5)]}
     cells = {"enas": {"itself": two(2.0, 2.0), "a node removed": two(2.3, 2.5)}}
