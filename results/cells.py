@@ -2,7 +2,8 @@
 metrics. Most share one skeleton: cells from somewhere, a network trained from scratch for each, a comparison.
 
 Networks are trained in batches of AT_ONCE, each batch a sub-run of its own, as is each search; `--part I/N` does every
-N-th of them, so that N commands do a study together. Losses are in nats per token.
+N-th of them, so that N commands do a study together. Networks have the learning rate, batch and dropout of `menas.py
+train` with the same --preset; --lr and the like are those of the searches. Losses are in nats per token.
 """
 
 import json
@@ -21,7 +22,7 @@ from results.studies import BARE, BRIEF, LARGE, PROPERTIES, SEARCHES, depths, pa
 AT_ONCE = 25  # networks trained as one
 
 QUICKLY = dict(BRIEF, retrain_epochs=1, replicas=2)
-UNTIL_IT_STOPS = dict(retrain_epochs=25, patience=3, plateau=4.0)  # improving; the tables count what ran into the limit
+UNTIL_IT_STOPS = dict(retrain_epochs=75, patience=3, plateau=4.0)  # improving; tables count what ran into the limit
 FULLY, FEW = dict(SEARCHES, **UNTIL_IT_STOPS), dict(BARE, retrain_epochs=1)  # an epoch of Penn Treebank takes a minute
 PAPER = dict(LARGE, retrain_epochs=300, patience=10, plateau=2.0)
 # preset -> study -> its settings beside the preset's own
@@ -29,7 +30,7 @@ SETTINGS = {"smoke": {
     **dict.fromkeys(("compare", "factors", "robust", "progress"), QUICKLY), "capacity": dict(QUICKLY, derive_samples=2),
     "ablate": dict(QUICKLY, cell="found,random:1", retrain_cells=1), "hidden": dict(QUICKLY, derive_samples=2),
 }, "tiny": {
-    "compare": dict(FULLY, replicas=10, derive_samples=10, retrain_epochs=75), "factors": FULLY, "robust": FULLY,
+    "compare": dict(FULLY, replicas=10, derive_samples=10), "factors": FULLY, "robust": FULLY,
     "ablate": dict(FULLY, nodes=9, cell="found,random:1,darts_v2", retrain_cells=6),
     "capacity": dict(retrain_epochs=100, patience=5, plateau=2.0, derive_samples=20),
     "hidden": dict(SEARCHES, derive_samples=30), "progress": dict(SEARCHES, epochs=12, derive_samples=20),
@@ -81,6 +82,10 @@ def searches(config, run, arms={"search": {}}):
 def shared_weights_of(folder, config):
     return to_device(torch.load(folder / "weights.pt", weights_only=True), device_of(config))
 
+def no_worse(loss, guess):
+    """The loss, or that of guessing if it is worse or none."""
+    return loss if loss < guess else guess
+
 def late_gains(path, guess):
     """By how much each network's best validation loss fell in its last two epochs, None if it had no others; path: of
     its metrics.jsonl."""
@@ -93,8 +98,8 @@ def late_gains(path, guess):
 def train_all(config, run, names, lstms={}, judged="test", **settings):
     """Metrics of a network trained from scratch for each cell, each with a seed of its own, until it stops improving
     on validation or --retrain_epochs are over ('capped'; 'late', the last two's gain); and of LSTMs, units -> number of
-    seeds, in lists by units. The loss on each split is 'train', 'valid' and 'test'. That of guessing, or worse, on the
-    split by which it is judged is to have 'failed', and counts as guessing."""
+    seeds, in lists by units. The loss on each split, of the best weights, is 'train', 'valid' and 'test'. One that is
+    not better than guessing on the split by which it is judged has 'failed', and counts as guessing."""
     settings = dict(schedule="constant", plateau=config.plateau, patience=config.patience, **settings)
     seeded = [f"{name}@{config.seed + i}" for i, name in enumerate(names)]
     batches = {f"scratch {i // AT_ONCE}": ",".join(seeded[i:i + AT_ONCE]) for i in range(0, len(names), AT_ONCE)}
@@ -108,10 +113,14 @@ def train_all(config, run, names, lstms={}, judged="test", **settings):
         late, found[name] = late_gains(run.folder / name / "metrics.jsonl", guess), []
         for n, gain in zip(record["metrics"]["networks"], late):
             losses = {split: math.log(n[f"{split}_perplexity"]) for split in SPLITS}
-            failed = n["failed"] or losses[judged] >= guess
-            found[name].append({**n, **{split: min(x, guess) if failed else x for split, x in losses.items()},
+            failed = not losses[judged] < guess  # nan neither
+            found[name].append({**n, **{split: no_worse(x, guess) if failed else x for split, x in losses.items()},
                                 "capped": n["epochs"] >= record["config"]["epochs"], "late": gain, "failed": failed})
     return [n for name in batches for n in found[name]], {units: found[f"lstm {units}"] for units in lstms}
+
+def ends_of(networks):
+    """How their trainings ended, for the tables to count."""
+    return [{name: n[name] for name in ("capped", "late", "failed")} for n in networks]
 
 def shuffled(config, jobs):
     """So that what belongs together is not trained together."""
@@ -131,6 +140,8 @@ def study_compare(config, run):
 
     groups: name -> one entry for each network: its row, the search, 'shared', the loss under its shared weights on the
     whole validation split, and from scratch 'train', 'valid', 'test', 'epochs', 'capped', 'late', 'failed'."""
+    if config.replicas < 2:
+        raise UserError(f"--replicas {config.replicas}: the searches are what is compared, at least 2")
     corpus, entries, guess = load_corpus(config), [], math.log(len(load_corpus(config).words))
     for folder, sub in searches(config, run)["search"]:
         derived, decisions = read_json(folder / "derived.json"), search_space(sub)
@@ -138,7 +149,7 @@ def study_compare(config, run):
         rows, perplexities = derive(sub, shared_weights_of(folder, sub), untrained, corpus)
         groups = {"trained": derived["cells"], "untrained": [[*r, p] for r, p in zip(rows.tolist(), perplexities)],
                   "uniform": derived["uniform_cells"]}
-        entries += [dict(group=group, search=sub.seed, row=row[:-1], shared=min(math.log(row[-1]), guess))
+        entries += [dict(group=group, search=sub.seed, row=row[:-1], shared=no_worse(math.log(row[-1]), guess))
                     for group, sampled in groups.items() for row in sampled]
     entries = shuffled(config, entries)
     lookups = [load_cell(config, row_name([*e["row"], None])) for e in entries]
@@ -191,7 +202,7 @@ def study_ablate(config, run):
     finds): all of them under the shared weights, and --retrain_cells of each kind, drawn at random, from scratch.
 
     cells: name -> kind of change, 'itself' for none -> 'shared', the losses under the shared weights, and 'scratch',
-    pairs of that and the loss from scratch, of the cell itself 5 seeds. All on the test split."""
+    pairs of that and the loss from scratch, of the cell itself 5 seeds. All on the test split. ends: see ends_of."""
     in_plain_space(config, 2)
     own = {name: load_cell(config, name) for name in config.cell.split(",") if name != "found"}
     for name, cell in own.items():
@@ -204,22 +215,23 @@ def study_ablate(config, run):
         kinds = {"itself": [(cell, list(range(len(cell.nodes))))], **variants(cell)}
         found[name] = {}
         for kind, changed in kinds.items():
-            shared = [min(losses_on(corpus.test, config, *inherit_numbered(weights, [x], [numbers])).item(), guess)
+            shared = [no_worse(losses_on(corpus.test, config, *inherit_numbered(weights, [x], [numbers])).item(), guess)
                       for x, numbers in changed]
             found[name][kind] = {"shared": shared, "scratch": []}
             draw = torch.randperm(len(changed), generator=rng(config.seed, "ablate", name, kind)).tolist()
             drawn = [0] * 5 if kind == "itself" else draw[:config.retrain_cells]
             jobs += [(name, kind, changed[i][0], shared[i]) for i in drawn]
     jobs = shuffled(config, jobs)
-    for (name, kind, _, shared), n in zip(jobs, train_all(config, run, [name_of(x) for _, _, x, _ in jobs])[0]):
+    networks, _ = train_all(config, run, [name_of(x) for _, _, x, _ in jobs])
+    for (name, kind, _, shared), n in zip(jobs, networks):
         found[name][kind]["scratch"].append([shared, n["test"]])
-    return {"cells": found}
+    return {"cells": found, "ends": ends_of(networks)}
 
 def study_factors(config, run):
     """Connections x activations, --replicas cells of each combination, trained from scratch. What is searched or random
     is drawn anew for every combination: 'searched' from the samples of the r-th search's controller.
 
-    losses: [connections][activations][replicas], of the test split."""
+    losses: [connections][activations][replicas], of the test split. ends: see ends_of."""
     in_plain_space(config, 2)
     if config.replicas < 2:
         raise UserError(f"--replicas {config.replicas}: shares of the variance need at least 2")
@@ -244,7 +256,7 @@ def study_factors(config, run):
     networks, _ = train_all(config, run, list(map(name_of, cells.values())))
     losses = {key: network["test"] for key, network in zip(cells, networks)}
     table = [[[losses[r, a, b] for r in range(config.replicas)] for b in activations] for a in connections]
-    return {"connections": connections, "activations": activations, "losses": table}
+    return {"connections": connections, "activations": activations, "losses": table, "ends": ends_of(networks)}
 
 SLICE = 20, 10_000  # of the training text a 20th, at most so many words
 
@@ -282,7 +294,7 @@ def study_capacity(config, run):
                             judged="valid", average=False, **own, **off)
     measured = lambda cell, network: {**{name: f(cell, config.hidden) for name, f in PROPERTIES.items()},
                                       "train": network["valid"], "valid": network["test"],  # see slice_of
-                                      **{name: network[name] for name in ("capped", "late", "failed")}}
+                                      **ends_of([network])[0]}
     found = {(kind, i): measured(kinds[kind][i], network) for (kind, i), network in zip(jobs, networks)}
     return {"cells": {kind: [found[kind, i] for i in range(len(cells))] for kind in kinds}}
 
@@ -296,12 +308,14 @@ def study_robust(config, run):
     """Cells found by searches whose reward is measured on perturbed input, those of plain searches, and LSTMs, all
     trained plainly from scratch, --replicas of each: the test loss against the strength of a perturbation.
 
-    losses: perturbation -> found by -> [strengths][replicas]."""
+    losses: perturbation -> found by -> [strengths][replicas], at most that of guessing. ends: see ends_of."""
     in_plain_space(config, 2)
     corpus, device, settings = load_corpus(config), device_of(config), ("reward_words", "reward_noise")
+    if any(getattr(config, setting) for setting in settings):
+        raise UserError("--reward_words, --reward_noise: the study has objectives of its own, the plain one among them")
     names = {(arm, i): name_of(load_cell(config, str(folder))) for arm, several in
              searches(config, run, OBJECTIVES).items() for i, (folder, _) in enumerate(several)}
-    train_all(config, run, list(names.values()), {config.hidden: config.replicas})
+    networks, lstms = train_all(config, run, list(names.values()), {config.hidden: config.replicas})
     load = lambda name: to_device(torch.load(run.folder / name / "weights.pt", weights_only=True), device)
     saved = [load(f"scratch {i}") for i in range(math.ceil(len(names) / AT_ONCE))]
     weights = {name: torch.cat([w[name] for w in saved]) for name in saved[0]}
@@ -309,20 +323,21 @@ def study_robust(config, run):
     lstm, zeros = load(f"lstm {config.hidden}"), torch.zeros(config.replicas, 2)
     streams = min(config.eval_batch, max(1, len(corpus.test) // 70))  # as evaluate cuts the text
     passes = math.ceil(SEGMENTS / math.ceil(Stream(corpus.test, streams, WORDS).length / WORDS))
-    found = {}
+    found, guess = {}, math.log(len(corpus.words))
     for setting, (kind, strengths) in zip(settings, PERTURBED.items()):
         found[kind] = {name: [] for name in (*OBJECTIVES, "LSTM")}
         for strength in strengths:
-            masks = [perturbed(replace(config, seed=config.seed + i, **{setting: strength}), weights)
-                     for i in range(passes if strength else 1)]
-            measure = lambda w, rows: torch.stack([evaluate(w, rows, corpus.test.to(device), config.eval_batch, WORDS,
-                                                            masks=m) for m in masks]).mean(0).tolist()
+            masks = perturbed(replace(config, **{setting: strength}), weights)
+            each = [lambda inputs, *key, i=i: masks(inputs, "test", i, *key) for i in range(passes if strength else 1)]
+            under = lambda w, rows: torch.stack([evaluate(w, rows, corpus.test.to(device), config.eval_batch, WORDS,
+                                                          masks=m) for m in each]).mean(0).tolist()
+            measure = lambda w, rows: [no_worse(x, guess) for x in under(w, rows)]
             losses = dict(zip(names, measure(weights, cells)))
             for name in OBJECTIVES:
                 found[kind][name].append([losses[name, i] for i in range(config.replicas)])
             found[kind]["LSTM"].append(measure(lstm, zeros))
             run.obey()
-    return {"strengths": PERTURBED, "losses": found}
+    return {"strengths": PERTURBED, "losses": found, "ends": ends_of([*networks, *lstms[config.hidden]])}
 
 # 4. The controller's hidden state
 
@@ -391,10 +406,11 @@ def study_hidden(config, run):
     corpus, found = load_corpus(config), {"untrained": [], "trained": []}
     listed = lambda values: [float(f"{x:.5g}") for x in values.tolist()]  # there are thousands
     for folder, sub in searches(config, run)["search"]:
-        decisions, draw = search_space(sub), rng(sub.seed, "hidden")
+        decisions, draw = search_space(sub), rng(sub.seed, "hidden: edits and pairs")
         rows = uniform_rows(decisions, 10 * sub.derive_samples, sub.seed, "hidden")
         losses = losses_on(corpus.valid[:20000], sub, shared_weights_of(folder, sub), rows).double()
-        losses, cells = losses.clamp(max=math.log(len(corpus.words))), list(map(decode, rows))
+        losses = losses.nan_to_num(math.inf).clamp(max=math.log(len(corpus.words)))
+        cells = list(map(decode, rows))
         measured = {**{name: torch.tensor([float(f(cell)) for cell in cells]) for name, f in MEASURES.items()},
                     "loss": losses}
         edits = {kind: torch.stack([edited(row, kind, draw) for row in rows])

@@ -99,7 +99,7 @@ def draw_densities(axes, groups):
     at = torch.linspace(low - .1 * (high - low), high + .1 * (high - low), 400)
     for i, (name, values) in enumerate(groups.items()):
         values = torch.tensor(values)
-        width = (values.std() * len(values) ** -.2).clamp(min=(high - low) / 200)
+        width = (values.std(correction=min(1, len(values) - 1)) * len(values) ** -.2).clamp(min=(high - low) / 200)
         density = torch.exp(-((at[:, None] - values) / width) ** 2 / 2).mean(1) / width / math.sqrt(2 * math.pi)
         axes.plot(at.tolist(), density.tolist(), color=f"C{i}", label=f"{name} ({len(values)})")
         inside = values <= at[-1]

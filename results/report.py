@@ -182,14 +182,20 @@ def mean_of(values):
 def between(low, high):
     return f"{low:+.3f} to {high:+.3f}"
 
-ENDS = ("reached the last epoch", "last two epochs' gain", "failed")
+ENDS = ("reached the last epoch", "their last two epochs' gain", "failed")
 
-def ends_of(networks):
-    """How many of train_all's networks were still improving when they were stopped, the mean gain of their last two
-    epochs, empty if there were no others, and how many failed."""
+def counted(networks):
+    """How many of train_all's networks were stopped by the limit of epochs, the mean gain of the last two epochs of
+    these, empty if there are none or had no others, and how many failed."""
     count = lambda what: f"{sum(n[what] for n in networks)} of {len(networks)}"
-    late = [n["late"] for n in networks]
-    return count("capped"), "" if None in late else f"{sum(late) / len(late):.4f}", count("failed")
+    late = [n["late"] for n in networks if n["capped"]]
+    return count("capped"), f"{sum(late) / len(late):.4f}" if late and None not in late else "", count("failed")
+
+def table_ends(metrics):
+    """The same as a table; nothing for a record from before it was kept."""
+    if "ends" not in metrics:
+        return []
+    return [table(("networks", *ENDS), [(len(metrics["ends"]), *counted(metrics["ends"]))])]
 
 def units_of(entries):
     """What is compared: the mean test loss of the cells of each search, as they stem from one controller; of networks
@@ -205,34 +211,35 @@ def within_searches(entries, measure):
 
 def table_compare(records):
     """The groups; each of them against the trained controller's, searches being the units: all cells of a search, and
-    the one that is best on validation; and, within the searches, shared against standalone losses."""
+    the one that is best on validation; and, within the searches, shared against standalone losses, means over those in
+    which both vary. What is detectable is so by the t-test; none where so few units can't be significant anyway."""
     groups = records[0]["metrics"]["groups"]
     best_of = lambda group: within_searches(groups[group], lambda some: min(some, key=lambda e: e["valid"])["test"])
     base, *others = groups
     about = [(group, len(x), mean_of(units_of(x)), f"{stdev(e['test'] for e in x):.3f}",
-              f"{min(e['test'] for e in x):.3f}", *ends_of(x)) for group, x in groups.items()]
+              f"{min(e['test'] for e in x):.3f}", *counted(x)) for group, x in groups.items()]
     tests, rows, ranked = len(others), [], []
     for other in others:
         a, b, best = units_of(groups[base]), units_of(groups[other]), ""
         if paired := "search" in groups[other][0]:
             apart = [y - x for x, y in zip(a, b)]
-            mean, half, _, least = t_test(apart, tests)
+            (mean, half, _, least), least_p = t_test(apart, tests), 2 / 2 ** len(apart)
             interval, p = bootstrap(lambda x: x.mean().item(), apart), sign_flips(apart)
             best = "{:+.3f} +- {:.3f}".format(*t_test([y - x for x, y in zip(best_of(base), best_of(other))])[:2])
         else:
-            mean, half, _, least = welch(a, b, tests)
+            (mean, half, _, least), least_p = welch(a, b, tests), 2 / math.comb(2 * len(a), len(a))  # as many of b
             interval, p = bootstrap(lambda x, y: (y.mean() - x.mean()).item(), a, b), permutation_test(a, b)
         less, rank_p = mann_whitney(a, b)
         rows.append((other, f"{mean:+.3f} +- {half:.3f}", between(*interval), show_p(min(1, tests * p)), less,
-                     show_p(min(1, tests * rank_p)), f"{least:.3f}", best))
+                     show_p(min(1, tests * rank_p)), f"{least:.3f}" if tests * least_p <= .05 else "none", best))
     for group in (*(g for g in groups if "shared" in groups[g][0]), "all three"):
         entries = [e for g in groups for e in groups[g] if group in (g, "all three") and "shared" in e]
-        order = lambda measure: within_searches(entries, lambda some: measure(*zip(*((e["shared"], e["test"])
-                                                                                     for e in some))))
+        order = lambda measure: [x for x in within_searches(entries, lambda some: measure(*zip(*(
+            (e["shared"], e["test"]) for e in some)))) if not math.isnan(x)]
         ranked.append((group, len(entries), *(mean_of(order(measure)) for measure in (kendall, spearman))))
     return "\n\n".join((
-        table(("networks of", "number", "test loss", "sd of networks", "best", *ENDS), about),
-        table((f"minus {base}", "difference", "bootstrap, 95 %", "p, permutation", f"P({base} better)",
+        table(("networks of", "number", "test loss", "sd of networks", "lowest", *ENDS), about),
+        table((f"minus {base}", "difference", "bootstrap, 95 %", "p, permutation", f"P({base}'s mean lower)",
                "p, Mann-Whitney", "detectable", "best of each search"), rows),
         table(("shared against standalone loss", "cells", "Kendall's tau", "Spearman's rho"), ranked)))
 
@@ -242,7 +249,8 @@ def draw_compare(path, record):
     fine = {}
     for group, entries in record["metrics"]["groups"].items():
         failed = sum(e["failed"] for e in entries)
-        fine[f"{group}, {failed} failed" if failed else group] = [e for e in entries if not e["failed"]]
+        if failed < len(entries):
+            fine[f"{group}, {failed} failed" if failed else group] = [e for e in entries if not e["failed"]]
     draw_densities(left, {group: [e["test"] for e in entries] for group, entries in fine.items()})
     left.set(xlabel="test loss of a network trained from scratch, nats", title="who makes the better cells?")
     draw_points(right, {group: ([e["shared"] for e in entries], [e["test"] for e in entries])
@@ -279,7 +287,7 @@ def table_ablate(records):
         table(("cell", "changed", "ways", "shared: mean", "worst", "retrained", "from scratch: mean", "p, corrected",
                "detectable"), rows),
         table(("cell", "its own loss, 5 seeds", "their sd", "changes", "shared against scratch, Kendall's tau (95 %)"),
-              ranked)))
+              ranked), *table_ends(records[0]["metrics"])))
 
 def draw_ablate(path, record):
     """A panel for each cell: the change from scratch against that under the shared weights."""
@@ -310,7 +318,7 @@ def table_factors(records):
         table(("test loss", *found["activations"]), means),
         table(("share of the variance", "estimate", "95 %", "without chains", "95 %"),
               [(name, share, between(*interval), other, between(*its_own))
-               for name, (share, interval), (other, its_own) in shares])))
+               for name, (share, interval), (other, its_own) in shares]), *table_ends(found)))
 
 def draw_factors(path, record):
     """The means as a picture, and the shares with their intervals."""
@@ -345,7 +353,7 @@ def table_capacity(records):
     tests = len(measures) * (len(cells) - 1)
     for kind, entries in cells.items():
         about.append((kind, len(entries), *(mean_of(list(map(f, entries))) for f in measures.values()),
-                      *ends_of(entries)))
+                      *counted(entries)))
         apart = [compared([f(e) - f(m) for e, m in zip(entries, cells["mixed"])], tests) for f in measures.values()]
         rows += [(kind, *apart[0], *apart[1])] if kind != "mixed" else []
     for name, kinds in (("paths", ("mixed",)), ("depth", ("mixed",)), ("parameters", ("mixed", "narrow"))):
@@ -390,7 +398,8 @@ def table_robust(records):
                     lost = [x - y for x, y in zip(values[i], values[0])]
                     more = t_test([x - y for x, y in zip(lost, plain)]) if name != "LSTM" else welch(plain, lost)
                     rows[-1][-1] += " (lost {:+.3f} +- {:.3f} more)".format(*more[:2])
-    return table(("perturbation", *(f"found by {name}" if name != "LSTM" else name for name in lines)), rows)
+    made = table(("perturbation", *(f"found by {name}" if name != "LSTM" else name for name in lines)), rows)
+    return "\n\n".join((made, *table_ends(found)))
 
 def draw_robust(path, record):
     """Test loss against the strength, a panel for each perturbation."""

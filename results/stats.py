@@ -23,17 +23,21 @@ def student_t(df):
     density = torch.exp(log_c - (df + 1) / 2 * torch.log1p(t * t / df))
     return t, 0.5 + F.pad(torch.cumulative_trapezoid(density, t), (1, 0))
 
+def from_t(mean, error, df, tests):
+    """What t_test and welch say of a mean with its standard error and degrees of freedom."""
+    t, p = student_t(df)
+    quantile = lambda q: t[torch.searchsorted(p, q)].item() if q <= p[-1] else math.inf
+    at = int(min(abs(mean) / max(error, 1e-300) / 500, 1) * (len(p) - 1))
+    least = (quantile(1 - .025 / tests) + quantile(.8)) * error
+    return mean, quantile(.975) * error, min(1.0, tests * 2 * (1 - p[at].item())), least
+
 def t_test(values, tests=1):
     """Of a sample [n]: mean, half of its 95 % interval, p of the mean being 0, Bonferroni-corrected for so many tests,
     and the smallest true mean that this corrected test finds in about 80 of 100 cases."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return values[0] if len(values) == 1 else math.nan, math.nan, math.nan, math.nan
     values = sample_of(values)
-    mean, error, (t, p) = values.mean().item(), values.std().item() / math.sqrt(len(values)), student_t(len(values) - 1)
-    quantile = lambda q: t[torch.searchsorted(p, q)].item()
-    at = int(min(abs(mean) / max(error, 1e-300) / 500, 1) * (len(p) - 1))
-    least = (quantile(1 - .025 / tests) + quantile(.8)) * error
-    return mean, quantile(.975) * error, min(1.0, tests * 2 * (1 - p[at].item())), least
+    return from_t(values.mean().item(), values.std().item() / math.sqrt(len(values)), len(values) - 1, tests)
 
 def welch(a, b, tests=1):
     """Of two samples of unequal variances: mean of b minus mean of a, half of its 95 % interval, p, corrected for that
@@ -42,12 +46,8 @@ def welch(a, b, tests=1):
     u, v = (x.var().item() / len(x) if len(x) > 1 else math.nan for x in (a, b))
     if not u + v > 0:
         return (b.mean() - a.mean()).item(), math.nan, math.nan, math.nan
-    t, p = student_t(round((u + v) ** 2 / (u * u / (len(a) - 1) + v * v / (len(b) - 1)), 3))
-    quantile = lambda q: t[torch.searchsorted(p, q)].item()
-    difference, error = (b.mean() - a.mean()).item(), math.sqrt(u + v)
-    at = int(min(abs(difference) / error / 500, 1) * (len(p) - 1))
-    least = (quantile(1 - .025 / tests) + quantile(.8)) * error
-    return difference, quantile(.975) * error, min(1.0, tests * 2 * (1 - p[at].item())), least
+    df = round((u + v) ** 2 / (u * u / (len(a) - 1) + v * v / (len(b) - 1)), 3)
+    return from_t((b.mean() - a.mean()).item(), math.sqrt(u + v), df, tests)
 
 def sign_flips(values, draws=9999):
     """Two-sided p of a sample of differences having mean 0: the share of ways to flip their signs with a mean as far

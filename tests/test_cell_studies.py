@@ -13,8 +13,9 @@ import menas
 from menas import (CELLS, INPUT, Batch, Controller, Search, cell_from_json, cell_to_json, configure, decode,
                    edge_index, encode, evaluate, load_cell, load_corpus, lstm_weights, main, network, perturbed,
                    run_study, search_space, shared_weights, uniform_rows)
+from results import cells as cell_studies
 from results.cells import (MEASURES, STUDIES, edited, inherit_numbered, late_gains, matched_units, name_of, states_of,
-                           steered, variants, without)
+                           steered, train_all, variants, without)
 from results.report import FIGURES, TABLES, summary
 
 SMALL = dict(hidden=8, nodes=4, epochs=2, shared_steps=4, controller_steps=2, controller_samples=3, derive_samples=3,
@@ -275,7 +276,26 @@ def test_what_the_last_epochs_gained(tmp_path):
     assert late_gains(tmp_path / "metrics.jsonl", 5.0) == [None, None]
 
 
-def test_tables_have_the_right_sign():
+def test_who_has_failed(text, tmp_path, monkeypatch):
+    """By hand: one that diverged after good weights counts at these, one at guessing or without a number as guessing;
+    judged by validation, the test loss of one that has learnt may be worse than that."""
+    config = configure("factors", "smoke", data=str(text))
+    guess = math.log(len(load_corpus(config).words))
+    ends = [(2.0, True), (guess, False), (math.nan, True), (math.inf, True), (2.0, False)]
+    networks = [dict(epochs=1, failed=diverged, train_perplexity=9.0, valid_perplexity=9.0 if i == 4 else math.exp(x),
+                     test_perplexity=math.exp(x) if i < 4 else 1e9) for i, (x, diverged) in enumerate(ends)]
+    record = {"metrics": {"networks": networks}, "config": {"epochs": 1}}
+    monkeypatch.setattr(cell_studies, "sub_runs", lambda *_: {"scratch 0": record})
+    monkeypatch.setattr(cell_studies, "late_gains", lambda *_: [None] * 5)
+    run = type("Run", (), {"folder": tmp_path})
+    found, _ = train_all(config, run, ["random:1"] * 5)
+    assert [n["failed"] for n in found] == [False, True, True, True, True]
+    assert [n["test"] for n in found] == pytest.approx([2.0] + [guess] * 4)
+    found, _ = train_all(config, run, ["random:1"] * 5, judged="valid")
+    assert not found[4]["failed"] and found[4]["test"] == pytest.approx(math.log(1e9))
+
+
+def test_tables_have_the_right_sign(tmp_path):
     """Hand-made records: trained cells that are better, a change that harms, a lone factor, a kind that learns less."""
     entry = lambda search, i, loss: dict(search=search, shared=loss, valid=-i, test=loss, capped=False, late=.01,
                                          failed=False)  # best on validation is a search's last
@@ -286,15 +306,26 @@ def test_tables_have_the_right_sign():
     assert re.search(r"untrained +\| \+0.500 \+- 0.000 .*\| 1.00 .*\| \+0.500 \+- 0.000", made)
     assert re.search(r"uniform .*\| \+0.137 \+- 0.000", made) and re.search(r"LSTM +\| -0.5", made)
     assert "5 of 5" in made and "1.000 +- 0.000" in made
+    assert made.count("| none ") == 2  # of 5 pairs p is 1/16 at least, of 5 and 5 values 1/126
+    FIGURES["compare"](tmp_path / "figure.png", {"metrics": {"groups": groups}})  # all LSTMs have failed
+    for entry in groups["trained"][:4]:
+        entry["shared"] = 2.0  # a search in which nothing can be ordered is not counted
+    few = {name: entries[:8] if name != "LSTM" else entries[:2] for name, entries in groups.items()}
+    made, few = (TABLES["compare"]([{"metrics": {"groups": x}}]) for x in (groups, few))
+    assert re.search(r"trained +\| 20 +\| 1.000 \+- 0.000", made) and few.count("| none ") == 3
     two = lambda shared, scratch: {"shared": [shared], "scratch": [[shared, scratch + .01 * i] for i in range(5)]}
     cells = {"enas": {"itself": two(2.0, 2.0), "a node removed": two(2.3, 2.5)}}
     made = TABLES["ablate"]([{"metrics": {"cells": cells}}])
-    assert re.search(r"a node removed +\| 1 +\| \+0.300 .*\| \+0.500", made)
+    assert re.search(r"a node removed +\| 1 +\| \+0.300 .*\| \+0.500", made) and "last epoch" not in made
+    ends = [dict(capped=i < 2, late=(.5, .1, 9.0)[i], failed=i == 2) for i in range(3)]  # the gain is of the capped
+    made = TABLES["ablate"]([{"metrics": {"cells": cells, "ends": ends}}])
+    assert re.search(r"\| 3 +\| 2 of 3 +\| 0.3000 +\| 1 of 3", made)
 
 
 @pytest.mark.parametrize("study, settings, words", [
     ("ablate", dict(cell="enas"), "enas|up to --nodes 4"), ("ablate", dict(cell="lstm_cell"), "lstm_cell"),
-    ("factors", dict(replicas=1), "at least 2"), ("factors", dict(min_nodes=2), "min_nodes"),
+    ("factors", dict(replicas=1), "at least 2"), ("compare", dict(replicas=1), "at least 2"),
+    ("robust", dict(reward_noise=.1), "objectives"), ("factors", dict(min_nodes=2), "min_nodes"),
     ("robust", dict(operations="highway,glu"), "operations"), ("hidden", dict(nodes=2), "nodes"),
     ("progress", dict(activations="tanh,relu"), "activations")])
 def test_what_a_study_is_not_for(study, settings, words, tmp_path, capsys):

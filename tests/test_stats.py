@@ -1,6 +1,6 @@
 """The statistics against enumeration, published values and simulation. Run: pytest tests/test_stats.py"""
 from itertools import combinations, permutations, product
-from math import isnan
+from math import inf, isnan
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ def test_t_test():
     assert least == pytest.approx((2.2622 + .8834) * error, rel=1e-3)
     assert t_test([x + 1.8331 * error for x in values])[2] == pytest.approx(.1, abs=1e-3)
     assert t_test([1.0, 1.0, 1.0])[:2] == (1.0, 0.0) and t_test([0.0, 0.0])[2] == 1.0
+    assert t_test([0.0, 1.0], tests=100)[3] == inf  # with one degree of freedom, beyond the distribution's table
 
 
 @pytest.mark.parametrize("a, b", [([1.0, 4, 2], [3.0, 6, 5, 7]), ([1.0, 1, 2], [2.0, 1, 1]), ([5.0], [1.0, 2, 3])])
