@@ -295,7 +295,7 @@ def draw_ablate(path, record):
     figure, grid = panels(len(found))
     for axes, (name, kinds) in zip(grid, found.items()):
         draw_points(axes, {kind: tuple(zip(*pairs)) for kind, pairs in kinds.items()}, title=name,
-                    xlabel="change of the loss, shared weights", ylabel="change of the loss, from scratch")
+                    xlabel="change under the shared weights, nats", ylabel="change from scratch, nats")
         axes.axhline(0, color="black", linewidth=.5)
         axes.axvline(0, color="black", linewidth=.5)
     for axes in grid[:-1]:
