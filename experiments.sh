@@ -38,7 +38,7 @@ share() { # the same for a study: its searches, then its networks shared out, th
 # Does it work? The toy corpus: a cell found in a minute, beside an LSTM. Expected: within 1.3 times the floor of 5.83.
 run tiny-search search --preset $tiny --retrain
 
-# What do the baselines reach under one budget? Expected on PTB: an LSTM below 102, the ENAS cell below 105 (test).
+# What do the baselines reach under one budget? Expected on PTB (test): an LSTM below 102, ENAS below 105, no chain.
 run $preset-lstm train --preset $preset --cell lstm
 run $preset-enas train --preset $preset --cell enas
 run $preset-darts_v2 train --preset $preset --cell darts_v2
@@ -53,8 +53,9 @@ run $preset-lstm-400 train --preset $preset --cell lstm --lstm_hidden 400
 run $preset-search search --preset $preset
 run $preset-random-search search --preset $preset --controller untrained
 finish
-# The cell found, and the best of as many uniform architectures under the same shared weights.
+# The cell found, that of random search, and the best of as many uniform architectures under the former's shared weights.
 run $preset-found train --preset $preset --cell "$out/$preset-search/cell.json"
+run $preset-random-found train --preset $preset --cell "$out/$preset-random-search/cell.json"
 run $preset-uniform-best train --preset $preset --cell "$out/$preset-search/uniform_cell.json"
 
 # The extra gradient, first where everything is known: ten seconds, every check must hold.

@@ -62,6 +62,15 @@ def draw_curves(records, axes, y, scale=1):
             axes.legend(fontsize=8)
     axes.set(ylabel=y.replace("_", " "))
 
+def cut(axes, top):
+    """The y axis up to there, from the least value; the legend says which lines are above it."""
+    lows = {line: min(line.get_ydata()) for line in axes.lines}
+    if lows:
+        for line in (line for line, low in lows.items() if low > top):
+            line.set_label(f"{line.get_label()}: above")
+        axes.set(ylim=(.95 * min(lows.values()), top))
+        axes.legend(fontsize=8)
+
 def draw_intervals(path, panels):
     """Panels (title, x label, {name: its values, one for each seed}): the values, their means and 95 % intervals. A row
     has one name, which some of the panels may lack; 0 is marked where it is near."""

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from menas import ACTIVATIONS, ROW, UserError, cell_from_json, decode, read_json
 from results.cells import STRENGTHS
-from results.plots import (COLOURS, draw_bands, draw_cell, draw_curves, draw_densities, draw_intervals, draw_points,
+from results.plots import (COLOURS, cut, draw_bands, draw_cell, draw_curves, draw_densities, draw_intervals, draw_points,
                            panels, table)
 from results.stats import (bootstrap, effect_shares, kendall, mann_whitney, permutation_test, shares_interval,
                            sign_flips, spearman, t_test, welch)
@@ -541,7 +541,8 @@ def report(folder="results", readme="README.md"):
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     train, reward, entropy = figure.subplots(1, 3)
     draw_curves(group("train", "ptb"), train, "valid_perplexity", 1000)
-    train.set(ylim=(None, 220), xlabel="thousand steps of SGD", title="training from scratch")
+    cut(train, 220)
+    train.set(xlabel="thousand steps of SGD", title="training from scratch")
     draw_curves(group("search", "ptb"), reward, "reward")
     reward.set(xlabel="step of the search", title="reward, 80 / perplexity")
     draw_curves(group("search", "ptb"), entropy, "entropy")
