@@ -299,7 +299,7 @@ def load_corpus(config):
     if config.data == "toy":
         texts, floor = toy_corpus()
     else:
-        folder = ptb_folder(config.cache) if config.data == "ptb" else Path(config.data)
+        folder = ptb_folder(config.cache) if config.data == "ptb" else Path(config.data).expanduser()
         if not folder.is_dir():
             raise UserError(f"no data folder '{config.data}'{nearest(config.data, ('ptb', 'toy'))}")
         texts, floor = {}, {}
@@ -1382,7 +1382,7 @@ class Run:
 
     def __init__(self, study, config):
         self.study, self.config, self.commit = study, config, commit()  # the file may change while the run goes on
-        self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}")
+        self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}").expanduser()
         self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "checkpoint.pt"
         self.good, self.good_bytes = None, 0  # the last good state, and how long metrics.jsonl was then
         self.started = self.saved_at = self.spoke_at = time.time()
@@ -1416,6 +1416,8 @@ class Run:
         if self.stop:  # asked twice: leave at once
             raise SystemExit(128 + number)
         self.stop = number
+        if isinstance(outer := getattr(self.handlers[number], "__self__", None), Run):
+            outer.stop = number  # the study of which this is a part goes no further, either
 
     def restore(self):
         """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to what it was then."""
@@ -1884,7 +1886,7 @@ def study_train(config, run):
     """Train cells from scratch or from a search's shared weights, as one batch; perplexities of the best weights."""
     corpus, device = load_corpus(config), device_of(config)
     words = len(corpus.words)
-    given = [re.fullmatch(r"(.*?)(?:@(\d+))?", name) for name in config.cell.split(",")]
+    given = [re.fullmatch(r"(.*?)(?:@(-?\d+))?", name) for name in config.cell.split(",")]
     names, seeds = zip(*((x[1], int(x[2] or config.seed) + i) for x in given for i in range(config.replicas)))
     if "lstm" not in names:
         cells = encode([load_cell(config, name) for name in names])
@@ -1984,7 +1986,7 @@ def main(arguments=None):
         study, config = parse(arguments)
         from results.report import report, summary  # which reads what the studies have written
         if study == "report":
-            report(config.out or "results", "README.md" if config.out in ("", "results") else "")
+            report(config.out or "results", "README.md" if Path(config.out or "results") == Path("results") else "")
         else:
             print(f"\n{summary(run_study(study, studies()[study], config))}")
     except UserError as error:

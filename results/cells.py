@@ -72,6 +72,8 @@ def sub_runs(run, work):
 
 def searches(config, run, arms={"search": {}}):
     """{arm: [(folder, its Config)]} of finished searches, --replicas of each arm, name -> settings."""
+    if config.controller != "trained":
+        raise UserError(f"--controller {config.controller}: this study is about the trained one")
     found = {arm: [(run.folder / f"{arm} {config.seed + i}", replace(config, seed=config.seed + i, replicas=1, part="",
                                                                      retrain=False, **settings))
                    for i in range(config.replicas)] for arm, settings in arms.items()}
@@ -204,15 +206,17 @@ def study_ablate(config, run):
     cells: name -> kind of change, 'itself' for none -> 'shared', the losses under the shared weights, and 'scratch',
     pairs of that and the loss from scratch, of the cell itself 5 seeds. All on the test split. ends: see ends_of."""
     in_plain_space(config, 2)
-    own = {name: load_cell(config, name) for name in config.cell.split(",") if name != "found"}
+    names = list(dict.fromkeys(config.cell.split(",")))
+    own = {name: load_cell(config, name, others=("found",)) for name in names if name != "found"}
     for name, cell in own.items():
         if len(cell.nodes) > config.nodes or is_gated(cell):
             raise UserError(f"--cell {name}: the study is for cells of ENAS's space of up to --nodes {config.nodes}")
     corpus, (folder, _) = load_corpus(config), searches(replace(config, replicas=1), run)["search"][0]
     weights, found, jobs, guess = shared_weights_of(folder, config), {}, [], math.log(len(corpus.words))
-    for name in config.cell.split(","):
+    for name in names:
         cell = own[name] if name in own else load_cell(config, str(folder))
-        kinds = {"itself": [(cell, list(range(len(cell.nodes))))], **variants(cell)}
+        kinds = {"itself": [(cell, list(range(len(cell.nodes))))],
+                 **{kind: changed for kind, changed in variants(cell).items() if changed}}
         found[name] = {}
         for kind, changed in kinds.items():
             shared = [no_worse(losses_on(corpus.test, config, *inherit_numbered(weights, [x], [numbers])).item(), guess)
@@ -269,8 +273,7 @@ def slice_of(corpus, folder):
     valid = [line for line in lines(corpus.valid) if "<unk>" in known or {*line} <= known]
     folder.mkdir(exist_ok=True)
     for split, text in (("train", part), ("valid", part), ("test", valid)):
-        if not (folder / f"{split}.txt").exists():
-            write_atomically(folder / f"{split}.txt", "\n".join(map(" ".join, text)).encode())
+        write_atomically(folder / f"{split}.txt", "\n".join(map(" ".join, text)).encode())
     return folder
 
 def study_capacity(config, run):
@@ -281,7 +284,11 @@ def study_capacity(config, run):
     cells: kind -> for each cell 'paths', 'depth', 'parameters', 'train', the loss on the slice, and 'valid'; 'capped',
     'late' and 'failed' as in train_all."""
     in_plain_space(config, 2)
-    texts = slice_of(load_corpus(config), run.folder / "slice")
+    corpus = load_corpus(config)
+    if config.hidden < 4 or len(corpus.train) < 3 * SLICE[0]:
+        raise UserError(f"--hidden {config.hidden}, --data {config.data}: a quarter of the units must be one at least, "
+                        f"and a {SLICE[0]}th of the training text, {len(corpus.train)} words, three words")
+    texts = slice_of(corpus, run.folder / "slice")
     cells = [decode(row) for row in uniform_rows(search_space(config), config.derive_samples, config.seed, "capacity")]
     width = lambda i: config.hidden // (2, 4)[i % 2]
     same = lambda cell, act: cell._replace(nodes=tuple(node._replace(activation=act) for node in cell.nodes))

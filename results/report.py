@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 
 from menas import ACTIVATIONS, ROW, UserError, cell_from_json, decode, read_json
 from results.cells import STRENGTHS
-from results.plots import (COLOURS, cut, draw_bands, draw_cell, draw_curves, draw_densities, draw_intervals, draw_points,
-                           panels, table)
+from results.plots import (COLOURS, cut, draw_bands, draw_cell, draw_curves, draw_densities, draw_intervals,
+                           draw_points, panels, table)
 from results.stats import (bootstrap, effect_shares, kendall, mann_whitney, permutation_test, shares_interval,
                            sign_flips, spearman, t_test, welch)
 from results.studies import OUTCOMES
@@ -177,10 +177,10 @@ def draw_conditional(path, record):
 def mean_of(values):
     """A sample's mean and its 95 % interval as text."""
     mean, half = t_test(values)[:2]
-    return f"{mean:.3f} +- {half:.3f}"
+    return f"{mean:.3f} +- {half:.3f}" if math.isfinite(half) else f"{mean:.3f}" if math.isfinite(mean) else ""
 
 def between(low, high):
-    return f"{low:+.3f} to {high:+.3f}"
+    return f"{low:+.3f} to {high:+.3f}" if math.isfinite(low + high) else ""
 
 ENDS = ("reached the last epoch", "their last two epochs' gain", "failed")
 
@@ -534,7 +534,7 @@ def report(folder="results", readme="README.md"):
     for study, on in sorted({(r["study"], label(r)) for r in records}):
         made = TABLES[study](group(study, on))
         print(f"{study} {on}\n{made}\n")
-        marks = rf"(<!-- {study} {on} -->\n).*?(<!-- end -->)"
+        marks = rf"(<!-- {study} {re.escape(on)} -->\n).*?(<!-- end -->)"
         text = re.sub(marks, lambda m: f"{m[1]}{made}\n{m[2]}", text, flags=re.S)
     if text:
         Path(readme).write_text(text)

@@ -149,7 +149,8 @@ def ridge(x, y, penalty=1.0):
     """The weights w [d] of a ridge regression of y [n] on x [n, d], both centred; the penalty is on w in units of x's
     standard deviations."""
     x, y = sample_of(x), sample_of(y)
-    spread = x.std(0).clamp(min=1e-12)
+    spread = x.std(0)
+    spread = spread.where(spread > 1e-6 * x.abs().amax(0), math.inf)  # what is constant but for rounding says nothing
     z = (x - x.mean(0)) / spread
     penalized = z.t() @ z + penalty * torch.eye(z.shape[1], dtype=z.dtype)
     return torch.linalg.solve(penalized, z.t() @ (y - y.mean())) / spread

@@ -214,6 +214,8 @@ def study_cost(config, run):
 
     Relative to plain ENAS's: median seconds; variance, a mean that a single exploding draw may rule; and the typical
     squared deviation, a median."""
+    if config.controller_steps < 2:
+        raise UserError(f"--controller_steps {config.controller_steps}: a variance needs at least two draws")
     game = learner(config, load_corpus(config))
     for _ in range(game.shared_steps):  # to where the weights are no longer random
         game.shared_step(0.0)
@@ -274,10 +276,13 @@ def study_state(config, run):
     Searches under each policy; the error of the reward under each, with the weights of the first; quantiles of the
     sentences' lengths; and the validation perplexity of a trained ENAS cell and LSTM that have seen c + 1 to 2 c
     words, for c in CONTEXTS, before the one they predict."""
-    corpus, metrics = load_corpus(config), study_arms("state", config, run)
+    corpus = load_corpus(config)
+    ends = (corpus.train == corpus.words.index("<eos>")).nonzero().flatten()
+    if len(ends) < 2:
+        raise UserError(f"--data {config.data}: the study wants sentences, a line each, to know their lengths")
+    metrics = study_arms("state", config, run)
     metrics["reward"] = [reward_error(replace(config, seed=seed), run.folder / f"carry, {seed}", corpus)
                          for seed in range(config.seed, config.seed + config.replicas)]
-    ends = (corpus.train == corpus.words.index("<eos>")).nonzero().flatten()
     quantiles, lengths = torch.tensor((.05, .25, .5, .75, .95, 1.0)), (ends[1:] - ends[:-1]).float()
     metrics["sentence_lengths"] = dict(zip(("5 %", "25 %", "50 %", "75 %", "95 %", "longest"),
                                            lengths.quantile(quantiles, interpolation="nearest").int().tolist()))

@@ -276,6 +276,17 @@ def test_what_the_last_epochs_gained(tmp_path):
     assert late_gains(tmp_path / "metrics.jsonl", 5.0) == [None, None]
 
 
+def test_a_cell_that_lacks_a_kind_of_change(text, tmp_path):
+    """Of two nodes none can have a second connection; of one, none can be removed. Each cell counts once."""
+    for nodes, kinds in ((2, {"a node removed"}), (1, set())):
+        cell = "-".join(map(str, encode([CELLS["chain"]._replace(nodes=CELLS["chain"].nodes[:nodes])])[0].tolist()))
+        config = settings("ablate", text, tmp_path / str(nodes), nodes=2)
+        record = run_study("ablate", STUDIES["ablate"], replace(config, cell=f"{cell},{cell}"))
+        assert {*record["metrics"]["cells"][cell]} == kinds | {"itself", "an activation changed",
+                                                                "all activations the same"}
+        assert len(record["metrics"]["cells"][cell]["itself"]["scratch"]) == 5 and summary(record)
+
+
 def test_who_has_failed(text, tmp_path, monkeypatch):
     """By hand: one that diverged after good weights counts at these, one at guessing or without a number as guessing;
     judged by validation, the test loss of one that has learnt may be worse than that."""
@@ -327,7 +338,8 @@ def test_tables_have_the_right_sign(tmp_path):
     ("factors", dict(replicas=1), "at least 2"), ("compare", dict(replicas=1), "at least 2"),
     ("robust", dict(reward_noise=.1), "objectives"), ("factors", dict(min_nodes=2), "min_nodes"),
     ("robust", dict(operations="highway,glu"), "operations"), ("hidden", dict(nodes=2), "nodes"),
-    ("progress", dict(activations="tanh,relu"), "activations")])
+    ("hidden", dict(controller="untrained"), "--controller"), ("capacity", dict(hidden=3), "--hidden 3"),
+    ("cost", dict(controller_steps=1), "two draws"), ("progress", dict(activations="tanh,relu"), "activations")])
 def test_what_a_study_is_not_for(study, settings, words, tmp_path, capsys):
     flags = [x for name, value in settings.items() for x in (f"--{name}", str(value))]
     assert main([study, "--preset", "smoke", *flags, "--out", str(tmp_path / "run")]) == 2
@@ -342,6 +354,15 @@ def test_capacity_learns_a_slice_by_heart(text, finished):
     assert words["train"] == words["valid"] and {*words["test"]} <= {*words["train"]}
     assert words["train"] == (text / "train.txt").read_text().split()[:len(words["train"])]
     assert len(load_corpus(configure("train", data=str(folder))).train) == pytest.approx(6000 / 20, abs=5)
+
+
+def test_capacity_looks_at_the_corpus_that_is_asked_for(text, tmp_path):
+    """A slice that an earlier command left in the folder is not another corpus's."""
+    config = settings("capacity", text, tmp_path, derive_samples=1)
+    (folder := Path(config.out) / "slice").mkdir(parents=True)
+    (folder / "train.txt").write_text("other words\n" * 500)
+    run_study("capacity", STUDIES["capacity"], config)
+    assert "other" not in (folder / "train.txt").read_text()
 
 
 def test_what_is_learnt_by_heart_may_be_worse_than_guessing_elsewhere(tmp_path):

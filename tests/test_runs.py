@@ -128,6 +128,24 @@ def test_sigterm_while_deriving_leaves_too(undisturbed, text, tmp_path, monkeypa
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handler is gone with the run
 
 
+def test_sigterm_in_a_part_stops_the_whole(tmp_path):
+    """Asked for when a study's sub-run has nothing more to obey: that one finishes, the study does not go on."""
+    config = menas.configure("search", "smoke", out=str(tmp_path))
+
+    def part(_, run):
+        signal.raise_signal(signal.SIGTERM)
+        return {"done": True}
+
+    def whole(_, run):
+        menas.run_study("train", part, menas.replace(config, out=str(tmp_path / "part")))
+        run.obey()
+
+    with pytest.raises(SystemExit) as left:
+        menas.run_study("search", whole, config)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "part/result.json").exists() and not (tmp_path / "result.json").exists()
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_search_goes_on_with_its_retraining(moved, text, tmp_path, capsys):
     """Oracle: the same run, undisturbed. It stopped between the found cell's training and the LSTM's."""

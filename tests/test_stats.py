@@ -135,3 +135,5 @@ def test_probe():
     x = normal(200, 5)
     assert probe(x, x @ torch.arange(5.0).double() + 3) > .99 and probe(x, normal(200, key=2)) < .05
     assert probe(x, x[:, 0] ** 2) < .1
+    still = torch.cat([x, 1 + 1e-9 * normal(200, 1, key=3)], 1)  # constant but for rounding: of no use, and of no harm
+    assert probe(still, x[:, 0]) == pytest.approx(probe(x, x[:, 0]))
