@@ -13,6 +13,7 @@
 # search, about twenty hours in all. --preset paper is the published schedule, for a GPU; it was not run by us.
 set -euo pipefail
 cd "$(dirname "$0")"
+[[ ${PARTS:-1} =~ ^[1-9][0-9]*$ ]] || { echo "PARTS=$PARTS is not a number of commands" >&2; exit 2; }
 preset=${PRESET:-ptb} out=${OUT:-results} tiny=tiny jobs=()
 [ -z "${SMOKE:-}" ] || { preset=smoke tiny=smoke out=${OUT:-runs/smoke}; }
 
