@@ -1355,10 +1355,10 @@ WHEREABOUTS = {"out", "cache", "device", "threads", "part", "checkpoint_seconds"
 
 def device_of(config):
     """The torch.device that --device names: cpu, cuda, cuda:1, ..., or auto."""
-    kind, there = choose("device", config.device.split(":")[0], ("auto", "cpu", "cuda")), torch.cuda.is_available()
-    if kind == "cuda" and not there:
-        raise UserError(f"--device {config.device}: there is no CUDA device here; use --device cpu")
-    return torch.device(config.device if kind != "auto" else "cuda" if there else "cpu")
+    kind = choose("device", re.sub(r":\d+$", "", config.device), ("auto", "cpu", "cuda"))
+    if kind == "cuda" and int(f"{config.device}:0".split(":")[1]) >= torch.cuda.device_count():
+        raise UserError(f"--device {config.device}: there is no such CUDA device here; use --device cpu")
+    return torch.device(config.device if kind != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 @lru_cache
 def tensorboard(folder):
@@ -1458,7 +1458,7 @@ class Run:
     def end_of_part(self):
         """Leave, if this command was for a part only: the study needs the others, too."""
         if self.config.part:
-            self.say(f"part {self.config.part} is done")
+            self.say(f"part {self.config.part} is done; without --part, the same command sums all of them up")
             raise SystemExit(0)
 
     def say(self, text):

@@ -80,6 +80,12 @@ def compared(apart, tests):
     mean, half, p, least = t_test(apart, tests)
     return f"{show(mean, '+')} +- {show(half)}", show_p(p), show(least)
 
+def mean_of(values, form=".3f"):
+    """A sample's mean and its 95 % interval as text; of one value it alone, of none nothing."""
+    mean, half = t_test(list(values))[:2]
+    interval = f" +- {half:{form.strip('+')}}" if math.isfinite(half) else ""
+    return f"{mean:{form}}{interval}" if math.isfinite(mean) else ""
+
 def table_arms(records):
     """Means over the seeds, and paired differences to the first arm, or a control: of losses, less is better. p is
     corrected for the arms of an outcome, not for the outcomes."""
@@ -104,13 +110,13 @@ def reward_errors(record):
 
 def table_state(records):
     """The reward's error, the searches, the context that is used, and the sentences' lengths."""
-    record, mean = records[0], lambda values: "{:.3f} +- {:.3f}".format(*t_test(values)[:2])
+    record = records[0]
     errors, context = reward_errors(record), record["metrics"]["context"]
     lengths = record["metrics"]["sentence_lengths"]
     return "\n\n".join((
         table(("state", *errors, "tau minus carry's"),
-              [(name, *(mean(found[name]) for found in errors.values()),
-                mean([x - y for x, y in zip(errors["Kendall's tau"][name], errors["Kendall's tau"]["carry"])])
+              [(name, *(mean_of(found[name]) for found in errors.values()),
+                mean_of([x - y for x, y in zip(errors["Kendall's tau"][name], errors["Kendall's tau"]["carry"])])
                 if name != "carry" else "") for name in errors["bias, nats"]]),
         table_arms([record]),
         table(("words seen", *(f"{int(c) + 1} to {2 * int(c)}" if c != "1" else "2" for c in context["lstm"])),
@@ -130,8 +136,7 @@ def table_conditional(records):
     """How well samples follow targets that the controller was not trained on; means over seeds, 95 % intervals."""
     rows = []
     for name, seeds in records[0]["metrics"]["properties"].items():
-        measures = zip(*map(followed, seeds))
-        rows.append((name, *("{:.2f} +- {:.2f}".format(*t_test(list(values))[:2]) for values in measures), len(seeds)))
+        rows.append((name, *(mean_of(values, ".2f") for values in zip(*map(followed, seeds))), len(seeds)))
     return table(("asked for", "correlation", "error, sd", "error untrained, sd", "seeds"), rows)
 
 def cosines(record):
@@ -146,8 +151,8 @@ def table_similarity(records):
     for name in records[0]["metrics"]["seeds"][0]:
         rows.append([name])
         for found in cosines(records[0]).values():
-            mean, half, *_ = t_test([x - y for x, y in zip(found[name], found["none, none"])])
-            rows[-1] += [f"{t_test(found[name])[0]:.3f}", f"{mean:+.3f} +- {half:.3f}" if name != "none, none" else ""]
+            apart = [x - y for x, y in zip(found[name], found["none, none"])]
+            rows[-1] += [f"{t_test(found[name])[0]:.3f}", mean_of(apart, "+.3f") if name != "none, none" else ""]
     return table(("gradient at t", *(x for title in cosines(records[0]) for x in (title, "difference"))), rows)
 
 def table_cost(records):
@@ -173,11 +178,6 @@ def draw_conditional(path, record):
     figure.savefig(path, dpi=100)
 
 # of the studies of cells
-
-def mean_of(values):
-    """A sample's mean and its 95 % interval as text."""
-    mean, half = t_test(values)[:2]
-    return f"{mean:.3f} +- {half:.3f}" if math.isfinite(half) else f"{mean:.3f}" if math.isfinite(mean) else ""
 
 def between(low, high):
     return f"{low:+.3f} to {high:+.3f}" if math.isfinite(low + high) else ""
@@ -225,7 +225,7 @@ def table_compare(records):
             apart = [y - x for x, y in zip(a, b)]
             (mean, half, _, least), least_p = t_test(apart, tests), 2 / 2 ** len(apart)
             interval, p = bootstrap(lambda x: x.mean().item(), apart), sign_flips(apart)
-            best = "{:+.3f} +- {:.3f}".format(*t_test([y - x for x, y in zip(best_of(base), best_of(other))])[:2])
+            best = mean_of([y - x for x, y in zip(best_of(base), best_of(other))], "+.3f")
         else:
             (mean, half, _, least), least_p = welch(a, b, tests), 2 / math.comb(2 * len(a), len(a))  # as many of b
             interval, p = bootstrap(lambda x, y: (y.mean() - x.mean()).item(), a, b), permutation_test(a, b)

@@ -104,6 +104,7 @@ MISTAKES = [
     ("search --activations tanh,relu,tanh", "tanh"),
     ("search --device gpu", "'gpu'|cpu"),
     ("search --device coda", "'coda'|did you mean cuda?"),
+    ("search --device cpu:x", "'cpu:x'|did you mean cpu?"),
     ("search --hidden 0", "--hidden 0"),
     ("search --nodes -1", "--nodes -1"),
     ("search --hidden_dropout 1.5", "--hidden_dropout 1.5"),
@@ -133,7 +134,7 @@ def test_a_mistake_is_one_line_that_names_it(line, names, capsys, tmp_path, text
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_where_there_is_none(capsys, tmp_path):
-    said = refused(capsys, "search", *SMOKE, "--device", "cuda", "--out", tmp_path / "run")
+    said = refused(capsys, "search", *SMOKE, "--device", "cuda:0", "--out", tmp_path / "run")
     assert "CUDA" in said and "--device cpu" in said
 
 
