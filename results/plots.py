@@ -58,7 +58,8 @@ def draw_curves(records, axes, y, scale=1):
         first = lambda value: value[0] if isinstance(value, list) else value  # of several networks
         points = [(line["step"] / scale, first(line[y])) for line in lines if y in line]
         if points:
-            axes.plot(*zip(*points), label=record["folder"].name, marker=".", linewidth=1)
+            style = ("-", "--", ":")[len(axes.lines) // 10 % 3]  # for after ten lines the colours come again
+            axes.plot(*zip(*points), style, label=record["folder"].name, marker=".", linewidth=1)
             axes.legend(fontsize=8)
     axes.set(ylabel=y.replace("_", " "))
 
