@@ -39,13 +39,13 @@ share() { # the same for a study: its searches, then its networks shared out, th
 # Does it work? The toy corpus: a cell found in a minute, beside an LSTM. Expected: within 1.3 times the floor of 5.83.
 run tiny-search search --preset $tiny --retrain
 
-# What do the baselines reach under one budget? Expected on PTB (test): an LSTM below 102, ENAS below 105, no chain.
+# What do the baselines reach under one budget? Expected on PTB (test): LSTM below 102, ENAS below 105, chain 650.
 run $preset-lstm train --preset $preset --cell lstm
 run $preset-enas train --preset $preset --cell enas
 run $preset-darts_v2 train --preset $preset --cell darts_v2
 run $preset-enas_lm train --preset $preset --cell enas_lm
 run $preset-chain train --preset $preset --cell chain
-run $preset-random-1 train --preset $preset --cell random:1
+run $preset-random-1 train --preset $preset --cell random:1 --replicas 3
 run $preset-random-2 train --preset $preset --cell random:2
 # The LSTM with as many recurrent weights as the ENAS cell at 200 units: 400 units, projected to 200.
 run $preset-lstm-400 train --preset $preset --cell lstm --lstm_hidden 400
@@ -54,8 +54,8 @@ run $preset-lstm-400 train --preset $preset --cell lstm --lstm_hidden 400
 run $preset-search search --preset $preset
 run $preset-random-search search --preset $preset --controller untrained
 finish
-# The cell found, that of random search, and the best of as many uniform architectures under the former's shared weights.
-run $preset-found train --preset $preset --cell "$out/$preset-search/cell.json"
+# The cells found, and the best of as many uniform architectures under the shared weights of the first search.
+run $preset-found train --preset $preset --cell "$out/$preset-search/cell.json" --replicas 3
 run $preset-random-found train --preset $preset --cell "$out/$preset-random-search/cell.json"
 run $preset-uniform-best train --preset $preset --cell "$out/$preset-search/uniform_cell.json"
 
@@ -66,7 +66,7 @@ run cost cost --preset $tiny --threads 1
 run cost-$preset cost --preset $preset --batch 20 --shared_steps 20 --controller_steps 5 --threads 1
 # Is the gradient that looks ahead closer to the next one? Expected: yes, a fresh one on the same samples.
 run similarity similarity --preset $tiny
-# Does it find better cells? Expected: no, but for a task made so that it must. Half an hour, two hours, and ten minutes.
+# Does it find better cells? Expected: no, but in a task made so that it must. Half an hour, two hours, ten minutes.
 share extra-toy extra --preset $tiny
 [ -n "${SMOKE:-}" ] || share extra-$preset extra --preset $preset
 share extra-frozen extra --preset $tiny --task frozen --lr 2 --clip 1 --retrain false --replicas 4
@@ -74,7 +74,7 @@ share extra-frozen extra --preset $tiny --task frozen --lr 2 --clip 1 --retrain 
 # What is in the space, and does it matter? Expected on the toy corpus: see the README. Half an hour, then minutes each.
 for study in spaces state anneal optimizer; do share $study $study --preset $tiny; done
 run conditional conditional --preset $tiny
-# The same on Penn Treebank: half an hour to an hour each on one core. Expected: a chain is worst; the rest null.
+# The same on Penn Treebank: half an hour to an hour each on one core. Expected: widths are worse, the rest null.
 for study in spaces state anneal optimizer; do
     [ -n "${SMOKE:-}" ] || share $study-$preset $study --preset $preset
 done

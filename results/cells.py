@@ -3,7 +3,8 @@ metrics. Most share one skeleton: cells from somewhere, a network trained from s
 
 Networks are trained in batches of AT_ONCE, each batch a sub-run of its own, as is each search; `--part I/N` does every
 N-th of them, so that N commands do a study together. Networks have the learning rate, batch and dropout of `menas.py
-train` with the same --preset; --lr and the like are those of the searches. Losses are in nats per token.
+train` with the same --preset; --lr and the like are those of the searches, but in capacity, which has none, those of
+the networks. Losses are in nats per token.
 """
 
 import json
@@ -184,8 +185,8 @@ def variants(cell):
                                        if slot != cell.nodes[i].read),
             "an activation changed": same(with_node(i, activation=act) for i in range(n) for act in ACTIVATIONS
                                           if act != cell.nodes[i].activation),
-            "all activations the same": same(cell._replace(nodes=tuple(
-                node._replace(activation=act) for node in cell.nodes)) for act in ACTIVATIONS)}
+            "all activations the same": same(alike for alike in (cell._replace(nodes=tuple(
+                node._replace(activation=act) for node in cell.nodes)) for act in ACTIVATIONS) if alike != cell)}
 
 def inherit_numbered(shared, cells, numbers):
     """Standalone weights from the shared ones, each node's edges by the number that it had; rows [K, D] to go with."""
@@ -328,7 +329,7 @@ def study_robust(config, run):
     weights = {name: torch.cat([w[name] for w in saved]) for name in saved[0]}
     cells = encode([load_cell(config, name) for name in names.values()]).to(device)
     lstm, zeros = load(f"lstm {config.hidden}"), torch.zeros(config.replicas, 2)
-    streams = min(config.eval_batch, max(1, len(corpus.test) // 70))  # as evaluate cuts the text
+    streams = min(config.eval_batch, max(1, (len(corpus.test) - 1) // 70))  # as evaluate cuts the text
     passes = math.ceil(SEGMENTS / math.ceil(Stream(corpus.test, streams, WORDS).length / WORDS))
     found, guess = {}, math.log(len(corpus.words))
     for setting, (kind, strengths) in zip(settings, PERTURBED.items()):

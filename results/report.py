@@ -27,14 +27,17 @@ def short(name):
     """A cell's name; of a JSON file the run that it came from; a row of integers is what a search found."""
     if re.fullmatch(ROW, name):
         return "the cell found"
-    return f"{Path(name).stem} of {Path(name).parent.name}" if name.endswith(".json") else name
+    path = Path(name)
+    return " of ".join(filter(None, (path.stem, path.parent.name))) if path.suffix == ".json" else name
 
 def table_train(records):
     """Networks trained from scratch, best first, beside the valid / test published for the cell at 800-850 units."""
-    networks = sorted((n for r in records for n in r["metrics"]["networks"]), key=lambda n: n["test_perplexity"])
+    networks = [n | {"published": PUBLISHED.get(n["cell"], "") if r["config"]["data"] == "ptb" else ""}
+                for r in records for n in r["metrics"]["networks"]]
+    networks.sort(key=lambda n: n["test_perplexity"])
     return table(("cell", "seed", "recurrent weights", "epochs", "train", "valid", "test", "published"),
                  [(short(n["cell"]), n["seed"], n["recurrent_parameters"], n["epochs"], n["train_perplexity"],
-                   n["valid_perplexity"], n["test_perplexity"], PUBLISHED.get(n["cell"], "")) for n in networks])
+                   n["valid_perplexity"], n["test_perplexity"], n["published"]) for n in networks])
 
 def table_search(records):
     """Validation perplexity under the shared weights of the best and the median architecture, by their source."""
@@ -67,11 +70,11 @@ def differences(record, outcome):
 CHOOSING, CONTROL = ("rates, sampled", "rates, unrolled"), "rates, zero"
 
 def show(x, sign=""):
-    """A loss with three decimals, a number of weights with none."""
-    return f"{x:{sign}.3f}" if abs(x) < 1000 else f"{x:{sign},.0f}"
+    """A loss with three decimals, a number of weights with none, nan not at all."""
+    return "" if math.isnan(x) else f"{x:{sign}.3f}" if abs(x) < 1000 else f"{x:{sign},.0f}"
 
 def show_p(p):
-    return f"{p:.3f}" if p >= .0005 else "< .001"
+    return "" if math.isnan(p) else f"{p:.3f}" if p >= .0005 else "< .001"
 
 def compared(apart, tests):
     """Of paired differences: their mean with its interval, p, what is detectable; empty where there is none of them."""
@@ -80,11 +83,14 @@ def compared(apart, tests):
     mean, half, p, least = t_test(apart, tests)
     return f"{show(mean, '+')} +- {show(half)}", show_p(p), show(least)
 
-def mean_of(values, form=".3f"):
-    """A sample's mean and its 95 % interval as text; of one value it alone, of none nothing."""
-    mean, half = t_test(list(values))[:2]
+def plus_minus(mean, half, form=".3f"):
+    """A mean and half of its 95 % interval as text; what is nan is left out."""
     interval = f" +- {half:{form.strip('+')}}" if math.isfinite(half) else ""
     return f"{mean:{form}}{interval}" if math.isfinite(mean) else ""
+
+def mean_of(values, form=".3f"):
+    """A sample's mean and its 95 % interval as text."""
+    return plus_minus(*t_test(list(values))[:2], form)
 
 def table_arms(records):
     """Means over the seeds, and paired differences to the first arm, or a control: of losses, less is better. p is
@@ -230,7 +236,7 @@ def table_compare(records):
             (mean, half, _, least), least_p = welch(a, b, tests), 2 / math.comb(2 * len(a), len(a))  # as many of b
             interval, p = bootstrap(lambda x, y: (y.mean() - x.mean()).item(), a, b), permutation_test(a, b)
         less, rank_p = mann_whitney(a, b)
-        rows.append((other, f"{mean:+.3f} +- {half:.3f}", between(*interval), show_p(min(1, tests * p)), less,
+        rows.append((other, plus_minus(mean, half, "+.3f"), between(*interval), show_p(min(1, tests * p)), less,
                      show_p(min(1, tests * rank_p)), f"{least:.3f}" if tests * least_p <= .05 else "none", best))
     for group in (*(g for g in groups if "shared" in groups[g][0]), "all three"):
         entries = [e for g in groups for e in groups[g] if group in (g, "all three") and "shared" in e]
@@ -240,7 +246,7 @@ def table_compare(records):
     return "\n\n".join((
         table(("networks of", "number", "test loss", "sd of networks", "lowest", *ENDS), about),
         table((f"minus {base}", "difference", "bootstrap, 95 %", "p, permutation", f"P({base}'s mean lower)",
-               "p, Mann-Whitney", "detectable", "best of each search"), rows),
+               "unpaired p, Mann-Whitney", "detectable", "best of each search"), rows),
         table(("shared against standalone loss", "cells", "Kendall's tau", "Spearman's rho"), ranked)))
 
 def draw_compare(path, record):
@@ -277,12 +283,12 @@ def table_ablate(records):
             shared = [x - own["shared"][0] for x in two["shared"]]
             mean, half, p, least = welch(*([y for _, y in x["scratch"]] for x in (own, two)), tests)
             rows.append((name, kind, len(shared), f"{sum(shared) / len(shared):+.3f}", f"{max(shared):+.3f}",
-                         len(two["scratch"]), f"{mean:+.3f} +- {half:.3f}", show_p(p), f"{least:.3f}"))
+                         len(two["scratch"]), plus_minus(mean, half, "+.3f"), show_p(p), show(least)))
         pairs = [pair for kind, several in changes(records[0])[name].items() if kind != "itself" for pair in several]
         interval = bootstrap(lambda at: kendall(*zip(*(pairs[int(i)] for i in at))), range(len(pairs)), draws=500)
         itself = [y for _, y in own["scratch"]]
         ranked.append((name, f"{sum(itself) / len(itself):.3f}", f"{stdev(itself):.3f}", len(pairs),
-                       f"{kendall(*zip(*pairs)):.2f} ({between(*interval)})"))
+                       f"{kendall(*zip(*pairs)):.2f} ({between(*interval)})" if math.isfinite(sum(interval)) else ""))
     return "\n\n".join((
         table(("cell", "changed", "ways", "shared: mean", "worst", "retrained", "from scratch: mean", "p, corrected",
                "detectable"), rows),
@@ -397,7 +403,7 @@ def table_robust(records):
                 if i and name != "plain":
                     lost = [x - y for x, y in zip(values[i], values[0])]
                     more = t_test([x - y for x, y in zip(lost, plain)]) if name != "LSTM" else welch(plain, lost)
-                    rows[-1][-1] += " (lost {:+.3f} +- {:.3f} more)".format(*more[:2])
+                    rows[-1][-1] += f" (lost {plus_minus(*more[:2], '+.3f')} more)"
     made = table(("perturbation", *(f"found by {name}" if name != "LSTM" else name for name in lines)), rows)
     return "\n\n".join((made, *table_ends(found)))
 
