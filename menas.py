@@ -1,12 +1,11 @@
 """MENAS: efficient neural architecture search for recurrent cells, exact, batched, and in one file.
 
-    python menas.py search                            # about a minute on two CPU cores: finds a cell on a built-in
-                                                      # corpus, draws it, trains it and an LSTM from scratch, prints
-                                                      # their perplexities, 6.75 and 6.65; the best possible is 5.83
-    python menas.py search --preset ptb               # the same on Penn Treebank, on a laptop
+    python menas.py search                            # a minute on two CPU cores: finds, draws and trains a cell on
+                                                      # a built-in corpus: 6.75; LSTM 6.65, the best possible 5.83
+    python menas.py search --preset ptb               # on Penn Treebank, on a laptop; --retrain trains there, too
     python menas.py train --preset ptb --cell enas    # a published cell, a JSON file, or a search's folder
-    python menas.py search --lookahead fresh --response sampled    # with the gradient term that ENAS leaves out
-    python menas.py search --operations highway,glu,gate,sum --memory    # in a space that holds the LSTM
+    python menas.py search --lookahead fresh --response sampled --out runs/2    # with the term that ENAS leaves out
+    python menas.py search --operations highway,glu,gate,sum --memory --out runs/3    # in a space that holds the LSTM
     python menas.py STUDY | report | --help           # the studies are in results/studies.py, cells.py
 
 The one idea: an architecture is a row of integers, a batch of architectures is a tensor. One forward pass runs K of
@@ -20,7 +19,7 @@ them on the same minibatch, under shared weights (ENAS) or each under its own (m
     K, N, D         -           architectures in a batch, nodes of a cell, decisions
     T, B, H, V      -           steps of a segment (bptt), parallel streams (batch), hidden units, words
     slot            s           what a node can read: slot 0 is the input pair (x_t, h_{t-1}), slot i + 1 is node i
-    state           h_t, m_t    what a step hands on [K, B, H], in cells with a memory [K, B, 2H]
+    state           h_t, m_t    what a step hands on [K, B, H]; outside ENAS's space [K, B, 2H], memory or 0 beside it
 
 ENAS (Pham et al. 2018) alternates omega <- omega - lr d/domega E_m L_train(omega; m), an architecture or a few at a
 time, and theta <- theta + lr E_m [ reward(m) dlog pi(m)/dtheta ], the reward from L_valid(omega; m). That omega will
@@ -83,7 +82,7 @@ class Config:
     operations: str = option("highway", "to choose from: highway (ENAS), glu, gate, sum; the last two read two nodes")
     memory: bool = option(False, "a node's value is carried as a memory that gate and sum can read, as an LSTM's c is")
     widths: str = option("", "hidden sizes to choose from, up to --hidden, such as 50,100,200 (default: --hidden)")
-    rates: str = option("", "factors of --lr to choose from, powers of 2, such as .25,1,4; needs a --response")
+    rates: str = option("", "factors of --lr to choose from, powers of 2: .25,1,4; with --response, --shared_samples 1")
     # the shared network
     hidden: int = option(200, "units of the embedding and of each node", ">= 1")
     lstm_hidden: int = option(0, "units of the LSTM baseline, projected to --hidden (0: as --hidden)", ">= 0")
@@ -119,18 +118,18 @@ class Config:
     task: str = option("none", "none, or frozen: a constructed task in which only the response knows what is good")
     settle: int = option(0, "rounds at the end in which only the shared weights learn, to fit the policy", ">= 0")
     entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward", ">= 0")
-    anneal: int = option(0, "last rounds of learning, in which this weight goes to minus --penalty", ">= 0")
-    penalty: float = option(1.0, "so that the policy ends at one architecture; see --anneal", ">= 0")
+    anneal: int = option(0, "last rounds of learning, in which --entropy goes to minus --penalty", ">= 0")
+    penalty: float = option(1.0, "of entropy where --anneal ends, so that the policy ends at one architecture", ">= 0")
     temperature: float = option(5.0, "divides the controller's logits", "> 0")
-    tanh_constant: float = option(2.5, "bounds them: constant * tanh(logits / temperature)", "> 0")
+    tanh_constant: float = option(2.5, "bounds the logits: constant * tanh(logits / temperature)", "> 0")
     reward: str = option("perplexity", "perplexity (80 / perplexity) or loss (minus the loss)")
     reward_words: float = option(0.0, "drop rate of whole words in the input that rewards are measured on", "in [0, 1)")
-    reward_noise: float = option(0.0, "and noise on that embedded input, in units of the embeddings' rms", ">= 0")
+    reward_noise: float = option(0.0, "noise on the embedded input of rewards, in units of the embeddings' rms", ">= 0")
     baseline: str = option("leave_one_out", "leave_one_out or moving_average")
-    baseline_decay: float = option(0.95, "of the moving average", "in [0, 1)")
+    baseline_decay: float = option(0.95, "of --baseline moving_average", "in [0, 1)")
     derive_samples: int = option(100, "architectures scored on the whole validation split at the end", ">= 1")
     retrain: bool = option(False, "search: train the cell found and an LSTM from scratch; extra: a few sampled cells")
-    retrain_epochs: int = option(0, "of these trainings (0: as --epochs of train)", ">= 0")
+    retrain_epochs: int = option(0, "of the trainings of --retrain (0: as --epochs of train)", ">= 0")
     retrain_cells: int = option(4, "extra: how many sampled cells, per search; ablate: changes of a kind", ">= 1")
     # train
     cell: str = option("enas", "names, JSON files or search runs, comma-separated, trained in one batch, each with "
@@ -636,7 +635,7 @@ def load_cell(config, name, others=("lstm",)):
 # if a node reads a slot also [K, N + 1, H, 2H], the last its second edge.
 # In gated spaces any node may read the input pair, so 'input', else [H, 2H], is [N, H, 2H], a matrix for each.
 
-STATE_BOUND = 25.0  # largest norm of h_t, as in the peers, and of m_t
+STATE_BOUND = 25.0  # largest norm of h_t, as in ENAS-pytorch, and of m_t
 
 def edge_index(slot, node):
     """The bank's row of the edge slot -> node: node i can read slots 0 .. i."""
@@ -713,7 +712,7 @@ def inherit(shared, cells):
     return {**copies, "edges": shared["edges"][structure(cells).edge].transpose(0, 1).contiguous()}
 
 # One step's input: inputs [T, B]; targets [T, B], -1 where there is nothing to predict; state [K or 1, B, H or 2H], h
-# before the first token and, if there is one, the memory beside it; masks, a dict, see draw_masks, {} in evaluation.
+# before the first token, outside ENAS's space memory or 0 beside it; masks, a dict, see draw_masks, {} to evaluate.
 Batch = namedtuple("Batch", "inputs targets state masks")
 
 def draw_masks(config, words, batch, seeds, step):
@@ -725,7 +724,7 @@ def draw_masks(config, words, batch, seeds, step):
             / (1 - rate) for name, rate in rates.items() if rate > 0}
 
 def reference_losses(weights, row, batch, k=0):
-    """The network as the peers write it, for ONE architecture: the mean loss, and the states [T, B, H or 2H].
+    """The network as it is usually written, for ONE architecture: the mean loss, and the states [T, B, H or 2H].
     Highway node (Pham et al. 2018): [c, u] = s_p W;  s_i = s_p + sigmoid(c) * (act(u) - s_p). Others: OPERATIONS."""
     mine = weights if is_shared(weights) else {name: w[k] for name, w in weights.items()}
     mask = {name: x[k % len(x)] for name, x in batch.masks.items()}
@@ -816,7 +815,7 @@ def activate(z, out, alone, scale, shift, linear, floor):
     return c, y
 
 def local_derivatives(node, p, keep, act, kinds, passed):
-    """Of one node's s = p + c (y - p), all steps at once, in place: node [K, T, B, 2, H], which holds c and y = act(u),
+    """Of one node's s = p + c (y - p), all steps at once, in place: node [K, T, B, 2, H], c = sigmoid(c~), y = act(u),
     becomes ds/dc~ and ds/dz, and keep [K, T, B, H] ds/dp. In gated cells kinds are its highway, gate, sum [K, 1, 1, 1],
     and passed becomes ds/dq; where the activation is q's (gate), z has no derivative. act: nine coefficients."""
     slope, square, line, constant, step = act[0], *act[5:]
@@ -1041,7 +1040,7 @@ def embed(weights, batch):
 
 def unroll(weights, cells, batch, dtype=torch.float32):
     """h of K architectures over a segment: [K, T, B, H] in dtype, and the state to go on with [K, B, H or 2H]. On the
-    CPU an architecture that is alone is cut to its width; else the units beyond the widths are masked."""
+    CPU a lone architecture is cut to its width, h [1, T, B, width]; else the units beyond the widths are masked."""
     hidden, bank, host = weights["embedding"].shape[-1], weights["edges"], cells.device.type == "cpu"
     cell, mask, x = structure(cells, hidden), batch.masks.get("hidden"), embed(weights, batch)  # [K or 1, T, B, H]
     w = bank.index_select(0, cell.edge.flatten()).unflatten(0, cell.edge.shape) if is_shared(weights) else \
@@ -1193,7 +1192,7 @@ class Uniform(nn.Module):
 # The controller should climb F(theta) = E_m R(omega*(theta); m), where omega* are the weights that training on
 # architectures of pi_theta ends in. Within reach is the objective one step of SGD ahead, omega' = omega - lr clip(g):
 #
-#     F_1(theta) = E_m R(omega'; m),   g = E_m' grad L_T(omega; m')
+#     F_1(theta) = E_m R(omega'; m),   g = E_m' grad L_T(omega; m')              R reward, L_T training loss
 #     dF_1/dtheta =   E_m [ R(omega'; m) dlog pi(m)/dtheta ]                       direct: ENAS has it, at omega
 #                   - E_m'[ <grad L_T(omega; m'), u> dlog pi(m')/dtheta ]          response: what ENAS leaves out
 #     u = lr J^T v,   v = grad_omega' E_m R(omega'; m),   J = d clip(g) / dg
@@ -1207,9 +1206,9 @@ class Uniform(nn.Module):
 REWARDS = {"perplexity": lambda losses: 80 * torch.exp(-losses), "loss": torch.neg}
 
 # The next shared step as the controller foresees it: omega' = omega - lr (g min(1, clip / |g|) + decay omega). losses:
-# (weights, cells [K, D], batch) -> L_T [K], differentiable once; batch: with its masks, the same in every pass; cells
+# (weights, cells [K, D], batch) -> L_T [K], differentiable once; batch: what they read, the same in every pass; cells
 # [A, D]: the fold that g is estimated from; past: gradients so far, see remember; each: (weights, cells, batch, v) ->
-# |grad L_T(omega; m)| and <grad L_T(omega; m), v> [K]; that and the losses times an architecture's own factor of lr.
+# |grad L_T(omega; m)| and <grad L_T(omega; m), v> [K]. Losses and products are times an architecture's factor of lr.
 Step = namedtuple("Step", "losses batch cells lr clip decay past each", defaults=(math.inf, 0.0, (), None))
 
 def dot(a, b):
@@ -1271,7 +1270,7 @@ def no_response(v, weights, g, step, cells):
     return torch.zeros(len(cells), device=cells.device)
 
 def through_clip(v, g, step):
-    """lr J^T v; J = d(g min(1, c / |g|))/dg is 1, or where the step is clipped (c / |g|) (1 - g^ g^T), g^ = g / |g|."""
+    """lr J^T v; J = d(g min(1, clip / |g|))/dg is 1, or where that clips (clip / |g|) (1 - g^ g^T), g^ = g / |g|."""
     norm = dot(g, g).sqrt()
     scale = step.lr * (step.clip / norm).clamp(max=1)
     along = torch.where(norm > step.clip, dot(v, g) / norm ** 2, 0.0)
@@ -1299,10 +1298,10 @@ def neumann(v, weights, g, step, cells, terms=3):
     return -directional(step, weights, cells, total)
 
 def sampled(v, weights, g, step, cells):
-    """- lr min(1, c / |g_m|) <g_m, v>, g_m = grad L_T(omega; m): what the step that ENAS really takes does, on ONE
+    """- lr min(1, clip / |g_m|) <g_m, v>, g_m = grad L_T(omega; m): what the step that ENAS really takes does, on ONE
     sampled architecture, clipped by its OWN norm.
-    To first order in lr the gradient of E_m' E_m R(omega - lr clip(g_m'); m). It is bounded by lr c |v|, where unrolled
-    is not: an architecture with an exploding gradient is clipped in training, but not in the mean of the policy's."""
+    To first order in lr the gradient of E_m' E_m R(omega - lr clip(g_m'); m). Bounded by lr clip |v|, where unrolled is
+    not: an architecture with an exploding gradient is clipped in training, but not in the mean of the policy's."""
     norm, along = step.each(weights, cells, step.batch, v)
     return -step.lr * (step.clip / norm).clamp(max=1) * along
 
@@ -1394,10 +1393,14 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / f"lock {self.config.part.replace('/', ' of ')}".strip(), "w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system's own, so a killed run frees it
+        named = ",".join((self.config.cell, self.config.controller, self.config.connections))
+        files = [path / "cell.json" if path.is_dir() else path for path in map(Path, re.split(r"(?:@-?\d+)?,", named))]
+        cells = b"".join(path.read_bytes() for path in files if path.suffix == ".json" and path.is_file())
         path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
+        mine |= {"digest of its cells' files": hashlib.sha256(cells).hexdigest()[:12]} if cells else {}
         if not path.exists():
             write_json(path, mine)
-        theirs = {**asdict(Config()), **read_json(path)}  # a setting newer than the run had its default
+        theirs = {**mine, **asdict(Config()), **read_json(path)}  # a setting newer than the run had its default
         for name in mine:
             if name not in WHEREABOUTS and theirs.get(name) != mine[name]:
                 raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, not {mine[name]!r}; "
@@ -1625,7 +1628,6 @@ def perturbed(config, weights):
         if config.reward_noise:
             drawn["noise"] = config.reward_noise * torch.randn(1, *inputs.shape, hidden, generator=rng("noise", *key))
         return to_device(drawn, inputs.device)
-
     return masks
 
 def score(config, weights, cells, segment, carried, masks={}):
@@ -1743,19 +1745,18 @@ class Search:
         def rewards(weights, cells):
             losses, self.s["state"]["valid"] = score(self.config, weights, cells, segment, carried, masks)
             return REWARDS[self.config.reward](losses + TASKS[self.config.task](cells)[1])
-
         return rewards
 
     def rewarded(self, progress):
         """K fresh architectures on ONE validation segment, in eval mode: a Sample, its rewards and responses [K]."""
         config, s = self.config, self.s
         sample = self.controller.sample(config.controller_samples, *self.key("controller"))
-        rewards, step, fold = self.rewards_on(self.streams["valid"].next()), None, None
+        rewards, step, others = self.rewards_on(self.streams["valid"].next()), None, None
         how = config.lookahead, config.response
         if how != ("none", "none"):
-            ahead, fold = self.controller.sample(2 * config.fold, *self.key("folds")).rows.split(config.fold)
-            step = self.foresee(progress, ahead)
-        return sample, extra_rewards(*how, s["weights"], sample.rows, fold, rewards, step)
+            fold, others = self.controller.sample(2 * config.fold, *self.key("folds")).rows.split(config.fold)
+            step = self.foresee(progress, fold)
+        return sample, extra_rewards(*how, s["weights"], sample.rows, others, rewards, step)
 
     def entropy_weight(self, progress):
         """--entropy; in the last --anneal rounds of learning on its way to minus --penalty, a step a round."""

@@ -517,7 +517,7 @@ def summary(record):
     metrics = record["metrics"]
     lines = [TABLES[record["study"]]([record])]
     if "found" in metrics:
-        made = table_train([{"metrics": metrics[name]} for name in ("found", "lstm")])
+        made = table_train([{**record, "metrics": metrics[name]} for name in ("found", "lstm")])
         lines.append(f"trained from scratch:\n{made}")
         metrics = metrics["found"]
     if "floor_perplexity" in metrics:

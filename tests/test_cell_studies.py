@@ -65,6 +65,8 @@ def test_variants_differ_in_one_thing():
     for changed, _ in found["an activation changed"]:
         assert sum(a != b for a, b in zip(changed.nodes, cell.nodes)) == 1
     assert all(len({node.activation for node in x.nodes}) == 1 for x, _ in found["all activations the same"])
+    alike = [x for x, _ in variants(CELLS["chain"])["all activations the same"]]
+    assert len(alike) == 3 and CELLS["chain"] not in alike
 
 
 @pytest.mark.parametrize("kind", ["a node removed", "a connection added", "an activation changed"])
@@ -306,8 +308,21 @@ def test_who_has_failed(text, tmp_path, monkeypatch):
     assert not found[4]["failed"] and found[4]["test"] == pytest.approx(math.log(1e9))
 
 
+def test_the_state_is_pushed_to_where_the_probe_finds_more(monkeypatch):
+    """Oracle: values that are three times the states' third coordinate."""
+    states, tried = torch.randn(300, 5, generator=menas.rng("states"), dtype=torch.float64), []
+    row = encode([CELLS["chain"]])[0]
+    monkeypatch.setattr(cell_studies, "steered", lambda controller, d, key: tried.append(d) or {0: [row]})
+    found = cell_studies.pushed(None, states, 3 * states[:, 2], lambda cell: 7.0, "a key")
+    assert [len(lines) for lines in found.values()] == [1, 5] and found["along the probe"] == [[7.0]]
+    length = states.norm(dim=1).mean().item()
+    assert tried[0].tolist() == pytest.approx([0, 0, length, 0, 0], abs=.05 * length)
+    assert all(d.norm().item() == pytest.approx(length, rel=1e-5) for d in tried)
+
+
 def test_tables_have_the_right_sign(tmp_path):
-    """Hand-made records: trained cells that are better, a change that harms, a lone factor, a kind that learns less."""
+    """Hand-made records: trained cells that are better, a change that harms, a kind that learns less, searches that
+    lose more when perturbed, a lone factor."""
     entry = lambda search, i, loss: dict(search=search, shared=loss, valid=-i, test=loss, capped=False, late=.01,
                                          failed=False)  # best on validation is a search's last
     groups = {name: [entry(s, i, 2 + worse + .01 * s + spread * i) for s in range(5) for i in range(4)]
@@ -331,6 +346,23 @@ def test_tables_have_the_right_sign(tmp_path):
     ends = [dict(capped=i < 2, late=(.5, .1, 9.0)[i], failed=i == 2) for i in range(3)]  # the gain is of the capped
     made = TABLES["ablate"]([{"metrics": {"cells": cells, "ends": ends}}])
     assert re.search(r"\| 3 +\| 2 of 3 +\| 0.3000 +\| 1 of 3", made)
+    one = {"enas": {"itself": two(2.0, 2.0), "a node removed": {"shared": [2.3], "scratch": [[2.3, 2.5]]}}}
+    made = TABLES["ablate"]([{"metrics": {"cells": one}}])  # one network: no interval, no p, nothing detectable
+    assert "nan" not in made and "< .001" not in made and re.search(r"\| \+0.480 +\| +\| +\|", made)
+    learns = lambda i, less: dict(train=1 + less + .01 * i, valid=2 + 3 * less, paths=i, depth=i, parameters=9 + i,
+                                  capped=False, late=None, failed=False)
+    kinds = {kind: [learns(i, less) for i in range(5)] for kind, less in (("mixed", 0), ("tanh", .5), ("narrow", 0))}
+    made = TABLES["capacity"]([{"metrics": {"cells": kinds}}])
+    assert re.search(r"\| tanh +\| \+0.500 .*\| \+1.000", made)  # learns less, and its gap is larger
+    assert re.search(r"\| depth +\| 5 +\| 1.00 .*\| -1.00", made)
+    lines = {name: [[2 + .01 * s for s in range(5)], [2 + worse + slope * s for s in range(5)]]
+             for name, worse, slope in (("plain", .1, .01), ("words", .3, .011), ("LSTM", .4, .011))}
+    made = TABLES["robust"]([{"metrics": {"losses": {"drop": lines}, "strengths": {"drop": [0, .5]}}}])
+    assert "(lost +0.202 +- 0.002 more)" in made and "(lost +0.302" in made
+    losses = [[[1.0, 1.2], [2.0, 2.2]], [[1.0, 1.2], [2.0, 2.2]]]  # activations are all
+    factors = {"connections": ["any", "tree"], "activations": ["a", "b"], "losses": losses}
+    made = TABLES["factors"]([{"metrics": factors}])
+    assert re.search(r"any +\| 1.100 +\| 2.100", made) and re.search(r"activations +\| 0.9", made)
 
 
 @pytest.mark.parametrize("study, settings, words", [

@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from menas import REWARDS, BASELINES, Batch, Config, Controller, Segment, Stream, coefficient_table, draw_masks, \
+from menas import REWARDS, BASELINES, Batch, Config, Controller, Segment, coefficient_table, draw_masks, \
     LOOKAHEAD, RESPONSE, Search, configure, extra_rewards, load_corpus, lstm_weights, policy_loss, remember, score, \
     search_space, shared_weights, train_step, worst_for_failures, zero_state
 

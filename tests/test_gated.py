@@ -1,6 +1,5 @@
 """Gated cells, a memory, mixed sizes and widths in one batch equal the plain loop and torch's LSTM; the wider space is
 what it says. Run: pytest tests/test_gated.py"""
-import itertools
 import json
 import math
 import random

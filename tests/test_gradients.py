@@ -5,7 +5,6 @@ lr clip(sum_m pi(m) grad L_T(omega; m)) - lr decay omega is a function of the 16
 and through the plain loop at omega' gives dF/dtheta in float64, with no second derivative and no code of chapter 6."""
 import inspect
 import itertools
-import re
 
 import pytest
 import torch

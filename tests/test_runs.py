@@ -248,6 +248,26 @@ def test_a_config_that_is_not_one_is_named(tmp_path, capsys, text):
     assert (tmp_path / "config.json").read_text() == "[]"
 
 
+@pytest.mark.parametrize("done", [True, False])
+def test_an_edited_cell_is_another_training(done, tmp_path, capsys, text, monkeypatch):
+    """Neither a finished nor an interrupted training is taken for that of what the file holds now."""
+    cell = menas.cell_to_json(menas.CELLS["tree"]._replace(nodes=menas.CELLS["tree"].nodes[:4]))
+    menas.write_json(tmp_path / "mine.json", cell)
+    train = command(["train", "--cell", f"{tmp_path / 'mine.json'}@3"], text, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        if not done:
+            patch.setattr(menas.Run, "obey", lambda self: sys.exit(143) if self.good else None)
+            with pytest.raises(SystemExit):
+                menas.main(train)
+    assert call(capsys, *train)[0] == 0  # finishes it, or finds it finished
+    if not done:
+        (tmp_path / "run" / "result.json").unlink()
+    cell["nodes"][1]["activation"] = "identity" if cell["nodes"][1]["activation"] != "identity" else "relu"
+    menas.write_json(tmp_path / "mine.json", cell)
+    code, _, err = call(capsys, *train)
+    assert code == 2 and "cells' files" in err and "another --out" in err
+
+
 # records
 
 @pytest.mark.parametrize("content", ["text, not bytes", None])

@@ -7,6 +7,7 @@ import torch
 
 import menas
 from menas import Batch, Search, configure, load_corpus, main, run_study
+from results import studies
 from results.report import differences, followed, report, summary
 from results.stats import t_test
 from results.studies import STUDIES, arms_of, chosen, conditional, frozen, reward_error
@@ -112,7 +113,7 @@ def test_a_controller_that_is_asked_follows():
     assert correlation > .5 and error < blind
 
 
-def test_the_reward_under_a_policy_for_the_state(tmp_path, text):
+def test_the_reward_under_a_policy_for_the_state(tmp_path, text, monkeypatch):
     """Oracle: with segments as long as the split and one stream, every policy's reward is the evaluation itself."""
     config = configure("state", "smoke", **{**TINY, "data": str(text)}, out=str(tmp_path / "run"))
     run_study("search", menas.study_search, config)
@@ -122,6 +123,9 @@ def test_the_reward_under_a_policy_for_the_state(tmp_path, text):
         assert abs(bias) < 1e-5 and tau == 1
     short = reward_error(config, tmp_path / "run", corpus, k=5, at_least=1)
     assert len({round(bias, 6) for bias, _ in short.values()}) == 3  # now they differ
+    monkeypatch.setattr(studies, "evaluate", lambda *args, **more: menas.evaluate(*args, **more) - 1)
+    for bias, _ in reward_error(whole, tmp_path / "run", corpus, k=5, at_least=1).values():
+        assert bias == pytest.approx(1, abs=1e-5)  # what is seen is worse
 
 
 @pytest.mark.parametrize("study", ["spaces", "optimizer", "anneal", "state", "conditional"])
