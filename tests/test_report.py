@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from menas import WHEREABOUTS, Config, UserError, cell_from_json, main, parse, studies
 from results.plots import draw_intervals, table
 from results.report import label, report, summary
+from results.stats import t_test, welch
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,3 +147,17 @@ def test_a_row_of_a_figure_has_one_name(tmp_path, monkeypatch):
     for axes in drawn[0].axes:
         points = {(x, y) for line in axes.lines if line.get_marker() == "." for x, y in zip(*line.get_data())}
         assert all(labels[int(y)] == {0: "first", 2: "second", 3: "third"}[int(x)] for x, y in points)
+
+
+def test_the_readme_on_three_seeds_of_the_cell_found():
+    """Section 4's intervals and p, from the records that they are said to come from."""
+    found, blind = ([n["test_perplexity"] for n in json.loads(
+        (ROOT / "results" / name / "result.json").read_text())["metrics"]["networks"]]
+        for name in ("ptb-found", "ptb-random-1"))
+    mean, half, p, _ = welch(blind, found)
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "found is at {:.1f} +- {:.1f} on the test split (three seeds)".format(*t_test(found)[:2]) in text
+    assert "(`--cell random:1`) at {:.1f} +- {:.1f}, ".format(*t_test(blind)[:2]) in text
+    assert f"better by {mean:.1f} +- {half:.1f} (Welch's t-test of three and three values" in text
+    assert f"p = {p:.2f}".replace("0.", ".") in text and len(found) == len(blind) == 3
+    assert f"seeds of a cell differ by up to {max(max(x) - min(x) for x in (found, blind)):.1f}" in text
