@@ -868,7 +868,8 @@ def back_through_time(grad, w, mask, cell, plan, gates, keep, passed, h, shrink,
     (n, k), (t_, b, hidden), more = cell.read.shape, h.shape[1:], cell.more
     ds, dz, dp = (w.new_zeros(n + 1 + plan.gated, k, b, hidden), *(w.new_empty(k, b, x * hidden) for x in (2, 1)))
     leaf = plan.leaf.permute(2, 0, 1)[..., None]                                         # [N, K, 1, 1]
-    per_node = list(zip(ds[1:].unbind(), plan.reads, w.transpose(2, 3).unbind(), gates.unbind(), keep.unbind()))
+    back = w.transpose(2, 3).contiguous()  # a view is slow in bfloat16
+    per_node = list(zip(ds[1:].unbind(), plan.reads, back.unbind(), gates.unbind(), keep.unbind()))
     ds_flat, dz_pair, dh = ds.flatten(0, 1), dz.view(k, b, 2, hidden), None
     for t in reversed(range(t_)):
         dh = grad[:, t] if dh is None else grad[:, t] + dh
@@ -1003,9 +1004,11 @@ class CrossEntropy(torch.autograd.Function):
             d = h.new_empty(min(block, rows), decoder.shape[1])                          # dL/dlogits of a block
             dh, dw, db = torch.empty_like(h), decoder.new_zeros(decoder.shape), bias.new_zeros(bias.shape)
         for i, r in ((i, r) for i in range(k) for r in range(0, rows, chunk)):
+            if r == 0:
+                up = low[i].t().contiguous()  # [H, V]; a view is slow in bfloat16
             x, y, part = h[i, r:r + chunk], targets[r:r + chunk].clamp(min=0)[:, None], share[r:r + chunk, None]
             logits, logp = buffers[:, :len(x)]
-            torch.log_softmax(torch.addmm(offset[i], x, low[i].t(), out=logits), 1, out=logp)
+            torch.log_softmax(torch.addmm(offset[i], x, up, out=logits), 1, out=logp)
             losses[i] -= (logp.gather(1, y) * part).sum()
             if training:  # dL/dlogits = (softmax - onehot) / count
                 p = logp.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=h.dtype)).mul_(part)
