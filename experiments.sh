@@ -1,24 +1,31 @@
 #!/usr/bin/env bash
-# Every study of MENAS, a line each; the tables and figures of the README come from what they write under results/.
+# Every study of MENAS, a line each; `report` makes the tables and figures of what they write.
 #
-#   ./experiments.sh                    all of it; a finished run is skipped, an interrupted one goes on
-#   SMOKE=1 ./experiments.sh            the same studies at toy sizes, minutes on a laptop, under runs/smoke
-#   PRESET=paper ./experiments.sh       the published schedules, on a GPU box
-#   LAUNCH="srun --gres=gpu:1 -c 4" PARTS=8 ./experiments.sh
-#                                       on a cluster: independent runs at once, each behind this prefix, and the
-#                                       sub-runs of a study shared out among so many commands
-#   LAUNCH=echo ./experiments.sh        only shows the commands
+#   ./experiments.sh                  all of it, under runs/; an interrupted run goes on, a finished one is skipped
+#   SMOKE=1 ./experiments.sh          the same at smoke sizes: minutes on a laptop, under runs/smoke
+#   PRESET=paper ./experiments.sh     the published schedules, on a GPU
+#   OUT=folder ./experiments.sh       somewhere else; results/ is what the project's own runs left
+#   LAUNCH="srun --gres=gpu:1 -c 4" ./experiments.sh
+#                                     on a cluster: the runs of a line at once, each behind this prefix
+#   LAUNCH=echo ./experiments.sh      only shows the commands
 #
-# Hardware and hours: --preset ptb is for a laptop: on two CPU cores with bfloat16 half an hour to an hour a network or
-# search, about twenty hours in all. --preset paper is the published schedule, for a GPU; it was not run by us.
+# A run is one seed. It writes OUT/STUDY/SEED, of a sweep OUT/STUDY/ARM/SEED: an arm is a search with the flags that
+# stand here. Hours are those of one core of a server with AVX-512; the toy studies are twelve in all, Penn Treebank
+# twenty. --preset paper was not run by us.
 set -euo pipefail
 cd "$(dirname "$0")"
-[[ ${PARTS:-1} =~ ^[1-9][0-9]*$ ]] || { echo "PARTS=$PARTS is not a number of commands" >&2; exit 2; }
-preset=${PRESET:-ptb} out=${OUT:-results} tiny=tiny jobs=()
-[ -z "${SMOKE:-}" ] || { preset=smoke tiny=smoke out=${OUT:-runs/smoke}; }
+preset=${PRESET:-ptb} toy=tiny out=${OUT:-runs} seeds=10 few=3
+sweep="--epochs 6 --warm_epochs 1 --settle 1 --shared_samples 1 --derive_samples 24 --retrain 0"
+[ -z "${SMOKE:-}" ] || { preset=smoke toy=smoke out=${OUT:-runs/smoke} seeds=1 few=1 sweep="--settle 1 --retrain 0"; }
+jobs=()
 
-run() { # folder, study, settings: with LAUNCH in the background
+run() { # folder under OUT, command, its flags
     local folder=$1; shift
+    if [ -f "$out/$folder/result.json" ]; then
+        local made; made=$(python - "$out/$folder/result.json" <<< \
+            'import json, sys; r = json.load(open(sys.argv[1])); print(r["date"], "on", r["machine"])')
+        echo "skipped, as $out/$folder was made $made"; return
+    fi
     if [ -n "${LAUNCH:-}" ]; then $LAUNCH python menas.py "$@" --out "$out/$folder" & jobs+=($!)
     else python menas.py "$@" --out "$out/$folder"; fi
 }
@@ -27,70 +34,98 @@ finish() { # wait for what runs in the background; stop if something failed
     local job; for job in ${jobs[@]+"${jobs[@]}"}; do wait "$job"; done; jobs=()
 }
 
-share() { # the same for a study: its searches, then its networks shared out, then the study itself
-    local part stage
-    for stage in searches networks; do
-        for part in $([ "${PARTS:-1}" -eq 1 ] || seq "$PARTS"); do run "$@" --part "$part/$PARTS"; done
-        [ "${PARTS:-1}" -eq 1 ] || finish
-    done
-    run "$@"
+arm() { # study/arm, number of seeds, flags: a search of the sweep for each seed
+    local folder=$1 n=$2 seed; shift 2
+    for seed in $(seq "$n"); do run "$folder/$seed" search --preset $toy $sweep --seed "$seed" "$@"; done
 }
 
-# Does it work? The toy corpus: a cell found in a minute, beside an LSTM. Expected: within 1.3 times the floor of 5.83.
-run tiny-search search --preset $tiny --retrain
+# Does it work? A minute. Expected: a cell found, test perplexity within 1.3 times the floor of 5.83; every check of the
+# toy holds, in ten seconds.
+run quick/1 search --preset $toy
+${LAUNCH:-} python toy_enas.py --out "$out/toy_enas.png"
 
-# What do the baselines reach under one budget? Expected on PTB (test): LSTM below 102, ENAS below 105, chain 650.
-run $preset-lstm train --preset $preset --cell lstm
-run $preset-enas train --preset $preset --cell enas
-run $preset-darts_v2 train --preset $preset --cell darts_v2
-run $preset-enas_lm train --preset $preset --cell enas_lm
-run $preset-chain train --preset $preset --cell chain
-run $preset-random-1 train --preset $preset --cell random:1 --replicas 3
-run $preset-random-2 train --preset $preset --cell random:2
-# The LSTM with as many recurrent weights as the ENAS cell at 200 units: 400 units, projected to 200.
-run $preset-lstm-400 train --preset $preset --cell lstm --lstm_hidden 400
-
-# ENAS itself, and random search with weight sharing: the same loop, the controller left untrained.
-run $preset-search search --preset $preset
-run $preset-random-search search --preset $preset --controller untrained
+# Searches on the toy corpus, of which the studies of cells are. 5 minutes.
+arm search $seeds
 finish
-# The cells found, and the best of as many uniform architectures under the shared weights of the first search.
-run $preset-found train --preset $preset --cell "$out/$preset-search/cell.json" --replicas 3
-run $preset-random-found train --preset $preset --cell "$out/$preset-random-search/cell.json"
-run $preset-uniform-best train --preset $preset --cell "$out/$preset-search/uniform_cell.json"
+# Is a trained controller better than chance? Two hours. Expected: not by much: .02 nats, the best of each search by none.
+for seed in $(seq $seeds); do run compare/$seed compare --preset $toy --supernet "$out/search/$seed" --seed $seed; done
+# Connections or activations? An hour. Expected: both, and together more than either.
+for seed in $(seq $seeds); do run factors/$seed factors --preset $toy --supernet "$out/search/$seed" --seed $seed; done
+# What in a cell matters? An hour. Expected: no single change, but activations that are all sigmoid.
+for seed in $(seq $few); do run ablate/$seed ablate --preset $toy --supernet "$out/search/$seed" --seed $seed; done
+# What can a cell learn by heart? An hour. Expected: width and the kind of activation decide.
+for seed in $(seq $few); do run capacity/$seed capacity --preset $toy --seed $seed; done
+# Does the controller's state know the cell? Minutes. Expected: what it decided, and not how good that is.
+for seed in $(seq $seeds); do run hidden/$seed hidden --preset $toy --supernet "$out/search/$seed" --seed $seed; done
+# What is wrong with a reward whose hidden state comes from another cell? Minutes. Expected: a small bias, the same order.
+for seed in $(seq $few); do run state/$seed state --preset $toy --supernet "$out/search/$seed" --seed $seed; done
 
-# The extra gradient, first where everything is known: ten seconds, every check must hold.
-${LAUNCH:-} python toy_enas.py "$out/toy_enas.png"
-# What does it cost, and how noisy is it? Expected: unrolled below 5 times the plain step, on PTB with a fold of 1 only.
-run cost cost --preset $tiny --threads 1
-run cost-$preset cost --preset $preset --batch 20 --shared_steps 20 --controller_steps 5 --threads 1
-# Is the gradient that looks ahead closer to the next one? Expected: yes, a fresh one on the same samples.
-run similarity similarity --preset $tiny
-# Does it find better cells? Expected: no, but in a task made so that it must. Half an hour, two hours, ten minutes.
-share extra-toy extra --preset $tiny
-[ -n "${SMOKE:-}" ] || share extra-$preset extra --preset $preset
-share extra-frozen extra --preset $tiny --task frozen --lr 2 --clip 1 --retrain false --replicas 4
-
-# What is in the space, and does it matter? Expected on the toy corpus: see the README. Half an hour, then minutes each.
-for study in spaces state anneal optimizer; do share $study $study --preset $tiny; done
-run conditional conditional --preset $tiny
-# The same on Penn Treebank: half an hour to an hour each on one core. Expected: widths are worse, the rest null.
-for study in spaces state anneal optimizer; do
-    [ -n "${SMOKE:-}" ] || share $study-$preset $study --preset $preset
+# The term that ENAS leaves out. Is a gradient that looks ahead closer to the next one? Minutes. Expected: yes if fresh.
+for seed in $(seq $few); do run similarity/$seed similarity --preset $toy --seed $seed; done
+run cost/1 cost --preset $toy --threads 1
+# Does it find better cells? An hour, twice. Expected: no. The second time with steps so small that (fresh, unrolled)
+# does not explode.
+for study in extra $([ -n "${SMOKE:-}" ] || echo extra-slow); do
+    lr=$([ $study = extra ] && echo 10 || echo 2.5)
+    arm $study/plain $seeds --lr $lr
+    arm $study/plain-4x-steps $seeds --lr $lr --controller_steps $([ -z "${SMOKE:-}" ] && echo 80 || echo 20)
+    arm $study/momentum $seeds --lr $lr --lookahead momentum
+    arm $study/recent $seeds --lr $lr --lookahead recent
+    arm $study/fresh $seeds --lr $lr --lookahead fresh
+    arm $study/fresh-unrolled $seeds --lr $lr --lookahead fresh --response unrolled
+    arm $study/fresh-sampled $seeds --lr $lr --lookahead fresh --response sampled
 done
+# In a task made so that only the response knows what is good? Ten minutes. Expected: yes.
+arm extra-frozen/plain $few --task frozen --lr 2 --clip 1
+arm extra-frozen/fresh-unrolled $few --task frozen --lr 2 --clip 1 --lookahead fresh --response unrolled
+arm extra-frozen/fresh-sampled $few --task frozen --lr 2 --clip 1 --lookahead fresh --response sampled
 
-# What makes a cell good, and does the controller know? Expected: a little. Two hours on one core.
-for study in compare ablate factors capacity robust hidden; do share $study $study --preset $tiny; done
-run progress progress --preset $tiny
-# The same on Penn Treebank: half an hour to two hours each on one core.
-for study in compare ablate factors capacity robust hidden; do
-    [ -n "${SMOKE:-}" ] || share $study-$preset $study --preset $preset
+# Do other spaces hold better cells? Half an hour. Expected: the gated ones do.
+gated=highway,glu,gate,sum nodes=$([ -z "${SMOKE:-}" ] && echo 3 || echo 2) half=$([ -z "${SMOKE:-}" ] && echo 16 || echo 8)
+arm spaces/ENAS $few
+arm spaces/tanh-only $few --activations tanh
+arm spaces/chain $few --connections chain
+arm spaces/tree $few --connections tree
+arm spaces/one-activation $few --one_activation
+arm spaces/fewer-nodes $few --min_nodes $nodes
+arm spaces/two-widths $few --widths $half,$((2 * half))
+arm spaces/gated $few --operations $gated
+arm spaces/gated-memory $few --operations $gated --memory
+# Can the learning rate be a decision? An hour. Expected: rates that only scores choose are no better than chance.
+rates=0.25,0.5,1,2,4
+arm optimizer/no-choice $seeds --lr 2.5
+arm optimizer/at-random $seeds --lr 2.5 --rates $rates --controller uniform
+arm optimizer/sampled $seeds --lr 2.5 --rates $rates --lookahead fresh --response sampled
+arm optimizer/unrolled $seeds --lr 2.5 --rates $rates --lookahead fresh --response unrolled
+# The entropy turned into a penalty: ends at one cell. Ten minutes. Expected: no better than the best of a sample.
+arm anneal/best-of-sample $few --retrain 1
+arm anneal/annealed $few --retrain 1 --anneal $([ -z "${SMOKE:-}" ] && echo 3 || echo 1)
+# How h is kept between segments with other cells; rewards on perturbed text. Ten minutes each. Expected: null.
+for state in carry zero warm; do arm kept/$state $few --state $state; done
+for input in plain words noise; do arm robust/$input $few --reward_input $input --retrain 1 --perturb; done
+# A controller that is told what to aim for; a search, watched. Minutes. Expected: it follows, less so for depth.
+for seed in $(seq $few); do run conditional/$seed conditional --preset $toy --seed $seed; done
+run progress/1 progress --preset $toy
+finish
+
+# Penn Treebank, half an hour to two hours a line. Expected (test): LSTM below 102, ENAS's cell below 105, chain 650.
+run train-ptb/lstm/1 train --preset $preset --cell lstm
+run train-ptb/lstm-as-many-weights/1 train --preset $preset --cell lstm:enas
+for cell in enas darts_v2 enas_lm chain; do run train-ptb/$cell/1 train --preset $preset --cell $cell; done
+for seed in $(seq $few); do run train-ptb/random-cell/$seed train --preset $preset --cell random:1 --seed $seed; done
+# ENAS, and random search with weight sharing: the same loop, the controller untrained; then their cells, from scratch
+# and from the shared weights.
+run search-ptb/trained/1 search --preset $preset --retrain 0
+run search-ptb/untrained/1 search --preset $preset --retrain 0 --controller untrained
+finish
+for seed in $(seq $few); do
+    run train-ptb/found/$seed train --preset $preset --cell "$out/search-ptb/trained/1" --seed $seed
+    run train-ptb/random-search/$seed train --preset $preset --cell "$out/search-ptb/untrained/1" --seed $seed
 done
-[ -n "${SMOKE:-}" ] || run progress-$preset progress --preset $preset
+[ "$preset" = paper ] || run train-ptb/from-shared-weights/1 train --preset $preset \
+    --cell "$out/search-ptb/trained/1" --supernet "$out/search-ptb/trained/1"
 
-# How fast? Ratios to the plain loop. Expected: above 1, but for scoring at 1000 units in float32.
+# How fast? Ratios to the plain loop. Minutes. Expected: above 1.
+run bench/1 bench --hidden $([ -z "${SMOKE:-}" ] && echo 850 || echo 32)
 finish
-run bench bench --preset $preset --hidden $([ -z "${SMOKE:-}" ] && echo 1000 || echo 32)
-finish
-
 ${LAUNCH:-} python menas.py report --out "$out"

@@ -1,36 +1,39 @@
-"""MENAS: efficient neural architecture search for recurrent cells, exact, batched, and in one file.
+"""MENAS: efficient neural architecture search for recurrent cells, exact, batched, in one file.
 
-    python menas.py search                            # a minute on two CPU cores: finds, draws and trains a cell on
-                                                      # a built-in corpus: 6.75; LSTM 6.65, the best possible 5.83
-    python menas.py search --preset ptb               # on Penn Treebank, on a laptop; --retrain trains there, too
-    python menas.py train --preset ptb --cell enas    # a published cell, a JSON file, or a search's folder
-    python menas.py search --lookahead fresh --response sampled --out runs/2    # with the term that ENAS leaves out
-    python menas.py search --operations highway,glu,gate,sum --memory --out runs/3    # in a space that holds the LSTM
-    python menas.py STUDY | report | --help           # the studies are in results/studies.py, cells.py
+    python menas.py search      a minute or two: finds, draws and trains a cell on a built-in
+                                corpus: test perplexity 6.79; an LSTM 6.66; the best possible 5.83
+    python menas.py             lists the commands; COMMAND --help tells its settings
 
-The one idea: an architecture is a row of integers, a batch of architectures is a tensor. One forward pass runs K of
-them on the same minibatch, under shared weights (ENAS) or each under its own (many networks, trained as one).
+The one idea: an architecture is a row of integers, a batch of architectures is a tensor. One
+forward pass runs K of them on the same minibatch, under shared weights (ENAS) or each under its
+own (many networks, trained as one).
 
-    code            symbol      meaning
-    weights         omega       of the shared network (the supernet), or of K standalone ones; a dict of tensors
-    controller      theta       the policy's weights; F(theta) is the expected reward once omega has been trained for it
-    cells, rows     m           architectures [K, D], a column per decision
-    network()       L(omega; m) mean loss per token [K], nats; perplexity is its exponential
-    K, N, D         -           architectures in a batch, nodes of a cell, decisions
-    T, B, H, V      -           steps of a segment (bptt), parallel streams (batch), hidden units, words
-    slot            s           what a node can read: slot 0 is the input pair (x_t, h_{t-1}), slot i + 1 is node i
-    state           h_t, m_t    what a step hands on [K, B, H]; outside ENAS's space [K, B, 2H], memory or 0 beside it
+    code          symbol        meaning
+    weights       omega         of the shared network, the supernet, or of K standalone ones; a dict
+    controller    theta         the policy's weights; F(theta): the reward once omega has answered
+    rows          m             architectures [K, D], a column a decision; cells: rows, by name
+    network()     L(omega; m)   mean loss per token [K], nats; perplexity is its exponential
+    K, N          -             architectures in a batch, nodes of a cell
+    T, B, H, V    -             words of a segment (bptt), streams (batch), hidden units, vocabulary
+    slot          s             what a node can read: 0 the input pair (x_t, h_{t-1}), i + 1 node i
+    state         h_t, m_t      what a word hands on to the next [2, K, B, H]; m 0 in ENAS's space
 
-ENAS (Pham et al. 2018) alternates omega <- omega - lr d/domega E_m L_train(omega; m), an architecture or a few at a
-time, and theta <- theta + lr E_m [ reward(m) dlog pi(m)/dtheta ], the reward from L_valid(omega; m). That omega will
-answer theta's move is left out; chapter 6 adds it. Where we differ, a comment says so after the word 'paper:'."""
+ENAS (Pham et al. 2018) alternates
+
+    omega <- omega - lr d/domega E_m L_T(omega; m)              on training text, chapter 5
+    theta <- theta + lr E_m [ R(omega; m) dlog pi(m)/dtheta ]   R from validation text, chapter 4
+
+That omega will answer theta's move is left out; chapter 6 adds it. Where we differ from the paper,
+a comment says so after the word 'paper:'. Six functions to read first: node_value, unroll,
+policy_loss, Search.shared_step, Search.controller_step, extra_rewards.
+"""
 import argparse
 import copy
-import fcntl
 import hashlib
 import json
 import math
 import os
+import platform
 import random
 import re
 import signal
@@ -38,986 +41,760 @@ import subprocess
 import sys
 import time
 import urllib.request
-from bisect import bisect
 from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import lru_cache
-from graphlib import CycleError, TopologicalSorter
-from itertools import accumulate
+from itertools import product
 from pathlib import Path
+from statistics import mean, median
 
+import matplotlib
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.animation import PillowWriter
+from matplotlib.figure import Figure
 
-# 1. Config and presets -----------------------------------------------------------------------------------------------
-# What a number must be, as a refusal says it -> whether a value is that; nan is none of them.
-RANGES = {">= 0": lambda x: x >= 0, ">= 1": lambda x: x >= 1, "in [0, 1)": lambda x: 0 <= x < 1,
-          "> 0": lambda x: x >= 1e-12}  # what is smaller overflows as a divisor
-
-def option(default, help, must_be=None):
-    """A Config field with the sentence that --help prints, and the RANGES entry of its values."""
-    return field(default=default, metadata={"help": help, "must_be": must_be})
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting of every study; each field is a command-line flag of the same name."""
-    preset: str = option("tiny", "smoke, tiny, ptb or paper: sizes and schedules of every study")
-    data: str = option("toy", "ptb, toy, or a folder with train.txt, valid.txt and test.txt")
-    cache: str = option("~/.cache/menas", "where downloads are kept")
-    out: str = option("", "the run's folder (default: runs/STUDY-PRESET-SEED)")
-    seed: int = option(1, "every random draw is a function of this number")
-    device: str = option("auto", "cpu, cuda, or auto: cuda where there is one")
-    dtype: str = option("float32", "of the computation: float32, bfloat16, float64; weights and the LSTM stay float32")
-    threads: int = option(0, "CPU threads (0: torch decides)", ">= 0")
-    # the search space
-    nodes: int = option(12, "nodes of a cell", ">= 1")
-    min_nodes: int = option(0, "the controller chooses the number of nodes, from this to --nodes (0: --nodes)", ">= 0")
-    activations: str = option("tanh,relu,identity,sigmoid", "activations to choose from")
-    activation_scope: str = option("node", "node, or cell: one activation for the whole cell")
-    connections: str = option("any", "any, chain, tree, or a cell whose connections are taken")
-    operations: str = option("highway", "to choose from: highway (ENAS), glu, gate, sum; the last two read two nodes")
-    memory: bool = option(False, "a node's value is carried as a memory that gate and sum can read, as an LSTM's c is")
-    widths: str = option("", "hidden sizes to choose from, up to --hidden, such as 50,100,200 (default: --hidden)")
-    rates: str = option("", "factors of --lr to choose from, powers of 2: .25,1,4; with --response, --shared_samples 1")
-    # the shared network
-    hidden: int = option(200, "units of the embedding and of each node", ">= 1")
-    lstm_hidden: int = option(0, "units of the LSTM baseline, projected to --hidden (0: as --hidden)", ">= 0")
-    batch: int = option(64, "parallel streams of text", ">= 1")
-    bptt: int = option(35, "tokens of a segment, the truncation length of backpropagation", ">= 1")
-    random_bptt: bool = option(False, "segment lengths as in the corrected ENAS: normal, sd 5, 5 % halved, lr to match")
-    init: float = option(0.0, "weights start uniform in +- this (0: sqrt(3 / hidden), to keep the variance)", ">= 0")
-    word_dropout: float = option(0.0, "drop rate of whole words of the vocabulary, per segment", "in [0, 1)")
-    input_dropout: float = option(0.0, "drop rate on the embedded input, one mask per segment", "in [0, 1)")
-    hidden_dropout: float = option(0.0, "drop rate on every node's input, per segment; not in the LSTM", "in [0, 1)")
-    output_dropout: float = option(0.0, "drop rate on h before the softmax, one mask per segment", "in [0, 1)")
-    activation_reg: float = option(0.0, "weight of the mean square of the dropped output", ">= 0")
-    slowness_reg: float = option(0.0, "weight of the mean square change of h from one step to the next", ">= 0")
-    lr: float = option(20.0, "of SGD on the network's weights", "> 0")
-    schedule: str = option("constant", "of lr: constant, cosine, or decay (.96 an epoch after 15)")
-    plateau: float = option(1.0, "divide lr by this when the validation loss does not improve (train only)", "> 0")
-    clip: float = option(0.25, "largest norm of the gradient", "> 0")
-    weight_decay: float = option(1e-6, "added to the clipped gradient, times the weight", ">= 0")
-    # search
-    state: str = option("carry", "hidden state at a segment's start, in a search: carry, zero, or warm")
-    epochs: int = option(10, "search: rounds of shared, then controller steps; train: passes over the text", ">= 1")
-    shared_steps: int = option(0, "shared steps of a round (0: one pass over the training split)", ">= 0")
-    shared_samples: int = option(1, "architectures in one shared step", ">= 1")
-    warm_epochs: int = option(0, "rounds before the controller learns", ">= 0")
-    controller: str = option("trained", "trained; untrained or uniform: random search with weight sharing; or cells")
-    controller_steps: int = option(50, "controller steps of a round", ">= 0")
-    controller_samples: int = option(10, "architectures in one controller step, on one validation minibatch", ">= 1")
-    controller_hidden: int = option(100, "units of the controller's LSTM", ">= 1")
-    controller_lr: float = option(3.5e-3, "of Adam on the controller", ">= 0")
-    lookahead: str = option("none", "weights that rewards are taken at: none (omega), momentum, recent, fresh (omega')")
-    response: str = option("none", "the shared weights' answer in the reward: none (ENAS), unrolled, neumann, sampled")
-    fold: int = option(2, "architectures that omega' is made from, and as many others for the response's v", ">= 1")
-    task: str = option("none", "none, or frozen: a constructed task in which only the response knows what is good")
-    settle: int = option(0, "rounds at the end in which only the shared weights learn, to fit the policy", ">= 0")
-    entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward", ">= 0")
-    anneal: int = option(0, "last rounds of learning, in which --entropy goes to minus --penalty", ">= 0")
-    penalty: float = option(1.0, "of entropy where --anneal ends, so that the policy ends at one architecture", ">= 0")
-    temperature: float = option(5.0, "divides the controller's logits", "> 0")
-    tanh_constant: float = option(2.5, "bounds the logits: constant * tanh(logits / temperature)", "> 0")
-    reward: str = option("perplexity", "perplexity (80 / perplexity) or loss (minus the loss)")
-    reward_words: float = option(0.0, "drop rate of whole words in the input that rewards are measured on", "in [0, 1)")
-    reward_noise: float = option(0.0, "noise on the embedded input of rewards, in units of the embeddings' rms", ">= 0")
-    baseline: str = option("leave_one_out", "leave_one_out or moving_average")
-    baseline_decay: float = option(0.95, "of --baseline moving_average", "in [0, 1)")
-    derive_samples: int = option(100, "architectures scored on the whole validation split at the end", ">= 1")
-    retrain: bool = option(False, "search: train the cell found and an LSTM from scratch; extra: a few sampled cells")
-    retrain_epochs: int = option(0, "of the trainings of --retrain (0: as --epochs of train)", ">= 0")
-    retrain_cells: int = option(4, "extra: how many sampled cells, per search; ablate: changes of a kind", ">= 1")
-    # train
-    cell: str = option("enas", "names, JSON files or search runs, comma-separated, trained in one batch, each with "
-                       "--seed or as in enas@3 its own; or lstm")
-    weights: str = option("", "a search run whose shared weights to start from (default: from scratch)")
-    replicas: int = option(1, "networks of each cell, or searches of a study, seeded --seed, --seed + 1, ...", ">= 1")
-    patience: int = option(5, "epochs without improvement before training stops", ">= 1")
-    average: bool = option(False, "evaluate the mean of the weights since validation first stopped improving")
-    eval_batch: int = option(64, "parallel streams of an evaluation", ">= 1")
-    # records
-    log_every: int = option(20, "steps from one line of metrics to the next; a run resumes at such a line", ">= 1")
-    part: str = option("", "I/N: every N-th of a study's sub-runs, from the I-th; without it the study is completed")
-    checkpoint_seconds: float = option(30.0, "least time between two checkpoints", ">= 0")
-
-# preset -> study -> settings; "all" holds for every study and comes first. results/ adds those of its own studies.
-PRESETS = {"smoke": {
-    "all": dict(data="toy", hidden=16, batch=64, bptt=20, nodes=4, epochs=2, controller_samples=8, log_every=10,
-                controller_steps=5, shared_steps=20, derive_samples=10, lr=5.0),
-}, "tiny": {
-    "all": dict(data="toy", hidden=32, batch=16, bptt=35, nodes=6, lr=10.0, eval_batch=16, controller_samples=16),
-    "search": dict(epochs=8, shared_steps=60, shared_samples=4, controller_steps=20, warm_epochs=2, retrain=True),
-    "train": dict(epochs=8, schedule="cosine"),
-}, "ptb": {
-    "all": dict(data="ptb", hidden=200, dtype="bfloat16", weight_decay=1.2e-6),
-    "search": dict(epochs=4, batch=20, input_dropout=.2, output_dropout=.2, warm_epochs=1, schedule="cosine",
-                   controller_steps=80, fold=1),
-    "train": dict(epochs=12, batch=20, input_dropout=.35, hidden_dropout=.1, output_dropout=.35, schedule="cosine"),
-}, "paper": {  # the corrected code of ENAS's authors, search and final training. Its two masks on the input are one
-    # here, of rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the gradient is twice the weight.
-    "all": dict(data="ptb", dtype="bfloat16", init=.04, batch=64, random_bptt=True, clip=.25, controller_hidden=64,
-                controller_lr=5e-5, entropy=1e-5, tanh_constant=2.25),
-    "search": dict(nodes=10, hidden=200, epochs=600, batch=128, word_dropout=.1, input_dropout=.8, hidden_dropout=.25,
-                   output_dropout=.75, clip=.1, weight_decay=1.6e-6, controller_steps=25, baseline_decay=.999),
-    "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775, hidden_dropout=.225,
-                  output_dropout=.75, weight_decay=1.6e-6, average=True, patience=100),
-}}
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
 
-def nearest(word, choices):
-    """' (did you mean X?)', or '' if nothing is near."""
-    return "".join(f" (did you mean {near}?)" for near in get_close_matches(str(word), choices, n=1, cutoff=0.5))
 
 def choose(kind, name, choices):
     """The name, if it is one of the choices; or a UserError that names the nearest."""
-    if name not in list(choices):
-        raise UserError(f"unknown {kind} '{name}'{nearest(name, choices)}; choose from {', '.join(choices)}")
-    return name
+    choices = list(choices)
+    if name in choices:
+        return name
+    near = get_close_matches(str(name), choices, n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise UserError(f"unknown {kind} {name!r}{hint}; choose from {', '.join(map(str, choices))}")
 
-def configure(study, preset="tiny", **overrides):
-    """The Config of one study under a preset, then the user's own settings."""
-    parts = PRESETS[choose("preset", preset, PRESETS)]
-    return Config(**{"preset": preset, **parts["all"], **parts.get(study, {}), **overrides})
-
-def rng(*key):
-    """A generator seeded by a key: randomness is a function of (seed, purpose, step); a resumed run draws alike."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-# 2. Data -------------------------------------------------------------------------------------------------------------
-PTB_MIRRORS = ("https://raw.githubusercontent.com/carpedm20/ENAS-pytorch/master/data/ptb/{}.txt",
-               "https://raw.githubusercontent.com/timbmg/RNNLM/master/data/ptb.{}.txt",
-               "https://raw.githubusercontent.com/kcyu2014/eval-nas/master/data/penn/{}.txt")
-PTB_SHA256 = {"train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
-              "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
-              "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}
-SPLITS = ("train", "valid", "test")
-
-# Token ids [tokens] of each split, the vocabulary, and split -> perplexity under the true grammar, empty for real text.
-Corpus = namedtuple("Corpus", "train valid test words floor")
 
 @contextmanager
-def refusing(path, advice=""):
+def refusing(what, advice=""):
     """Whatever goes wrong inside becomes a UserError, one line that names the file or setting."""
     try:
         yield
-    except Exception as error:  # torch.load, for one, raises many kinds, all of which mean: not this file
-        raise UserError(f"{path} is refused: {(str(error).splitlines() or [repr(error)])[0]}{advice}") from None
+    except Exception as error:  # torch.load alone raises many kinds: all mean, not this file
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise UserError(f"{what} is refused: {reason[:200]}{advice}") from None
 
-def write_atomically(path, content):
-    """The file, bytes or a dict of tensors, appears whole or not at all, also when the process is killed in between."""
-    temporary = path.with_name(f".menas-{os.getpid()}-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file) if isinstance(content, dict) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
-def write_json(path, value):
-    """Indented, atomic."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+def rng(*key):
+    """A generator seeded by a key. All randomness is a function of (seed, purpose, step), so a
+    resumed run draws what an undisturbed one would have."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
-def read_json(path):
-    """The JSON object in it, or a UserError that names the file."""
-    with refusing(path):
-        return {**json.loads(Path(path).read_text())}
 
-def ptb_folder(cache, mirrors=PTB_MIRRORS):
-    """The folder of the three PTB files; an absent one comes from the first mirror with the right hash."""
-    folder = Path(cache).expanduser() / "ptb"
-    for split, sha256 in PTB_SHA256.items():
-        path, reasons = folder / f"{split}.txt", []
-        for address in (mirror.format(split) for mirror in mirrors if not path.exists()):
-            try:
-                with urllib.request.urlopen(address, timeout=30) as answer:
-                    content = answer.read()
-                if hashlib.sha256(content).hexdigest() != sha256:
-                    raise ValueError("wrong SHA-256")
-                folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, content)
-            except Exception as error:  # of the network, the server, the disk: whatever it is, the user reads it
-                reasons.append(f"{address}: {error}")
-        if not path.exists():
-            raise UserError(f"cannot get PTB's {split}.txt: {'; '.join(reasons)}; pass a folder that has it as --data")
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise UserError(f"{path} is not the standard PTB file (wrong SHA-256); delete it to download it again")
-    return folder
+# 1. The cell --------------------------------------------------------------------------------------
+# A cell is a few nodes that are computed in order, once for every word. A node reads an earlier
+# slot p: slot 0 is the input pair (x_t, h_{t-1}), slot i + 1 the value of node i. Some operations
+# read a second slot q as well. With [c, u] = s_p W, W the weights of the edge p -> i (on the input
+# pair s_p is h_{t-1}, and x_t times weights of its own is added to the product):
+#
+#     highway   s_i = s_p + sigmoid(c) * (act(u) - s_p)     ENAS's only one (Zilly et al. 2017)
+#     glu       s_i = sigmoid(c) * act(u)                   (Dauphin et al. 2017)
+#     gate      s_i = sigmoid(c) * act(s_q)                 multiplies what another node computed
+#     sum       s_i = s_p + s_q                             no weights, no activation
+#
+# The new state h_t is the mean of the leaves, the nodes that nobody reads (Pham et al. 2018, 2.1).
+# Outside ENAS's space one node's value may be carried on as a memory m_t, which gate and sum can
+# read. An LSTM is four such nodes: CELLS["lstm_cell"], held to torch.nn.LSTM by a test.
 
-# The toy corpus: nouns and their verbs agree in class, and often in letter, across clauses nested in between: 'n3b that
-# n1a v1a v3b'. A stack machine writes it, so the distribution of the next word given ALL words before is known exactly.
-TOY_CLASSES, TOY_WORDS, TOY_DEPTH = 8, 6, 4
-TOY_NEST, TOY_ADVERB, TOY_TOPIC, TOY_ECHO = 0.4, 0.3, 0.75, 0.6  # probabilities, see toy_next
-TOY_ZIPF = {"abcdef"[i]: 1 / (i + 1) / sum(1 / (j + 1) for j in range(TOY_WORDS)) for i in range(TOY_WORDS)}
-
-def toy_next(state):
-    """[(word, probability, next state)] under the true grammar. A state is (topic, due, phase): the last main noun's
-    class, (class, letter) of the nouns whose verbs are still to come, outermost first, and what was written last:
-    'start' (a noun is next), 'noun', 'verb' or 'adverb'. A main noun keeps the topic with TOY_TOPIC; a clause follows a
-    noun with TOY_NEST, an adverb a verb with TOY_ADVERB; a verb has its noun's class, and its letter with TOY_ECHO."""
-    topic, due, phase = state
-    if phase == "start":
-        keeps = lambda c: TOY_TOPIC if c == topic else (1 - TOY_TOPIC) / (TOY_CLASSES - 1)
-        return [(f"n{c}{x}", q * (1 / TOY_CLASSES if due else keeps(c)), (topic if due else c, due + ((c, x),), "noun"))
-                for c in range(TOY_CLASSES) for x, q in TOY_ZIPF.items()]
-    moves, left = [], 1.0
-    if phase == "noun" and len(due) < TOY_DEPTH:
-        moves, left = [("that", TOY_NEST, (topic, due, "start"))], 1 - TOY_NEST
-    elif phase == "verb":
-        moves, left = [(f"adv{x}", TOY_ADVERB * q, (topic, due, "adverb")) for x, q in TOY_ZIPF.items()], 1 - TOY_ADVERB
-    if not due:
-        return moves + [("<eos>", left, (topic, (), "start"))]
-    c, letter = due[-1]
-    return moves + [(f"v{c}{x}", left * (TOY_ECHO * (x == letter) + (1 - TOY_ECHO) * q), (topic, due[:-1], "verb"))
-                    for x, q in TOY_ZIPF.items()]
-
-@lru_cache
-def toy_corpus(sizes=(60000, 6000, 6000)):
-    """{split: words} and {split: perplexity under the grammar}; whole sentences, the same on every machine."""
-    random_, texts, floor = random.Random(20180209), {}, {}
-    for split, size in zip(SPLITS, sizes):
-        state, words, nats = (0, (), "start"), [], []
-        while len(words) < size or words[-1] != "<eos>":
-            moves = toy_next(state)
-            word, p, state = random_.choices(moves, weights=[m[1] for m in moves])[0]
-            words.append(word)
-            nats.append(-math.log(p))
-        texts[split], floor[split] = words, math.exp(sum(nats[1:]) / len(nats[1:]))  # all but the first, as a model
-    return texts, floor
-
-def load_corpus(config):
-    """The Corpus that --data names; a text's words stand between spaces, and each line that has any ends in <eos>."""
-    if config.data == "toy":
-        texts, floor = toy_corpus()
-    else:
-        folder = ptb_folder(config.cache) if config.data == "ptb" else Path(config.data).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"no data folder '{config.data}'{nearest(config.data, ('ptb', 'toy'))}")
-        texts, floor = {}, {}
-        for split in SPLITS:
-            with refusing(path := folder / f"{split}.txt"):
-                lines = path.read_text(encoding="utf-8").split("\n")
-                texts[split] = [word for line in lines if line.strip() for word in line.split() + ["<eos>"]]
-                if len(texts[split]) < 3:
-                    raise ValueError(f"{len(texts[split])} tokens with <eos>; a language model needs at least 3")
-    words = sorted(set(texts["train"]))
-    index, ids = {word: i for i, word in enumerate(words)}, {}
-    for split, text in texts.items():
-        if (new := set(text) - set(words)) and "<unk>" not in index:
-            raise UserError(f"{split}.txt has the word '{min(new)}', which train.txt lacks, and train.txt has no <unk>")
-        ids[split] = torch.tensor([index.get(word, index.get("<unk>")) for word in text])
-    return Corpus(**ids, words=words, floor=floor)
-
-# One step's text: inputs [T, B]; targets [T, B], the inputs one token later, -1 where there is nothing to predict;
-# before: the inputs [T', B] of the segment before, None at the start of the text; ends: is it the text's last.
-Segment = namedtuple("Segment", "inputs targets before ends")
-
-class Stream:
-    """B parallel readings of a split, cut into segments: every token but the first is a target once per epoch."""
-    def __init__(self, tokens, batch, bptt, key=(), vary=False):
-        if len(tokens) <= batch:
-            raise UserError(f"--batch {batch} is larger than the corpus allows: a split has {len(tokens)} tokens")
-        length, device = math.ceil((len(tokens) - 1) / batch), tokens.device
-        step = torch.arange(math.ceil(length / bptt) * bptt, device=device)[:, None]  # padded: all have one shape
-        at = step + length * torch.arange(batch, device=device)                          # [padded, B]
-        real, at = (step < length) & (at < len(tokens) - 1), at.clamp(max=len(tokens) - 2)
-        self.inputs, self.targets = torch.where(real, tokens[at], 0), torch.where(real, tokens[at + 1], -1)
-        self.length, self.bptt, self.key, self.vary = length, bptt, key, vary
-        self.place = 0, 0, 0  # epoch; the next segment's start; the length of the one before; a checkpoint has it
-
-    def next(self):
-        """The next Segment; after the last one the text starts again.
-        paper: the corrected ENAS draws its length from a normal around bptt, 5 % of the time around half of it."""
-        (epoch, start, last), size = self.place, self.bptt
-        if self.vary:
-            draw = rng(*self.key, "bptt", epoch, start)
-            mean = size if torch.rand((), generator=draw).item() < 0.95 else size / 2
-            size = min(max(5, round(mean + 5 * torch.randn((), generator=draw).item())), size + 20)
-        end, before = start + size, self.inputs[start - last:start] if start else None
-        ends = end >= self.length
-        self.place = (epoch + 1, 0, 0) if ends else (epoch, end, size)
-        return Segment(self.inputs[start:end], self.targets[start:end], before, ends)
-
-    def progress(self):
-        """Epochs read so far, with the fraction of the one at hand."""
-        return self.place[0] + self.place[1] / self.length
-
-# 3. Cells and search spaces ------------------------------------------------------------------------------------------
-ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "identity": lambda u: u, "sigmoid": torch.sigmoid}
-# With [c, u] = s_p W, q a second predecessor, and s_p = h_{t-1} on the input pair, whose product is [x_t, h_{t-1}] W:
-OPERATIONS = ("highway",  # s = s_p + sigmoid(c) * (act(u) - s_p)      ENAS's only one (Zilly et al. 2017)
-              "glu",      # s = sigmoid(c) * act(u)                    (Dauphin et al. 2017)
-              "gate",     # s = sigmoid(c) * act(s_q)
-              "sum")      # s = s_p + s_q                              no weights, no activation
+OPERATIONS = ("highway", "glu", "gate", "sum")
 HIGHWAY, GLU, GATE, SUM = range(4)
-OUTPUTS = ("leaves", "all")  # h_t is the mean of the leaves (nodes nobody reads), or of all nodes after node 0
+ACTIVATIONS = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "identity": torch.clone,
+}
+TANH, RELU, SIGMOID, IDENTITY = range(4)  # in the order of ENAS's arcs
+OUTPUTS = ("leaves", "all")  # h_t is the mean of the leaves, or of all nodes after node 0
 LEAVES, ALL = range(2)
-INPUT = MEMORY = 0  # slot 0 is the input pair, but as a second predecessor the memory; node i's value is slot i + 1
+INPUT = 0                    # the slot of the input pair
+MEMORY = 0                   # as the second slot of a gate or sum; a highway's 0 is none
 
-# A node: the slot it reads, its activation's name; in gated cells an operation and a second slot; and for ablations a
-# slot read also (0: none), by one node at most: [c, u] and s_p are means over both, each through its own edge.
-Node = namedtuple("Node", "read activation operation second also", defaults=("highway", MEMORY, 0))
+# A row of integers is a cell: five numbers of the whole, then four of each node. What a cell does
+# not use is 0, so ENAS's own cells have operation, second, memory, width and rate 0 throughout.
+#     memory   the slot carried as m_t, 0 for none     width   units of the cell, 0 for all
+#     rate     log2 of the factor of the learning rate that it is trained with
+# A highway node whose second is not 0 reads the mean of both slots, through its own edge.
+WHOLE = ("nodes", "output", "memory", "width", "rate")
+NODE = ("read", "operation", "second", "activation")
+Cells = namedtuple("Cells", WHOLE + NODE)
 
-# A recurrent cell as people write it: Nodes, one of OUTPUTS, the slot of the node whose value is carried to the next
-# step as the memory m_t (0: none), its units (0: as many as there are), and log2 of its factor of the learning rate.
-Cell = namedtuple("Cell", "nodes output memory width rate", defaults=("leaves", 0, 0, 0))
+# The same as people handle it: nodes is a tuple of Node.
+Node = namedtuple("Node", NODE, defaults=(HIGHWAY, 0, 0))
+Cell = namedtuple("Cell", "nodes output memory width rate", defaults=(LEAVES, 0, 0, 0))
 
-def named(pairs, output):
-    """A published cell from 'activation<-predecessor' of nodes 1, 2, ...; node 0 is tanh on the input pair."""
-    nodes = [pair.split("<-") for pair in pairs.split()]
-    return Cell((Node(INPUT, "tanh"),) + tuple(Node(int(p) + 1, act) for act, p in nodes), output)
 
-CELLS = {
-    "enas": named("tanh<-0 relu<-1 relu<-2 tanh<-2 tanh<-2 relu<-5 tanh<-1 relu<-6 relu<-8 relu<-8 relu<-8", "leaves"),
-    "darts_v1": named("relu<-0 relu<-1 tanh<-2 relu<-3 relu<-4 identity<-1 relu<-5 relu<-1", "all"),
-    "darts_v2": named("sigmoid<-0 relu<-1 relu<-1 identity<-1 tanh<-2 sigmoid<-5 tanh<-3 relu<-5", "all"),
-    "enas_lm": named("sigmoid<-0 tanh<-1 relu<-2 sigmoid<-2 tanh<-4 tanh<-5 sigmoid<-3 sigmoid<-6", "all"),
-    "chain": named(" ".join(f"tanh<-{i}" for i in range(11)), "leaves"),
-    "tree": named(" ".join(f"tanh<-{i // 2}" for i in range(11)), "leaves"),
-    # An LSTM without biases: f * c + i * tanh(g), carried as c; h = o * tanh(c). Equal to torch.nn.LSTM, see the tests.
-    "lstm_cell": Cell((Node(INPUT, "identity", "gate", MEMORY), Node(INPUT, "tanh", "glu"), Node(1, "tanh", "sum", 2),
-                       Node(INPUT, "tanh", "gate", 3)), memory=3),
-    # A recurrent additive network (Lee et al. 2017): f * c + i * u, which is both c and h; here u reads h as well.
-    "additive": Cell((Node(INPUT, "identity", "gate", MEMORY), Node(INPUT, "identity", "glu"),
-                      Node(1, "tanh", "sum", 2)), memory=3)}
+def parse(rows):
+    """The columns of rows [K, 5 + 4N] by name: those of WHOLE are [K], those of NODE [K, N]."""
+    whole = rows[:, :len(WHOLE)].unbind(1)
+    nodes = rows[:, len(WHOLE):].unflatten(1, (-1, len(NODE))).unbind(2)
+    return Cells(*whole, *nodes)
 
-NEEDS = {"highway": ("from", "activation"), "glu": ("from", "activation"), "gate": ("from", "with", "activation"),
-         "sum": ("from", "with")}  # of a node's JSON, by its operation
 
-def cell_to_json(cell):
-    """The cell as a dict that json.dumps prints and a person can edit; what is as in ENAS's space is left out."""
-    name_of = lambda slot, other: slot - 1 if slot else other
-    nodes = []
-    for read, act, operation, second, also in cell.nodes:
-        node = {"from": name_of(read, "input"), "activation": act, "with": name_of(second, "memory")}
-        nodes.append({name: node[name] for name in NEEDS[operation]})
-        nodes[-1].update({} if operation == "highway" else {"operation": operation})
-        nodes[-1].update({"also": also - 1} if also else {})
-    more = {"memory": cell.memory - 1, "width": cell.width, "rate": cell.rate}
-    return {"output": cell.output, **{name: x for name, x in more.items() if getattr(cell, name)}, "nodes": nodes}
+def column(i, name):
+    """The column of a row in which a number of node i stands."""
+    return len(WHOLE) + len(NODE) * i + NODE.index(name)
 
-def check_node(i, node, n):
-    """What node i of n, as JSON, reads: numbers of nodes, 'input', 'memory', last that of 'also'; or a UserError."""
-    operation = node.get("operation", "highway") if isinstance(node, dict) else "highway"
-    needs = NEEDS[choose(f"operation of node {i}", operation, OPERATIONS)]
-    if not isinstance(node, dict) or any(name not in node for name in needs):
-        raise UserError(f"node {i} needs {' and '.join(map(repr, needs))}")
-    for name in node:
-        choose(f"entry of node {i}, a {operation},", name, ("operation", *needs, *["also"] * ("activation" in needs)))
-    choose(f"activation of node {i}", node.get("activation", "tanh"), ACTIVATIONS)  # a sum has none
-    reads = [node[name] for name in (*needs, "also") if name != "activation" and name in node]
-    for source, other in zip(reads, ("input", *["memory"] * ("with" in needs), None)):
-        if source != other and (type(source) is not int or source not in range(n)):
-            raise UserError(f"node {i} reads node {source!r}, which is missing: nodes are 0 to {n - 1}")
-    return reads
-
-def cell_from_json(cell):
-    """The Cell of such a dict. Nodes may stand in any order; they are sorted so that each reads earlier ones."""
-    if not isinstance(cell, dict) or not isinstance(cell.get("nodes"), list) or not cell["nodes"]:
-        raise UserError('a cell is {"output": "leaves", "nodes": [{"from": "input", "activation": "tanh"}, ...]}')
-    nodes, n = cell["nodes"], len(cell["nodes"])
-    reads = [check_node(i, node, n) for i, node in enumerate(nodes)]
-    graph, order = {i: [j for j in reads[i] if type(j) is int] for i in range(n)}, []
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        raise UserError(f"the cell has a cycle: {' reads '.join(map(str, error.args[1][::-1]))}") from None
-    while len(order) < n:  # the first of those that read only placed ones
-        order.append(next(i for i in graph if i not in order and {*graph[i]} <= {*order}))
-    if sum("also" in node for node in nodes) > 1:
-        raise UserError("several nodes have 'also'; one may")
-    whole = dict(memory=range(n), width=range(10 ** 6), rate=range(-20, 21))
-    for name in cell:
-        choose("entry of a cell", name, ("output", "nodes", *whole))
-        if name in whole and (type(cell[name]) is not int or cell[name] not in whole[name]):
-            raise UserError(f"the cell's {name} is {cell[name]!r}: not from {whole[name][0]} to {whole[name][-1]}")
-    if "memory" not in cell and any("memory" in sources for sources in reads):
-        raise UserError("a node reads the memory, but the cell has no 'memory': the node that is carried")
-    slot = {"input": INPUT, "memory": MEMORY, **{i: place + 1 for place, i in enumerate(order)}}
-    made = [Node(slot[reads[i][0]], nodes[i].get("activation", "tanh"), nodes[i].get("operation", "highway"),
-                 slot[nodes[i].get("with", "memory")], slot.get(nodes[i].get("also"), 0)) for i in order]
-    return Cell(tuple(made), choose("output", cell.get("output", "leaves"), OUTPUTS),
-                slot[cell["memory"]] if "memory" in cell else 0, cell.get("width", 0), cell.get("rate", 0))
-
-# A row of integers [D] is a cell. In ENAS's space, D = 2 + 2N: its number of nodes, its output, then for each node the
-# slot read and the activation. Any other cell has 3 + 2N columns more, so an odd D: memory, width, rate, then for each
-# node the operation and the second slot; with a slot read also another two, who reads it (the node's own slot) and it.
-# What is missing is 0. So D says which of them there are: D % 4 is 1 without and 3 with the last two.
-Columns = namedtuple("Columns", "count output memory width rate read act operation second who also")
-
-def columns(rows):
-    """The columns of rows [K, D] by name: of [K], and read, act, operation, second [K, N]."""
-    if rows.shape[1] % 2 == 0:
-        rows = F.pad(rows, (0, rows.shape[1] + 1))
-    if rows.shape[1] % 4 == 1:
-        rows = F.pad(rows, (0, 2))
-    n = (rows.shape[1] - 7) // 4
-    enas, rest, last = rows[:, 2:2 + 2 * n], rows[:, 2 + 2 * n:-2], rows[:, -2:]
-    return Columns(*rows[:, :2].unbind(1), *rest[:, :3].unbind(1), enas[:, ::2], enas[:, 1::2], rest[:, 3::2],
-                   rest[:, 4::2], *last.unbind(1))
-
-def is_gated(cell):
-    """Is it outside ENAS's space: a cell with more than one predecessor, activation and highway a node?"""
-    enas = [Node(node.read, node.activation) for node in cell.nodes]
-    return cell != Cell(tuple(enas), cell.output) or [node.read == INPUT for node in enas].count(True) > 1
-
-def rates_of(rows):
-    """The factor [K] of the learning rate that each architecture has chosen for training on it."""
-    return 2.0 ** columns(rows).rate
 
 def encode(cells, nodes=0):
-    """Cells as rows [K, D]; N is the largest cell's, or more. Nodes a cell does not have are unused entries."""
-    n = max([nodes, *(len(cell.nodes) for cell in cells)])
-    rows = torch.zeros(len(cells), 7 + 4 * n, dtype=torch.long)
+    """Cells as rows [K, 5 + 4N]; N is the largest cell's number of nodes, or more."""
+    n = max([nodes] + [len(cell.nodes) for cell in cells])
+    rows = torch.zeros(len(cells), len(WHOLE) + len(NODE) * n, dtype=torch.long)
     for row, cell in zip(rows, cells):
-        first = [x for node in cell.nodes for x in (node.read, list(ACTIVATIONS).index(node.activation))]
-        rest = [x for node in cell.nodes for x in (OPERATIONS.index(node.operation), node.second)]
-        row[:2 + len(first)] = torch.tensor([len(cell.nodes), OUTPUTS.index(cell.output)] + first)
-        row[2 + 2 * n:][:3 + len(rest)] = torch.tensor([cell.memory, cell.width, cell.rate] + rest)
-        for i, node in enumerate(cell.nodes):
-            if node.also:
-                row[-2:] = torch.tensor([i + 1, node.also])
-    return rows if rows[:, -1].any() else rows[:, :-2] if any(map(is_gated, cells)) else rows[:, :2 + 2 * n]
-
-def decode(row):
-    """The Cell of one row [D]."""
-    count, output, memory, width, rate, *nodes, who, also = [x.tolist()[0] for x in columns(row[None])]
-    made = [Node(read, list(ACTIVATIONS)[act], OPERATIONS[operation], second, also if who == i + 1 else 0)
-            for i, (read, act, operation, second) in enumerate(list(zip(*nodes))[:count])]
-    return Cell(tuple(made), OUTPUTS[output], memory, width, rate)
-
-# Something to decide: the columns of a row that it sets, the values it may take, and when it matters: (column, values)
-# that must all hold of columns before. With a single value there is nothing to decide; what does not matter is 0.
-Decision = namedtuple("Decision", "name columns choices when", defaults=((),))
-
-def listed(config, flag, choices):
-    """The indices of the words of a comma-separated setting."""
-    words = getattr(config, flag).split(",")
-    if len(set(words)) < len(words):
-        raise UserError(f"--{flag} {getattr(config, flag)} has one of them twice")
-    return tuple(list(choices).index(choose(flag.removesuffix("s"), word, choices)) for word in words)
-
-def numbers(config, flag, known):
-    """What stands in a row for the numbers of a comma-separated setting; known has all allowed ones. Of "" it is 0."""
-    text = getattr(config, flag)
-    with refusing(f"--{flag} {text}", f"; {Config.__dataclass_fields__[flag].metadata['help']}"):
-        return tuple(sorted({known[float(x)] for x in text.split(",")})) if text else (0,)
-
-# --connections: the slots that node i may read; or those of any cell. In ENAS's space only node 0 reads the input pair.
-FAMILIES = {"any": lambda i, gated: tuple(range(0 if gated or i == 0 else 1, i + 1)), "chain": lambda i, gated: (i,),
-            "tree": lambda i, gated: ((i - 1) // 2 + 1,)}
-
-def reads_of(config, gated):
-    """For each node the slots that it may read."""
-    if config.connections in FAMILIES:
-        return [FAMILIES[config.connections](i, gated) for i in range(config.nodes)]
-    cell = load_cell(replace(config, connections="any"), config.connections, FAMILIES)
-    reads = [(node.read,) for node in cell.nodes]
-    if len(reads) < config.nodes or not gated and (INPUT,) in reads[1:]:
-        raise UserError(f"--connections {config.connections} has {len(reads)} nodes, not --nodes {config.nodes}, "
-                        "or several read the input pair, which needs --operations with glu, gate or sum")
-    return reads
-
-def search_space(config):
-    """The list of Decisions. ENAS: every node but the first reads an earlier one, any activation. Beyond it what Config
-    asks for: with other operations any node may read the input pair; the memory is one of the first --min_nodes."""
-    n, least = config.nodes, config.min_nodes or config.nodes
-    if not 1 <= least <= n:
-        raise UserError(f"--nodes {n} must be at least 1, and --min_nodes {least} from 1 to that")
-    activations, operations = listed(config, "activations", ACTIVATIONS), listed(config, "operations", OPERATIONS)
-    widths = numbers(config, "widths", {width: width for width in range(1, config.hidden + 1)})
-    rates = numbers(config, "rates", {2.0 ** power: power for power in range(-20, 21)})
-    gated, rest = operations != (HIGHWAY,), 2 + 2 * n
-    if config.memory and not {GATE, SUM} & {*operations}:
-        raise UserError("--memory needs an operation that can read it: --operations with gate or sum")
-    if not config.memory and {GATE, SUM} >= {*operations}:
-        raise UserError(f"--operations {config.operations}: without --memory there is none for node 0")
-    reads, whole_cell = reads_of(config, gated), config.activation_scope == "cell"
-    beyond = gated or (widths, rates) != ((0,), (0,))  # ENAS's columns
-    decisions = [Decision("nodes", (0,), tuple(range(least, n + 1))), Decision("output", (1,), (LEAVES,))]
-    if beyond:
-        carried = tuple(range(1, least + 1)) if config.memory else (0,)
-        extra = zip(("memory", "width", "rate"), (carried, widths, rates))
-        decisions += [Decision(name, (rest + i,), choices) for i, (name, choices) in enumerate(extra)]
-    if whole_cell:
-        decisions.append(Decision("activation", tuple(range(3, rest, 2)), activations))
-    for i in range(n):
-        at, there = rest + 3 + 2 * i, (((0, tuple(range(i + 1, n + 1))),) if i >= least else ())
-        seconds = tuple(range(0 if config.memory else 1, i + 1))
-        mine = tuple(o for o in operations if seconds or o not in (GATE, SUM))
-        decisions.append(Decision(f"predecessor of {i}", (2 + 2 * i,), reads[i], there))
-        if gated:
-            decisions += [Decision(f"operation of {i}", (at,), mine, there),
-                          Decision(f"second of {i}", (at + 1,), seconds or (0,), (*there, (at, (GATE, SUM))))]
-        if not whole_cell:
-            acts = there if SUM not in mine else (*there, (at, (HIGHWAY, GLU, GATE)))
-            decisions.append(Decision(f"activation of {i}", (3 + 2 * i,), activations, acts))
-    if beyond and not gated:  # a row has all columns
-        decisions.append(Decision("no gates", tuple(range(rest + 3, rest + 3 + 2 * n)), (0,)))
-    return decisions
-
-def ways(decisions):
-    """A function (i, known) -> [(value, what is known then, number of different cells from there)] of decision i; known
-    are the (column, value) that a later `when` asks about. From (0, ()) the numbers add up to the space's size."""
-    last_use = {column: i for i, d in enumerate(decisions) for column, _ in d.when}
-
-    @lru_cache(maxsize=None)
-    def options(i, known):
-        d, found = decisions[i], []
-        for value in d.choices if all(dict(known)[column] in values for column, values in d.when) else (0,):
-            now = (*known, *((column, value) for column in d.columns))
-            then = tuple((column, x) for column, x in now if last_use.get(column, -1) > i)
-            found.append((value, then, sum(n for *_, n in options(i + 1, then)) if i + 1 < len(decisions) else 1))
-        return found
-
-    return options
-
-def uniform_rows(decisions, k, *key):
-    """K rows drawn uniformly from the different cells of the space, which an untrained controller only nearly does, and
-    with --min_nodes not at all: most cells have the most nodes, so nearly all of these rows have."""
-    options, width = ways(decisions), 1 + max(column for d in decisions for column in d.columns)
-    rows = torch.zeros(k, width, dtype=torch.long)
-    for row, draws in zip(rows, torch.rand(k, len(decisions), generator=rng(*key)).tolist()):
-        known = ()
-        for i, (d, u) in enumerate(zip(decisions, draws)):
-            found = options(i, known)
-            sums = list(accumulate(n for *_, n in found))  # a value's chance is its share of the cells
-            row[list(d.columns)], known, _ = found[bisect(sums, int(u * 2 ** 53) * sums[-1] >> 53)]
+        numbers = [len(cell.nodes), cell.output, cell.memory, cell.width, cell.rate]
+        for node in cell.nodes:
+            numbers += node
+        row[:len(numbers)] = torch.tensor(numbers)
     return rows
 
-def recurrent_parameters(cell, hidden):
-    """Weights that the recurrence uses: a matrix for each of c and u, from [x, h] on the input pair; no biases."""
-    h, uses = cell.width or hidden, {"highway": 2, "glu": 2, "gate": 1, "sum": 0}
-    return sum(uses[node.operation] * h * h * (1 + (node.read == INPUT) + (node.also > 0)) for node in cell.nodes)
 
-def slots_read(node):
-    """The slots that a node reads, None for the memory."""
-    seconds = (node.second or None,) if node.operation in ("gate", "sum") else ()
-    return (node.read, *seconds, *[node.also] * (node.also > 0))
+def decode(row):
+    """The Cell of one row [5 + 4N]."""
+    count, *whole = row[:len(WHOLE)].tolist()
+    nodes = row[len(WHOLE):].view(-1, len(NODE))[:count].tolist()
+    return Cell(tuple(Node(*node) for node in nodes), *whole)
+
+
+def row_name(row):
+    """'2-0-0-0-0-...', a row as it stands in records and as --cell takes it."""
+    return "-".join(map(str, row.tolist()))
+
+
+def row_of(name):
+    """The row [5 + 4N] of such a name."""
+    return torch.tensor([int(x) for x in re.findall(r"(?:^|-)(-?\d+)", name)])
+
+
+def arc(text, output=ALL):
+    """A cell of ENAS's space as its authors' code prints it: predecessor and activation of nodes 1,
+    2, ...; node 0 is tanh on the input pair."""
+    numbers = list(map(int, text.split()))
+    if not numbers or len(numbers) % 2:
+        raise ValueError(f"{len(numbers)} numbers, not a predecessor and an activation for each node")
+    nodes = [Node(read + 1, activation=act) for read, act in zip(numbers[::2], numbers[1::2])]
+    return Cell((Node(INPUT), *nodes), output)
+
+
+CELLS = {
+    # Pham et al. 2018, figure 6
+    "enas": arc("0 0 1 1 2 1 2 0 2 0 5 1 1 0 6 1 8 1 8 1 8 1", LEAVES),
+    # Liu et al. 2019, first and second order
+    "darts_v1": arc("0 1 1 1 2 0 3 1 4 1 1 3 5 1 1 1"),
+    "darts_v2": arc("0 2 1 1 1 1 1 3 2 0 5 2 3 0 5 1"),
+    # the corrected code of ENAS's authors
+    "enas_lm": arc("0 2 1 0 2 1 2 2 4 0 5 0 3 2 6 2"),
+    "chain": arc(" ".join(f"{i} 0" for i in range(11)), LEAVES),
+    "tree": arc(" ".join(f"{i // 2} 0" for i in range(11)), LEAVES),
+    # f * m + i * tanh(g), carried on as m; h = o * tanh(m), node 3, the only leaf
+    "lstm_cell": Cell((Node(INPUT, GATE, MEMORY, IDENTITY), Node(INPUT, GLU, 0, TANH),
+                       Node(1, SUM, 2), Node(INPUT, GATE, 3, TANH)), memory=3),
+    # a recurrent additive network (Lee et al. 2017): f * m + i * u, which is both m and h
+    "additive": Cell((Node(INPUT, GATE, MEMORY, IDENTITY), Node(INPUT, GLU, 0, IDENTITY),
+                      Node(1, SUM, 2)), memory=3),
+}
+
+
+def leaf_weights(cells):
+    """[K, N]: each node's weight in h_t, 1 / leaves for a leaf, else 0."""
+    n = cells.read.shape[1]
+    node = torch.arange(n, device=cells.read.device)
+    exists = node < cells.nodes[:, None]
+    # slots that somebody reads; slot 0 stands for what is not used
+    is_read = (F.one_hot(cells.read, n + 1) | F.one_hot(cells.second, n + 1)).any(1)
+    inner = exists & ((node > 0) | (cells.nodes[:, None] == 1))  # DARTS: all but node 0
+    leaf = torch.where(cells.output[:, None] == ALL, inner, exists & ~is_read[:, 1:]).double()
+    return leaf / leaf.sum(1, keepdim=True)
+
 
 def leaves(cell):
     """The nodes whose mean is h_t."""
-    n, read = len(cell.nodes), {slot for node in cell.nodes for slot in slots_read(node)}
-    return [i for i in range(n) if (i > 0 or n == 1 if cell.output == "all" else i + 1 not in read)]
+    return leaf_weights(parse(encode([cell])))[0].nonzero().flatten().tolist()
 
-ROW = r"\d+(--?\d+)+"  # a cell's integers, as they stand in derived.json
 
-def load_cell(config, name, others=("lstm",)):
-    """A cell by name, 'random:SEED', its row '1-0-0-1', a JSON file or a search's folder; refusals name others, too."""
-    if name in CELLS:
-        return CELLS[name]
-    if re.fullmatch(ROW, name):
-        with refusing(f"'{name}', which is not a cell's row,"):
-            row = torch.tensor([[int(x) for x in re.findall(r"(?:^|-)(-?\d+)", name)]])
-            n, cell = columns(row).read.shape[1], decode(row[0])
-            if row.shape[1] not in (2 + 2 * n, 5 + 4 * n, 7 + 4 * n) or not 1 <= row[0, 0] <= n:
-                raise ValueError(f"{row.shape[1]} integers for {row[0, 0]} nodes")
-        return cell_from_json(cell_to_json(cell))  # which checks it
-    if name.startswith("random:"):
-        return decode(uniform_rows(search_space(config), 1, "random cell", name)[0])
-    path = Path(name)
-    if name and path.is_dir() or path.suffix == ".json":
-        return cell_from_json(read_json(path / "cell.json" if path.is_dir() else path))
-    raise UserError(f"unknown cell '{name}'{nearest(name, [*CELLS, *others])}; choose from "
-                    f"{', '.join((*CELLS, *others))}, random:SEED, a JSON file, or a search's folder")
+def has_second(node):
+    """Does it read a second slot?"""
+    return node.operation in (GATE, SUM) or node.operation == HIGHWAY and node.second > 0
 
-# 4. The shared network -----------------------------------------------------------------------------------------------
-# Weights are a dict of tensors. Shared by all architectures: 'edges' is the bank [edges, H, 2H], a row for each pair
-# (slot read, node). Standalone, a network per architecture: every tensor has a leading K, 'edges' is [K, N, H, 2H], and
-# if a node reads a slot also [K, N + 1, H, 2H], the last its second edge.
-# In gated spaces any node may read the input pair, so 'input', else [H, 2H], is [N, H, 2H], a matrix for each.
 
-STATE_BOUND = 25.0  # largest norm of h_t, as in ENAS-pytorch, and of m_t
+def slots_read(node):
+    """The slots that a node reads, None for the memory."""
+    if not has_second(node):
+        return [node.read]
+    return [node.read, node.second or None]
+
+
+def is_enas(cell):
+    """Is it in ENAS's space: highway nodes, of which only the first reads the input pair?"""
+    plain = all(node.operation == HIGHWAY and node.second == 0 for node in cell.nodes)
+    inputs = [i for i, node in enumerate(cell.nodes) if node.read == INPUT]
+    return plain and inputs == [0] and (cell.memory, cell.width, cell.rate) == (0, 0, 0)
+
+
+def recurrent_parameters(cell, hidden):
+    """Weights that the recurrence uses; there are no biases. A gate needs no u, a sum nothing."""
+    units = cell.width or hidden
+    matrices = {HIGHWAY: 2, GLU: 2, GATE: 1, SUM: 0}
+    inputs = sum(matrices[node.operation] for node in cell.nodes if node.read == INPUT)
+    return units * units * (inputs + sum(matrices[node.operation] for node in cell.nodes))
+
+
+def checked(cell):
+    """A cell that somebody wrote; or a ValueError that names the node which cannot be."""
+    for i, node in enumerate(cell.nodes):
+        if not all(0 <= x <= most for x, most in zip(node, (i, SUM, i, IDENTITY))):
+            raise ValueError(f"node {i} is {tuple(node)}: slots to {i}, the others to 3")
+        if node.operation == GLU and node.second:
+            raise ValueError(f"node {i}, a glu, reads a second slot")
+        if None in slots_read(node) and not cell.memory:
+            raise ValueError(f"node {i} reads the memory, but none is carried")
+    known = cell.output in (LEAVES, ALL) and 0 <= cell.memory <= len(cell.nodes)
+    known = known and cell.width >= 0 and abs(cell.rate) <= 9
+    if not cell.nodes or not known:
+        raise ValueError(f"{len(cell.nodes)} nodes, and of the whole {tuple(cell[1:])}")
+    return cell
+
+
+# 2. Search spaces ---------------------------------------------------------------------------------
+# Something to decide: the columns of a row that it sets, the values that it may take, and when it
+# matters: (column, values) that must all hold of columns decided before. With a single value there
+# is nothing to decide; what does not matter is 0.
+Decision = namedtuple("Decision", "name columns choices when", defaults=((),))
+
+
+def chain(i):
+    """Node i reads the one before."""
+    return [i]
+
+
+def tree(i):
+    """Node i reads node (i - 1) // 2: a complete binary tree."""
+    return [(i - 1) // 2 + 1]
+
+
+def anything(i):
+    """ENAS: node i reads any earlier node, and only node 0 the input pair."""
+    return list(range(1, i + 1))
+
+
+CONNECTIONS = {"any": anything, "chain": chain, "tree": tree}
+
+
+def numbers(config, name, known):
+    """A comma-separated setting as what stands in a row for its words; of an empty one that is
+    0."""
+    words = getattr(config, name).split(",") if getattr(config, name) else []
+    if len(set(words)) < len(words):
+        raise UserError(f"--{name} {getattr(config, name)} has one of them twice")
+    return [known[choose(f"word in --{name}", word, known)] for word in words] or [0]
+
+
+def nodes_decisions(config, i, operations, activations, least):
+    """What is to be decided of node i; a node from the least number on may be absent."""
+    exists = ((0, tuple(range(i + 1, config.nodes + 1))),) if i >= least else ()
+    operation, second = column(i, "operation"), column(i, "second")
+    gated = operations != [HIGHWAY]
+    reads = [0] if i == 0 else CONNECTIONS[config.connections](i)
+    if gated and i > 0 and config.connections == "any":
+        reads = [INPUT] + reads
+    seconds = list(range(0 if config.memory else 1, i + 1))
+    if not seconds:  # there is nothing to multiply or add yet
+        operations = [x for x in operations if x not in (GATE, SUM)]
+    mine = [Decision(f"predecessor of {i}", (column(i, "read"),), reads, exists)]
+    if gated:
+        mine.append(Decision(f"operation of {i}", (operation,), operations, exists))
+    if GATE in operations or SUM in operations:
+        two = exists + ((operation, (GATE, SUM)),)
+        mine.append(Decision(f"second of {i}", (second,), seconds, two))
+    if not config.one_activation:
+        acts = exists if SUM not in operations else exists + ((operation, (HIGHWAY, GLU, GATE)),)
+        mine.append(Decision(f"activation of {i}", (column(i, "activation"),), activations, acts))
+    return mine
+
+
+def search_space(config):
+    """The list of Decisions. ENAS: each node but the first reads an earlier one, any activation.
+
+    Beyond it what the settings ask for; the memory is one of the first --min_nodes.
+    """
+    n, least = config.nodes, config.min_nodes or config.nodes
+    if least > n:
+        raise UserError(f"--min_nodes {least} is more than --nodes {n}")
+    operations = numbers(config, "operations", {name: i for i, name in enumerate(OPERATIONS)})
+    activations = numbers(config, "activations", {name: i for i, name in enumerate(ACTIVATIONS)})
+    widths = numbers(config, "widths", {str(x): x for x in range(1, config.hidden + 1)})
+    rates = numbers(config, "rates", {f"{2.0 ** x:g}": x for x in range(-9, 10)})
+    if config.memory and not {GATE, SUM} & set(operations):
+        raise UserError("--memory needs an operation that reads it: --operations with gate or sum")
+    if not config.memory and not {HIGHWAY, GLU} & set(operations):
+        raise UserError(f"--operations {config.operations}: none for node 0 without --memory")
+    carried = list(range(1, least + 1)) if config.memory else [0]
+    whole = zip(WHOLE, (list(range(least, n + 1)), [LEAVES], carried, widths, rates))
+    decisions = [Decision(name, (i,), choices) for i, (name, choices) in enumerate(whole)]
+    if config.one_activation:
+        every = tuple(column(i, "activation") for i in range(n))
+        decisions.append(Decision("activation", every, activations))
+    for i in range(n):
+        decisions += nodes_decisions(config, i, operations, activations, least)
+    return decisions
+
+
+def matters(rows, decision):
+    """Where [K] the decision matters, given what stands in rows [K, D] of those before it."""
+    found = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    for i, values in decision.when:
+        found &= torch.stack([rows[:, i] == value for value in values]).any(0)
+    return found
+
+
+# 3. The network -----------------------------------------------------------------------------------
+# Weights are a dict of tensors. All have the tied embedding [V, H] and the decoder's bias [V].
+#     shared       'edges' [E, H, 2H], one for each pair (slot read, node): the supernet
+#     standalone   'nodes' [K, N, H, 2H], each network's own; every tensor has a leading K
+#     ENAS's space 'input' [1, H, 2H], the weights of x_t in node 0
+#     any other    'inputs' [N, H, 2H], as any node may read the input pair
+# An LSTM has torch.nn.LSTM's instead, with a leading K.
+
+STATE_BOUND = 25.0  # largest norm of h_t and of m_t
+# ENAS-pytorch bounds only what it carries, the last node's value, and decodes the unbounded mean.
+
 
 def edge_index(slot, node):
     """The bank's row of the edge slot -> node: node i can read slots 0 .. i."""
     return node * (node + 1) // 2 + slot
 
-def initial(config, shapes, seeds):
-    """K networks' weights, [K, *shape], uniform, each from its own seed, on the CPU; the decoder's bias is 0.
-    paper: +-.04, at 800 units; at 200 the ENAS cell learns slowly from there."""
-    bound, words = config.init or math.sqrt(3 / config.hidden), shapes["embedding"][0]
-    draw = lambda name: torch.stack([torch.rand(shapes[name], generator=rng(seed, "init", name)) for seed in seeds])
-    return {**{name: (draw(name) * 2 - 1) * bound for name in shapes}, "bias": torch.zeros(len(seeds), words)}
+
+def draw_weights(shapes, bound, seed):
+    """A dict of tensors, uniform in +- bound, each a function of the seed and its name."""
+    return {name: (torch.rand(shape, generator=rng(seed, "init", name)) * 2 - 1) * bound
+            for name, shape in shapes.items()}
+
+
+def init_bound(units):
+    """Keeps the variance of what passes a matrix. paper: .04, at 800 units; at 200 it learns
+    slowly."""
+    return math.sqrt(3 / units)
+
 
 def shared_weights(config, words):
-    """Weights of the supernet: tied embedding [V, H], x_t -> node 0 [H, 2H], and the bank [edges, H, 2H]."""
-    h, inputs = config.hidden, () if config.operations == "highway" else (config.nodes,)
-    shapes = {"embedding": (words, h), "input": (*inputs, h, 2 * h), "edges": (edge_index(0, config.nodes), h, 2 * h)}
-    return {name: w[0] for name, w in initial(config, shapes, [config.seed]).items()}
+    """Weights of the supernet."""
+    h = config.hidden
+    shapes = {"embedding": (words, h), "edges": (edge_index(0, config.nodes), h, 2 * h)}
+    if config.operations == "highway" and not config.widths:
+        shapes["input"] = (1, h, 2 * h)
+    else:
+        shapes["inputs"] = (config.nodes, h, 2 * h)
+    return draw_weights(shapes, init_bound(h), config.seed) | {"bias": torch.zeros(words)}
+
 
 def standalone_weights(config, words, cells, seeds):
-    """Weights of K networks, each with only its own edges; drawn node by node, so padding a cell changes nothing."""
-    h, n = config.hidden, columns(cells).read.shape[1]
-    inputs = () if cells.shape[1] % 2 == 0 else (n,)
-    nodes = dict.fromkeys((*(f"node {i}" for i in range(n)), *["also"] * (cells.shape[1] % 4 == 3)), (h, 2 * h))
-    weights = initial(config, {"embedding": (words, h), "input": (*inputs, h, 2 * h), **nodes}, seeds)
-    for k, width in enumerate(columns(cells).width.tolist()):
-        for w in weights.values():
-            w[k] *= math.sqrt(h / (width or h)) if config.init == 0 else 1  # as if made with that many units
-    return {"edges": torch.stack([weights.pop(node) for node in nodes], 1), **weights}
+    """Weights of K networks, drawn node by node, so that padding a cell changes nothing."""
+    h, n = config.hidden, max(len(cell.nodes) for cell in cells)
+    plain = all(is_enas(cell) for cell in cells)
+    networks = []
+    for cell, seed in zip(cells, seeds):
+        shapes = {"embedding": (words, h)}
+        shapes |= {f"{kind} {i}": (h, 2 * h) for kind in ("input", "node") for i in range(n)}
+        drawn = draw_weights(shapes, init_bound(cell.width or h), seed)
+        inputs = torch.stack([drawn[f"input {i}"] for i in range(1 if plain else n)])
+        networks.append({"embedding": drawn["embedding"], "bias": torch.zeros(words),
+                         "input" if plain else "inputs": inputs,
+                         "nodes": torch.stack([drawn[f"node {i}"] for i in range(n)])})
+    return {name: torch.stack([w[name] for w in networks]) for name in networks[0]}
 
-def check_fit(cells, nodes, hidden, gated):
-    """A UserError if weights of so many nodes and units, of a gated space or not, do not hold one of the cells."""
-    for cell in cells:
-        if len(cell.nodes) > nodes or cell.width > hidden:
-            raise UserError(f"{len(cell.nodes)} nodes, width {cell.width}: a cell larger than {nodes} and {hidden}")
-        if not gated and [node.read for node in cell.nodes].count(INPUT) > 1:
-            raise UserError("several nodes read the input pair, which shared weights allow with --operations glu, ...")
+
+def lstm_weights(config, words, units, seeds):
+    """Weights of K LSTMs of so many units, projected to --hidden, the tied embedding's, if
+    others."""
+    e, h = config.hidden, units
+    shapes = {"embedding": (words, e), "weight_ih": (4 * h, e), "weight_hh": (4 * h, h),
+              "bias_ih": (4 * h,), "bias_hh": (4 * h,)}
+    if h != e:
+        shapes["project"] = (h, e)
+    networks = [draw_weights(shapes, init_bound(e), seed) | {"bias": torch.zeros(words)}
+                for seed in seeds]
+    return {name: torch.stack([w[name] for w in networks]) for name in networks[0]}
+
 
 def is_shared(weights):
     """Is it the supernet, or K networks each with its own?"""
-    return weights["embedding"].dim() == 2
+    return "edges" in weights
 
-# What the recurrence needs of rows [K, D]. [N, K]: slot read, its edge's row in the bank, activation, the node's weight
-# in h_t, does it take x_t? more is None in ENAS's space, else Gates:
-Structure = namedtuple("Structure", "read edge act leaf takes more")
-# are nodes highway, gate, sum [N, K, 1, 1]; the second slot [N, K], N + 1 for the memory; the slot carried as memory
-# [K]; which units there are, live [K, 1, H], and in which of them is a memory, has; if rows have such columns, the slot
-# read also [K], else None, and the node that reads it, here [N, K, 1, 1]; then edge is [N + 1, K].
-Gates = namedtuple("Gates", "highway gate sum second memory live has also here")
 
-def structure(cells, hidden=0):
-    """The Structure of rows [K, D]; hidden is needed for its live units only."""
-    c = columns(cells)
-    read, act, operation, second = (x.t() for x in (c.read, c.act, c.operation, c.second))               # [N, K]
-    node = torch.arange(len(read), device=cells.device)[:, None]
-    exists = node < c.count
-    reads_second = exists & ((operation == GATE) | (operation == SUM))
-    reads_it = lambda slot, reads: ((slot[None] == node[:, None] + 1) & reads[None]).any(1)              # [N, K]
-    is_read = reads_it(read, exists) | reads_it(second, reads_second) | (c.also == node + 1)
-    leaf = exists & torch.where(c.output == ALL, (node > 0) | (c.count == 1), ~is_read)  # paper: DARTS omits node 0
-    units = torch.arange(hidden, device=cells.device)
-    live = ((units < c.width[:, None]) | (c.width[:, None] == 0))[:, None]               # [K, 1, H]
-    kinds = ((operation == kind)[..., None, None] for kind in (HIGHWAY, GATE, SUM))
-    slots, has = torch.where(second == MEMORY, len(read) + 1, second), live & (c.memory > 0)[:, None, None]
-    edge, second_edge = edge_index(read, node), (None, None)
-    if cells.shape[1] % 4 == 3:
-        edge = torch.cat([edge, edge_index(c.also, (c.who - 1).clamp(min=0))[None]])
-        second_edge = c.also, (c.who == node + 1)[..., None, None]
-    more = Gates(*kinds, slots, c.memory, live, has, *second_edge) if cells.shape[1] % 2 else None
-    return Structure(read, edge, act, leaf.double() / leaf.sum(0), exists & (read == INPUT), more)
-
-def inherit(shared, cells):
+def inherit(shared, rows):
     """Standalone weights that start from the shared ones: each network gets its own copy."""
-    copies = {name: w.expand(len(cells), *w.shape).clone() for name, w in shared.items() if name != "edges"}
-    return {**copies, "edges": shared["edges"][structure(cells).edge].transpose(0, 1).contiguous()}
+    read = parse(rows).read
+    edge = edge_index(read, torch.arange(read.shape[1], device=rows.device))              # [K, N]
+    copies = {name: w.expand(len(rows), *w.shape).clone() for name, w in shared.items()
+              if name != "edges"}
+    return copies | {"nodes": shared["edges"][edge]}
 
-# One step's input: inputs [T, B]; targets [T, B], -1 where there is nothing to predict; state [K or 1, B, H or 2H], h
-# before the first token, outside ENAS's space memory or 0 beside it; masks, a dict, see draw_masks, {} to evaluate.
-Batch = namedtuple("Batch", "inputs targets state masks")
 
-def draw_masks(config, words, batch, seeds, step):
-    """Variational dropout: a mask per segment, scaled by 1 / (1 - rate), for each of K seeds; one seed, shared masks.
-    word [K, V], input, hidden, output [K, B, H]; a rate of 0 has no mask."""
-    shapes = {"word": (words,), **dict.fromkeys(("input", "hidden", "output"), (batch, config.hidden))}
-    rates = {name: getattr(config, f"{name}_dropout") for name in shapes}
-    return {name: torch.stack([torch.rand(shapes[name], generator=rng(seed, name, step)) >= rate for seed in seeds])
-            / (1 - rate) for name, rate in rates.items() if rate > 0}
+def pick(options, which):
+    """Each cell's own choice: options [choices, K, ...] and which [K] give [K, ...]."""
+    return options[which, torch.arange(len(which), device=which.device)]
 
-def reference_losses(weights, row, batch, k=0):
-    """The network as it is usually written, for ONE architecture: the mean loss, and the states [T, B, H or 2H].
-    Highway node (Pham et al. 2018): [c, u] = s_p W;  s_i = s_p + sigmoid(c) * (act(u) - s_p). Others: OPERATIONS."""
-    mine = weights if is_shared(weights) else {name: w[k] for name, w in weights.items()}
-    mask = {name: x[k % len(x)] for name, x in batch.masks.items()}
-    cell, states, hidden = decode(row), [], mine["embedding"].shape[-1]
-    live = (torch.arange(hidden) < (cell.width or hidden)).to(mine["embedding"])         # the top-left block of weights
-    h, *m = batch.state[k % len(batch.state)].split(hidden, -1)
-    m, times = m[0] if m else torch.zeros_like(h), lambda x, name: x * mask[name] if name in mask else x
-    halves = lambda w: (w[:, :hidden].contiguous(), w[:, hidden:].contiguous())          # gate, candidate
-    rows = [edge_index(node.read, i) if is_shared(weights) else i for i, node in enumerate(cell.nodes)]
-    rows += [edge_index(node.also, i) if is_shared(weights) else -1 for i, node in enumerate(cell.nodes) if node.also]
-    wxs, ws = ([halves(w) for w in x] for x in (mine["input"].view(-1, hidden, 2 * hidden), mine["edges"][rows]))
-    for t, tokens in enumerate(batch.inputs):
-        x = F.embedding(tokens, mine["embedding"])                                       # [B, H]
-        x = x + mask["noise"][t] * mine["embedding"].square().mean().sqrt() if "noise" in mask else x
-        x = live * times(x * mask["word"][tokens][:, None] if "word" in mask else x, "input")
-        slots = [h]
-        for i, (node, (w_c, w_u)) in enumerate(zip(cell.nodes, ws)):
-            p, q = slots[node.read], m if node.second == MEMORY else slots[node.second]
-            s = live * times(p, "hidden")
-            c, u = s @ w_c, s @ w_u
-            if node.read == INPUT:
-                c, u = c + x @ wxs[i][0], u + x @ wxs[i][1]
-            if node.also:
-                r = live * times(slots[node.also], "hidden")
-                p, c, u = (p + slots[node.also]) / 2, (c + r @ ws[-1][0]) / 2, (u + r @ ws[-1][1]) / 2
-            act, gate = ACTIVATIONS[node.activation], torch.sigmoid(c)
-            slots.append({"highway": lambda: p + gate * (act(u) - p), "glu": lambda: gate * act(u),
-                          "gate": lambda: gate * act(q), "sum": lambda: p + q}[node.operation]())
-        bounded = lambda s: s * (STATE_BOUND / s.norm(dim=-1, keepdim=True).clamp(min=STATE_BOUND))
-        h = bounded(live * sum(slots[i + 1] for i in leaves(cell)) / len(leaves(cell)))
-        m = bounded(live * slots[cell.memory]) if cell.memory else torch.zeros_like(h)
-        states.append(torch.cat([h, m], -1))
-    states = torch.stack(states)
-    logits = times(states[..., :hidden], "output") @ mine["embedding"].t() + mine["bias"]                # [T, B, V]
-    loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-1)
-    return loss, states if is_gated(cell) else states[..., :hidden]
 
-class Workspace:
-    """Large buffers to use again, since fresh memory is slow: a forward pass takes them, its backward gives them back,
-    so two passes that are alive at once never share one. The last few shapes are kept."""
-    free = []
+def node_value(p, q, z, operation, activation):
+    """One node of K cells, s_i [K, B, H]. p, q: what it reads; z [K, B, 2H]: c, u. See chapter
+    1."""
+    c, u = z.chunk(2, dim=-1)
+    gate = torch.sigmoid(c)
+    through = torch.where((operation == GATE)[:, None, None], q, u)
+    y = pick(torch.stack([act(through) for act in ACTIVATIONS.values()]), activation)
+    return pick(torch.stack([p + gate * (y - p), gate * y, gate * y, p + q]), operation)
 
-    @classmethod
-    def take(cls, like, *shape):
-        for i, buffer in enumerate(cls.free):
-            if (buffer.shape, buffer.dtype, buffer.device) == (shape, like.dtype, like.device):
-                return cls.free.pop(i)
-        return like.new_empty(shape)
 
-    @classmethod
-    def give(cls, *buffers):
-        cls.free = (cls.free + list(buffers))[-10:]
+def bound(state):
+    """The state [..., H], shrunk to norm STATE_BOUND where it is longer."""
+    square = state.square().sum(-1, keepdim=True)  # a norm has no second derivative at 0
+    return state * (STATE_BOUND * square.clamp(min=STATE_BOUND ** 2).rsqrt())
 
-# Every activation as arithmetic with coefficients per architecture, so that K different ones are one operation. With
-# z = slope * u:  y = act(u) = scale * sigmoid(z) + shift + max(linear * z, floor), and the derivative needs only y:
-# dy/dz = (square * y + line) * y + constant + step * [y > 0]. In bfloat16 tanh is exact to 1/128 so, not relatively.
-#                           slope scale shift linear floor       square line constant step
-COEFFICIENTS = {"tanh":     (2.0, 2.0, -1.0, 0.0, 0.0,           -0.5, 0.0, 0.5, 0.0),
-                "relu":     (1.0, 0.0, 0.0, 1.0, 0.0,            0.0, 0.0, 0.0, 1.0),
-                "identity": (1.0, 0.0, 0.0, 1.0, -math.inf,      0.0, 0.0, 1.0, 0.0),
-                "sigmoid":  (1.0, 1.0, 0.0, 0.0, 0.0,            -1.0, 1.0, 0.0, 0.0)}
+
+def step(cells, w, xw, h, m, mask, live, leaf):
+    """One word: the states h, m [K, B, H] before it -> those after it.
+
+    w [N, K, H, 2H]: each node's weights; xw [K, 1 or N, B, 2H]: x_t times its input weights;
+    mask [K or 1, B or 1, H]: dropout on what nodes read; live [K, 1, H]: the units a cell has.
+    """
+    slots = [h]
+    for i in range(len(w)):
+        read, operation, second = cells.read[:, i], cells.operation[:, i], cells.second[:, i]
+        values = torch.stack(slots)                                               # [i + 1, K, B, H]
+        # a node that is not there reads slot 0, and weighs nothing in the end
+        p = pick(values, read.clamp(max=i))
+        q = pick(torch.cat([m[None], values[1:]]), second.clamp(max=i))
+        adds = (operation == HIGHWAY) & (second > 0)
+        p = torch.where(adds[:, None, None], (p + q) / 2, p)
+        z = (p * mask) @ w[i]
+        if i < xw.shape[1]:
+            z = z + (read == INPUT)[:, None, None] * xw[:, i]
+        slots.append(live * node_value(p, q, z, operation, cells.activation[:, i]))
+    values = torch.stack(slots)                                                   # [N + 1, K, B, H]
+    h = torch.einsum("kn,nkbh->kbh", leaf, values[1:])
+    m = pick(values, cells.memory) * (cells.memory > 0)[:, None, None]
+    return bound(h), bound(m)
+
+
+def live_units(cells, hidden):
+    """[K, 1, H], of bools: the units that a cell has, the top-left block of its weights."""
+    width = torch.where(cells.width > 0, cells.width, hidden)
+    return (torch.arange(hidden, device=width.device) < width[:, None])[:, None]
+
+
+def plain_recurrence(cells, w, xw, h, m, mask=None):
+    """h of every step [K, T, B, H] and the last memory [K, B, H], for xw [K or 1, 1 or N, T, B, 2H].
+
+    It serves every space and can be differentiated twice: it is the reference. FastRecurrence is
+    the same for ENAS's own space.
+    """
+    live = live_units(cells, h.shape[-1]).to(h.dtype)
+    leaf = leaf_weights(cells).to(h.dtype)
+    mask = live if mask is None else mask * live
+    states = []
+    for t in range(xw.shape[2]):
+        h, m = step(cells, w, xw[:, :, t], h, m, mask, live, leaf)
+        states.append(h)
+    return torch.stack(states, 1), m
+
+
+# The fast path: highway nodes only, the backward pass through time by hand. Every activation is
+# arithmetic with coefficients of each cell, so that K different ones are one operation. With
+# z = slope * u:  y = act(u) = scale * sigmoid(z) + shift + max(linear * z, floor), and the
+# derivative needs only y: dy/dz = (square * y + line) * y + constant + jump * [y > 0].
+#                slope scale shift linear floor      square line constant jump
+COEFFICIENTS = [(2.0,  2.0,  -1.0, 0.0,   0.0,       -0.5,  0.0, 0.5,     0.0),    # tanh
+                (1.0,  0.0,  0.0,  1.0,   0.0,       0.0,   0.0, 0.0,     1.0),    # relu
+                (1.0,  1.0,  0.0,  0.0,   0.0,       -1.0,  1.0, 0.0,     0.0),    # sigmoid
+                (1.0,  0.0,  0.0,  1.0,   -math.inf, 0.0,   0.0, 1.0,     0.0)]    # identity
+
 
 @lru_cache
 def coefficient_table(dtype, device):
-    """Built once per device: a copy from the host inside a step would stop a GPU, and a CUDA graph's capture."""
-    return torch.tensor([COEFFICIENTS[name] for name in ACTIVATIONS], dtype=dtype, device=device)
+    """[activations, 9], made once: a copy from the host at every step would stop a GPU."""
+    return torch.tensor(COEFFICIENTS, dtype=dtype, device=device)
 
-def bound_norm(x):
-    """x min(1, bound / |x|), and that factor."""
-    shrink = (STATE_BOUND / torch.linalg.vector_norm(x, dim=-1, keepdim=True)).clamp(max=1)
-    return x * shrink, shrink
 
-def bound_norm_backward(dy, y, shrink):
-    """dL/dx from dL/dy: where the bound holds, without the part along y."""
-    radial = (y * dy).sum(-1, keepdim=True).mul_(shrink < 1).div_(STATE_BOUND ** 2)
-    return torch.addcmul(dy, radial, y, value=-1).mul_(shrink)
+FREE = []  # large buffers to be used again, since fresh memory is slow: a third at 32 architectures
 
-def activate(z, out, alone, scale, shift, linear, floor):
-    """sigmoid(c) and y = act(u) [K, B, H] of z [K, B, 2, H], which holds c and slope * u; both are views of out."""
-    c, y = torch.sigmoid(z, out=out).unbind(2)
-    z_u = z[:, :, 1]
-    if not alone:
-        torch.add(torch.maximum(z_u.mul_(linear), floor).addcmul_(y, scale), shift, out=y)
-    elif linear:
-        torch.clamp(z_u, min=floor, out=y)
-    elif scale != 1:
-        y.mul_(scale).add_(shift)
-    return c, y
 
-def local_derivatives(node, p, keep, act, kinds, passed):
-    """Of one node's s = p + c (y - p), all steps at once, in place: node [K, T, B, 2, H], c = sigmoid(c~), y = act(u),
-    becomes ds/dc~ and ds/dz, and keep [K, T, B, H] ds/dp. In gated cells kinds are its highway, gate, sum [K, 1, 1, 1],
-    and passed becomes ds/dq; where the activation is q's (gate), z has no derivative. act: nine coefficients."""
-    slope, square, line, constant, step = act[0], *act[5:]
-    c, y = node.unbind(3)
-    torch.sub(1, c, out=keep)
-    dz = y.mul(square).add_(line).mul_(y).add_(constant).addcmul_(step, (y > 0).to(y.dtype)).mul_(c)
-    if kinds is None:
-        c.copy_(y.sub_(p).mul_(c).mul_(keep))  # ds/dc~ = (y - p) c (1 - c)
-        y.copy_(dz)
-        return
-    highway, gate, sum_ = kinds
-    torch.where(gate, dz * slope, sum_.to(y.dtype), out=passed)
-    c.copy_(torch.where(sum_, 0, y.sub_(p * highway).mul_(c).mul_(keep)))
-    y.copy_(torch.where(gate | sum_, 0, dz))
-    keep.mul_(highway).add_(sum_)
+def take(like, *shape):
+    """A buffer of that shape, with anything in it. Two passes that are alive at once never share
+    one."""
+    for i, buffer in enumerate(FREE):
+        if (buffer.shape, buffer.dtype, buffer.device) == (shape, like.dtype, like.device):
+            return FREE.pop(i)
+    return like.new_empty(shape)
 
-def read_also(z, p, r, here, mask, w):
-    """z = [c, u] and the returned s_p: means over p and the slot read also, r, where it is here. Else r may be NaN."""
-    z_r = torch.bmm(r if mask is None else r * mask, w)
-    z.copy_(torch.where(here, (z + z_r) / 2, z))
-    return torch.where(here, (p + r) / 2, p)
 
-def edge_gradients(dz, reads, mask, out):
-    """dL/dw of edges, each ONE product over all T * B rows, to out [N, K, H, 2H]: dz [N, K, T, B, 2, H], and reads(i)
-    what node i reads [K, T, B, H]."""
-    flat = lambda x: x.reshape(dz.shape[1], -1, x.shape[-1])
-    for i, dw in enumerate(out):
-        read = reads(i) if mask is None else reads(i) * mask[:, None]
-        torch.bmm(flat(read).transpose(1, 2), flat(dz[i].flatten(3)), out=dw)
+def give(*buffers):
+    """Back to the free ones, of which the last few are kept."""
+    FREE.extend(buffers)
+    del FREE[:-9]
 
-# What both passes of the recurrence gather by: rows slot * K + k of all slots. reads, N of [K]; in gated cells second
-# [N, K] and memory [K]; also [K], or None; half [N, K, 1, 1], 1/2 where a node reads also. On the CPU an architecture
-# is alone if it is the only one: the host knows what is read, so reads are N numbers, and nothing is gathered by them.
-Plan = namedtuple("Plan", "alone reads leaf takes gated second memory also half")
 
-def plan_of(cell, w):
-    """The Plan of a Structure, whose leaf, here [K, 1, N], and takes [N, K, 1, 1] get the dtype of the weights w."""
-    k, more = cell.read.shape[1], cell.more
-    alone, flat = k == 1 and w.device.type == "cpu", lambda slot: slot * k + torch.arange(k, device=w.device)
-    reads = cell.read.flatten().tolist() if alone else flat(cell.read).unbind()
-    leaf, takes = cell.leaf.t()[:, None].to(w.dtype).contiguous(), cell.takes[..., None, None].to(w.dtype)
-    if more is None:
-        return Plan(alone, reads, leaf, takes, False, None, None, None, None)
-    also = (None, None) if more.also is None else (flat(more.also), more.here.to(w.dtype) / 2)
-    return Plan(alone, reads, leaf, takes, True, flat(more.second), flat(more.memory), *also)
+def sources(read):
+    """Where K nodes read, rows slot * K + k of all slots, N of [K]; or N slots, and True, for a
+    lone architecture on the CPU, where the host may know: a view of a slot is faster than a
+    copy."""
+    k = read.shape[1]
+    if k == 1 and read.device.type == "cpu":
+        return read[:, 0].tolist(), True
+    return (read * k + torch.arange(k, device=read.device)).unbind(), False
 
-def back_through_time(grad, w, mask, cell, plan, gates, keep, passed, h, shrink, m, m_shrink):
-    """dL/dh0 and dL/dm0, or None, from grad, dL/dh [K, T, B, H]; gates, each node's local derivatives, become dL/dz.
-    ds [slots, K, B, H] collects the gradient of every slot of one step."""
-    (n, k), (t_, b, hidden), more = cell.read.shape, h.shape[1:], cell.more
-    ds, dz, dp = (w.new_zeros(n + 1 + plan.gated, k, b, hidden), *(w.new_empty(k, b, x * hidden) for x in (2, 1)))
-    leaf = plan.leaf.permute(2, 0, 1)[..., None]                                         # [N, K, 1, 1]
-    back = w.transpose(2, 3).contiguous()  # a view is slow in bfloat16
-    per_node = list(zip(ds[1:].unbind(), plan.reads, back.unbind(), gates.unbind(), keep.unbind()))
-    ds_flat, dz_pair, dh = ds.flatten(0, 1), dz.view(k, b, 2, hidden), None
-    for t in reversed(range(t_)):
-        dh = grad[:, t] if dh is None else grad[:, t] + dh
-        dmean = bound_norm_backward(dh, h[:, t], shrink[:, t])
-        if plan.gated:
-            dmean, dm = dmean * more.live, bound_norm_backward(ds[-1], m[:, t], m_shrink[:, t]) * more.has
-            ds[-1] = 0
-        ds[0] = 0
-        torch.mul(dmean, leaf, out=ds[1:n + 1])
-        if plan.gated:
-            ds_flat.index_add_(0, plan.memory, dm)
-        for i, (d, where, w_t, local, stay) in reversed(list(enumerate(per_node))):
-            now = local[:, t]                                                            # [K, B, 2, H]
-            torch.mul(now, d[:, :, None], out=dz_pair)
-            now.copy_(dz_pair)
-            torch.bmm(dz, w_t, out=dp)
-            if mask is not None:
-                dp.mul_(mask)
-            dp.addcmul_(d, stay[:, t])
-            if plan.also is not None:
-                dr = torch.bmm(dz, w[n].transpose(1, 2))
-                dr = (dr if mask is None else dr * mask).addcmul_(d, stay[:, t])
-                ds_flat.index_add_(0, plan.also, plan.half[i] * dr)
-                dp.mul_(1 - plan.half[i])
-            ds[where].add_(dp) if plan.alone else ds_flat.index_add_(0, where, dp)
-            if plan.gated:
-                ds_flat.index_add_(0, plan.second[i], d * passed[i][:, t])
-        dh = ds[0]
-    return dh, ds[-1] if plan.gated else None
 
-class Recurrence(torch.autograd.Function):
-    """All nodes, steps and architectures of the recurrence, with a backward pass through time written by hand.
-    xw [I, K or 1, T, B, 2H] is x_t times the input weights of the I nodes on_input; h0, m0 [K, B, H]; w [N, K, H, 2H]
-    each node's weights, then the second edge's if there is one, the candidate half scaled by slope; mask [K or 1, B or
-    1, H] or None; a Structure, act the coefficients. Returns h [K, T, B, H] and the last memory [K, B, H] or None.
-    Buffers are filled in place, without a graph. For second derivatives: reference_losses."""
+class FastRecurrence(torch.autograd.Function):
+    """h [K, T, B, H] of K architectures of highway nodes.
+
+    xw [K or 1, T, B, 2H]  x_t times node 0's input weights, the u half times its slope
+    h0 [K, B, H]           the state before the first word
+    w [N, K, H, 2H]        each node's weights, the u half times its slope
+    mask [K or 1, B, H]    dropout on every node's input, or None
+    read [N, K], leaf [K, N], coefficients: eight [N, K, 1, 1], without the slope
+    """
 
     @staticmethod
-    def forward(ctx, training, xw, h0, m0, w, mask, on_input, cell, *act):
-        ctx.inputs = training, xw, h0, m0, w, mask, on_input, cell, *act
-        (n, k), hidden, (t_, b), more, plan = cell.read.shape, w.shape[2], xw.shape[2:4], cell.more, plan_of(cell, w)
-        kept, count = t_ if training else 1, n + 1 + plan.gated  # steps, for the backward pass; slots
-        slots = Workspace.take(w, count, k, kept, b, hidden)  # the input pair, the nodes, the memory
-        gates = Workspace.take(w, n if training else 1, k, kept, b, 2, hidden)
-        h, shrink = w.new_empty(k, t_, b, hidden), w.new_empty(k, t_, b, 1)
-        m, m_shrink = (torch.empty_like(h), torch.empty_like(shrink)) if plan.gated else (None, None)
-        p, pm, z = (w.new_empty(k, b, width) for width in (hidden, hidden, 2 * hidden))
-        z_pair = z.view(k, b, 2, hidden)
-        z_c, z_u = z_pair.unbind(2)  # c, and slope * u, of the product that bmm writes to z
-        slope, spread = act[0], lambda x: x.flatten().tolist() if plan.alone else x.unbind()
-        per_node = list(zip(w, plan.reads, *map(spread, act[1:5])))
-        for t in range(t_):
+    def forward(ctx, training, xw, h0, w, mask, read, leaf, *coefficients):
+        nodes, k, hidden, _ = w.shape
+        steps, batch = xw.shape[1:3]
+        kept = steps if training else 1  # steps that the backward pass will ask for
+        scale, shift, linear, floor = coefficients[:4]
+        slots = take(w, nodes + 1, k, kept, batch, hidden)                   # what a node can read
+        gates = take(w, nodes, k, kept, batch, 2, hidden)                    # sigmoid(c), act(u)
+        h = w.new_empty(k, steps, batch, hidden)
+        shrink = w.new_empty(k, steps, batch, 1)                            # by which h was bounded
+        p = w.new_empty(k, batch, hidden)
+        masked = torch.empty_like(p)
+        z = w.new_empty(k, batch, 2 * hidden)
+        u = z.view(k, batch, 2, hidden)[:, :, 1]
+        source, alone = sources(read)
+        state = h0
+        for t in range(steps):
             now = t if training else 0
-            rows = slots.view(count * k, kept, b, hidden)[:, now]                        # [slots * K, B, H]
-            values = slots[:, :, now].unbind()                                           # of each slot [K, B, H]
-            values[0].copy_(h0 if t == 0 else h[:, t - 1])
-            if plan.gated:
-                values[-1].copy_(m0 if t == 0 else m[:, t - 1])
-            for i, (w_i, where, scale, shift, linear, floor) in enumerate(per_node):
-                p = values[where] if plan.alone else torch.index_select(rows, 0, where, out=p)
-                torch.bmm(p if mask is None else torch.mul(p, mask, out=pm), w_i, out=z)
-                if i in on_input:
-                    x = xw[on_input.index(i), :, t]
-                    z_c.addcmul_(x[..., :hidden], plan.takes[i])
-                    z_u.addcmul_(x[..., hidden:], plan.takes[i] * slope[i])
-                if plan.also is not None:
-                    p = read_also(z, p, rows.index_select(0, plan.also), more.here[i], mask, w[n])
-                if plan.gated:  # a gate's activation is of the second slot
-                    q = rows.index_select(0, plan.second[i])
-                    z_u.copy_(torch.where(more.gate[i], q * slope[i], z_u))
-                c, y = activate(z_pair, gates[i if training else 0, :, now], plan.alone, scale, shift, linear, floor)
-                torch.lerp(p * more.highway[i] if plan.gated else p, y, c, out=values[i + 1])  # only a highway carries
-                if plan.gated:
-                    values[i + 1].copy_(torch.where(more.sum[i], p + q, values[i + 1]))
-            mean = torch.bmm(plan.leaf, slots[1:n + 1, :, now].view(n, k, -1).transpose(0, 1)).view(k, b, hidden)
-            h[:, t], shrink[:, t] = bound_norm(mean * more.live if plan.gated else mean)
-            if plan.gated:
-                m[:, t], m_shrink[:, t] = bound_norm(rows.index_select(0, plan.memory) * more.has)
+            values = slots[:, :, now].unbind()                              # of each slot [K, B, H]
+            rows = slots.view(-1, kept, batch, hidden)[:, now]               # [slots * K, B, H]
+            values[0].copy_(state)
+            for i in range(nodes):
+                p = values[source[i]] if alone else torch.index_select(rows, 0, source[i], out=p)
+                torch.bmm(p if mask is None else torch.mul(p, mask, out=masked), w[i], out=z)
+                if i == 0:
+                    z += xw[:, t]
+                c, y = torch.sigmoid(z.view(k, batch, 2, hidden), out=gates[i, :, now]).unbind(2)
+                torch.maximum(u.mul_(linear[i]), floor[i], out=u)
+                torch.add(u.addcmul_(y, scale[i]), shift[i], out=y)
+                torch.lerp(p, y, c, out=values[i + 1])
+            mean = torch.bmm(leaf[:, None], slots[1:, :, now].reshape(nodes, k, -1).transpose(0, 1))
+            mean = mean.view(k, batch, hidden)
+            norm = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
+            torch.div(STATE_BOUND, norm.clamp_(min=STATE_BOUND), out=shrink[:, t])
+            state = torch.mul(mean, shrink[:, t], out=h[:, t])
         if training:
-            ctx.buffers = plan, slots, gates, h.detach(), shrink, m, m_shrink  # else h would refer to itself
+            ctx.save_for_backward(w, mask, read, leaf, slots, gates, h, shrink, *coefficients[4:])
+            ctx.shared_input = len(xw) < k
         else:
-            Workspace.give(slots, gates)
-        if plan.gated:
-            ctx.mark_non_differentiable(last := m[:, -1].clone())
-        return h, last if plan.gated else None
+            give(slots, gates)
+        return h
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
-        training, xw, _, _, w, mask, on_input, cell, *act = ctx.inputs
-        if ctx.buffers is None:  # a second backward: the first one has used them up
-            Recurrence.forward(ctx, *ctx.inputs)
-        (plan, slots, gates, *bounded), ctx.buffers = ctx.buffers, None
-        n, two = len(gates), plan.also is not None  # does a node read also? Its edges have half of the gradient each
-        flat = slots.flatten(0, 1)                                                       # [slots * K, T, B, H]
-        values = lambda where: slots[where] if plan.alone else flat.index_select(0, where)  # [K, T, B, H]
-        r = flat.index_select(0, plan.also) if two else None
-        keep, passed = (Workspace.take(w, *slots[:n].shape) if x else None for x in (True, plan.gated))
-        for i, where in enumerate(plan.reads):  # gates become ds/dc~ and ds/dz, keep ds/dp, passed ds/dq
-            carried = torch.lerp(values(where), r, plan.half[i][:, None]) if two else values(where)
-            kinds = [x[i][:, None] for x in cell.more[:3]] if plan.gated else None
-            local_derivatives(gates[i], carried, keep[i], [x[i][:, None] for x in act], kinds,
-                              passed[i] if plan.gated else None)
-        dh, dm = back_through_time(grad, w, mask, cell, plan, gates, keep, passed, *bounded)
-        dw = torch.empty_like(w)
-        if two:
-            half = plan.half[..., None, None]
-            edge_gradients((gates * half).sum(0, keepdim=True), lambda i: r, mask, dw[n:])
-            gates.mul_(1 - half)  # what is left to the first edges
-        edge_gradients(gates, lambda i: values(plan.reads[i]), mask, dw[:n])
-        dxw = gates[on_input] * plan.takes[on_input][..., None, None]                    # [I, K, T, B, 2, H]
-        dxw[..., 1, :] *= act[0][on_input][:, :, None]  # slope
-        dxw = dxw.flatten(4)
-        Workspace.give(slots, gates, keep, *[passed] * plan.gated)
-        return None, dxw if xw.shape[1] == len(dh) else dxw.sum(1, keepdim=True), dh, dm, dw, *[None] * (3 + len(act))
+    def backward(ctx, grad):
+        w, mask, read, leaf, slots, gates, h, shrink, *coefficients = ctx.saved_tensors
+        nodes, k, steps, batch, _, hidden = gates.shape
+        source, alone = sources(read)
+        flat = slots.flatten(0, 1)                                           # [slots * K, T, B, H]
 
-class CrossEntropy(torch.autograd.Function):
-    """Mean loss [K] of h [K, R, H] for targets [R], -1 for none, under decoders [K, V, H] and biases [K, V].
-    Log-probabilities are in h's dtype, their sum in float32 or better, the gradients of decoder and bias in theirs. The
-    softmax goes by chunks that stay in the cache, the products by blocks of chunks: all logits never exist at once. If
-    a gradient is wanted, forward computes it for dL = 1, since the softmax is at hand; backward only scales it."""
+        def read_by(i):
+            """What node i reads, all steps [K, T, B, H]."""
+            return slots[source[i]] if alone else flat.index_select(0, source[i])
+
+        local, keep = gates, take(w, *slots[1:].shape)                       # gates are used up
+        for i in range(nodes):
+            local_derivatives(gates[i], read_by(i), [x[i, :, None] for x in coefficients], keep[i])
+        leaves = leaf.t()[:, :, None, None]                                  # [N, K, 1, 1]
+        back = w.transpose(2, 3).contiguous()  # a product with a view is slow in bfloat16
+        ds = w.new_zeros(nodes + 1, k, batch, hidden)                        # of one step's slots
+        rows, values = ds.flatten(0, 1), ds.unbind()
+        dz, dp = w.new_empty(k, batch, 2, hidden), w.new_empty(k, batch, hidden)
+        dh = torch.zeros_like(dp)
+        for t in reversed(range(steps)):
+            dmean = bound_backward(grad[:, t] + dh, h[:, t], shrink[:, t])
+            ds[0] = 0
+            torch.mul(dmean, leaves, out=ds[1:])
+            for i in reversed(range(nodes)):
+                here = local[i, :, t]
+                torch.mul(here, values[i + 1][:, :, None], out=dz)
+                here.copy_(dz)  # kept for dw
+                torch.bmm(dz.flatten(2), back[i], out=dp)
+                if mask is not None:
+                    dp.mul_(mask)
+                dp.addcmul_(values[i + 1], keep[i, :, t])
+                values[source[i]].add_(dp) if alone else rows.index_add_(0, source[i], dp)
+            dh.copy_(values[0])
+        dw = torch.empty_like(w)
+        for i in range(nodes):  # one product over all T * B rows
+            p = read_by(i) if mask is None else read_by(i) * mask[:, None]
+            torch.bmm(p.flatten(1, 2).transpose(1, 2), local[i].flatten(3).flatten(1, 2), out=dw[i])
+        dxw = local[0].flatten(3).clone()
+        give(slots, gates, keep)
+        dxw = dxw.sum(0, keepdim=True) if ctx.shared_input else dxw
+        return None, dxw, dh, dw, *[None] * 11
+
+
+def local_derivatives(gate, p, coefficients, keep):
+    """Of s = p + c (y - p), all steps, in place: gate [K, T, B, 2, H], which holds c = sigmoid(c~)
+    and y = act(u), becomes ds/dc~ and ds/dz, and keep [K, T, B, H] ds/dp = 1 - c."""
+    c, y = gate.unbind(3)
+    square, line, constant, jump = coefficients
+    torch.sub(1, c, out=keep)
+    dz = y.mul(square).add_(line).mul_(y).add_(constant).addcmul_(jump, (y > 0).to(y.dtype))
+    dz.mul_(c)
+    c.mul_(y.sub_(p)).mul_(keep)
+    y.copy_(dz)
+
+
+def bound_backward(dy, y, shrink):
+    """dL/dx from dL/dy, of y = x shrink: where the bound holds, without the part along y."""
+    radial = (y * dy).sum(-1, keepdim=True).mul_(shrink < 1).div_(STATE_BOUND ** 2)
+    return torch.addcmul(dy, radial, y, value=-1).mul_(shrink)
+
+
+def fast_recurrence(cells, w, xw, h, m, mask=None):
+    """As plain_recurrence, for ENAS's space: highway nodes, of which only the first reads x_t."""
+    coefficients = coefficient_table(w.dtype, w.device)[cells.activation.t()]            # [N, K, 9]
+    slope, *coefficients = coefficients[..., None, None].unbind(2)
+    halves = [torch.ones_like(slope), slope]
+    both = torch.cat([half.expand(-1, -1, -1, h.shape[-1]) for half in halves], -1)  # [N, K, 1, 2H]
+    xw = xw[:, 0] * both[0][:, None]
+    leaf = leaf_weights(cells).to(w.dtype)
+    training = torch.is_grad_enabled()
+    read = cells.read.t()
+    states = FastRecurrence.apply(training, xw, h, w * both, mask, read, leaf, *coefficients)
+    return states, m
+
+
+# One step's input: inputs [T, B]; targets [T, B], -1 where there is nothing to predict; state
+# [2, K or 1, B, H]: h and m before the first word; masks, a dict, see draw_masks, {} to evaluate.
+Batch = namedtuple("Batch", "inputs targets state masks")
+
+
+def zero_state(weights, batch):
+    """h and m, of an LSTM h and c, before the first word [2, 1, B, H]."""
+    last = weights.get("weight_hh", weights["embedding"])
+    return last.new_zeros(2, 1, batch, last.shape[-1])
+
+
+def draw_masks(config, words, batch, seeds, step):
+    """Variational dropout: a mask a segment, scaled by 1 / (1 - rate), for each of K seeds.
+
+    word [K, V], input, hidden, output [K, B, H]; a rate of 0 has no mask. With one seed they are
+    shared by all architectures.
+    """
+    units = (batch, config.hidden)
+    masks = {}
+    for name, shape in (("word", (words,)), ("input", units), ("hidden", units), ("output", units)):
+        rate = getattr(config, f"{name}_dropout")
+        if rate > 0:
+            draws = [torch.rand(shape, generator=rng(seed, name, step)) for seed in seeds]
+            masks[name] = (torch.stack(draws) >= rate) / (1 - rate)
+    return masks
+
+
+def embed(weights, batch):
+    """The embedded, dropped input [K or 1, T, B, H]."""
+    table, masks = weights["embedding"], batch.masks
+    tables = table.view(-1, *table.shape[-2:])                                      # [K or 1, V, H]
+    first = torch.arange(len(tables), device=table.device)[:, None, None] * tables.shape[1]
+    x = F.embedding(batch.inputs + first, tables.flatten(0, 1))  # K tables, one after the other
+    if "noise" in masks:
+        x = x + masks["noise"] * tables.square().mean((1, 2)).sqrt()[:, None, None, None]
+    if "word" in masks:
+        x = x * masks["word"][:, batch.inputs][..., None]
+    if "input" in masks:
+        x = x * masks["input"][:, None]
+    return x
+
+
+def unroll(weights, rows, batch, dtype=torch.float32, recurrence=None):
+    """h of K architectures over a segment [K, T, B, H], and the state to go on with [2, K, B,
+    H]."""
+    cells, gated = parse(rows), "inputs" in weights
+    x = embed(weights, batch).to(dtype)                                          # [K or 1, T, B, H]
+    if is_shared(weights):
+        edge = edge_index(cells.read, torch.arange(cells.read.shape[1], device=rows.device)).t()
+        w = weights["edges"].index_select(0, edge.flatten())
+        w = w.unflatten(0, edge.shape)                                               # [N, K, H, 2H]
+    else:
+        w = weights["nodes"].transpose(0, 1)
+    if gated:
+        x = x * live_units(cells, x.shape[-1])[:, None]
+    w_x = weights["inputs" if gated else "input"].to(dtype)
+    # the products with x need no state: all T * B of them at once
+    xw = (x.flatten(1, 2)[:, None] @ w_x).unflatten(2, x.shape[1:3])    # [K or 1, 1 or N, T, B, 2H]
+    h, m = batch.state.expand(-1, len(rows), -1, -1).to(dtype)
+    mask = batch.masks.get("hidden")
+    mask = None if mask is None else mask.to(dtype)
+    recurrence = recurrence or (plain_recurrence if gated else fast_recurrence)
+    states, m = recurrence(cells, w.to(dtype), xw, h, m, mask)
+    return states, torch.stack([states[:, -1], m]).detach().to(batch.state.dtype)
+
+
+def unroll_lstm(weights, batch):
+    """torch.nn.LSTM in the place of unroll, for one network after the other."""
+    outputs, states = [], []
+    for i, x in enumerate(embed(weights, batch)):
+        start = [s[None].contiguous() for s in batch.state[:, i % batch.state.shape[1]]]      # h, c
+        flat = [weights[name][i] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        out, h, c = torch.lstm(x, start, flat, True, 1, 0.0, torch.is_grad_enabled(), False, False)
+        outputs.append(out @ weights["project"][i] if "project" in weights else out)
+        states.append(torch.cat([h, c]).detach())
+    return torch.stack(outputs), torch.stack(states, 1)
+
+
+class SoftmaxLoss(torch.autograd.Function):
+    """Mean loss [K] of h [K, R, H] for targets [R], -1 for none, decoders [K, V, H], biases [K, V].
+
+    By chunks of rows, so that all logits never exist at once. Log-probabilities are in h's dtype,
+    their sum in float32 or better. The softmax is at hand in forward, so the gradient for dL = 1 is
+    computed there, if one is wanted, and backward only scales it.
+    """
 
     @staticmethod
-    def forward(ctx, training, h, decoder, bias, targets, chunk=0, block=1024):
-        (k, rows, _), chunk = h.shape, chunk or max(128, h.shape[2] // 2, 2 ** 20 // decoder.shape[1])
-        block = chunk * max(1, block // chunk)                                            # whole chunks
+    def forward(ctx, training, h, decoder, bias, targets, chunk=512):
         wide = torch.promote_types(h.dtype, torch.float32)
-        share = F.normalize((targets >= 0).to(wide), p=1, dim=0)                         # [R] weights of the rows
-        losses, low, offset = torch.zeros(k, dtype=wide, device=h.device), decoder.to(h.dtype), bias.to(h.dtype)
-        buffers = h.new_empty(2, min(chunk, rows), decoder.shape[1])                     # a chunk's logits, log softmax
+        share = F.normalize((targets >= 0).to(wide), p=1, dim=0)[:, None]      # weights of the rows
+        losses = torch.zeros(len(h), dtype=wide, device=h.device)
         if training:
-            d = h.new_empty(min(block, rows), decoder.shape[1])                          # dL/dlogits of a block
-            dh, dw, db = torch.empty_like(h), decoder.new_zeros(decoder.shape), bias.new_zeros(bias.shape)
-        for i, r in ((i, r) for i in range(k) for r in range(0, rows, chunk)):
-            if r == 0:
-                up = low[i].t().contiguous()  # [H, V]; a view is slow in bfloat16
-            x, y, part = h[i, r:r + chunk], targets[r:r + chunk].clamp(min=0)[:, None], share[r:r + chunk, None]
-            logits, logp = buffers[:, :len(x)]
-            torch.log_softmax(torch.addmm(offset[i], x, up, out=logits), 1, out=logp)
-            losses[i] -= (logp.gather(1, y) * part).sum()
-            if training:  # dL/dlogits = (softmax - onehot) / count
-                p = logp.exp_().scatter_add_(1, y, torch.full_like(y, -1, dtype=h.dtype)).mul_(part)
-                db[i] += p.sum(0)
-                at, end = r % block, min(r + chunk, rows)
-                d[at:at + len(p)] = p
-                if end == rows or end % block == 0:
-                    torch.mm(d[:at + len(p)], low[i], out=dh[i, r - at:end])
-                    dw[i] += d[:at + len(p)].t() @ h[i, r - at:end]
+            dh = torch.empty_like(h)
+            dw = decoder.new_zeros(decoder.shape)
+            db = bias.new_zeros(bias.shape)
+        buffers = h.new_empty(2, min(chunk, h.shape[1]), decoder.shape[1])
+        for k in range(len(h)):
+            down, offset = decoder[k].to(h.dtype), bias[k].to(h.dtype)
+            up = down.t().contiguous()  # a product with a view is slow in bfloat16
+            for r in range(0, h.shape[1], chunk):
+                x = h[k, r:r + chunk]
+                y = targets[r:r + chunk, None].clamp(min=0)
+                part = share[r:r + chunk]
+                logits, logp = buffers[:, :len(x)]
+                torch.log_softmax(torch.addmm(offset, x, up, out=logits), 1, out=logp)
+                losses[k] -= (logp.gather(1, y) * part).sum()
+                if training:  # dL/dlogits = (softmax - onehot) share
+                    minus_one = torch.full_like(y, -1, dtype=h.dtype)
+                    d = logp.exp_().scatter_add_(1, y, minus_one).mul_(part)
+                    torch.mm(d, down, out=dh[k, r:r + chunk])
+                    db[k] += d.sum(0)
+                    if dw.dtype == h.dtype:
+                        dw[k].addmm_(d.t(), x)  # in place, which is a quarter of the time
+                    else:
+                        dw[k] += d.t() @ x
         if training:
             ctx.save_for_backward(dh, dw, db)
         return losses
@@ -1026,756 +803,426 @@ class CrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         dh, dw, db = ctx.saved_tensors
-        grad = grad.to(dw.dtype)[:, None]
-        return None, dh * grad[..., None].to(dh.dtype), dw * grad[..., None], db * grad, *[None] * 3
+        grad = grad.to(dw.dtype)[:, None, None]
+        return None, dh * grad.to(dh.dtype), dw * grad, db * grad[:, 0], None, None
 
-def embed(weights, batch):
-    """The embedded, dropped input [K or 1, T, B, H]."""
-    table, tokens, masks = weights["embedding"], batch.inputs, batch.masks
-    copies = 1 if is_shared(weights) else len(table)
-    offset = torch.arange(copies, device=tokens.device)[:, None, None] * table.shape[-2]
-    x = F.embedding(tokens + offset, table.view(-1, table.shape[-1]))                    # K tables, one after the other
-    if "noise" in masks:
-        x = x + masks["noise"] * table.square().mean((-2, -1)).sqrt().view(-1, 1, 1, 1)
-    if "word" in masks:
-        x = x * masks["word"][:, tokens][..., None]
-    return x * masks["input"][:, None] if "input" in masks else x
 
-def unroll(weights, cells, batch, dtype=torch.float32):
-    """h of K architectures over a segment: [K, T, B, H] in dtype, and the state to go on with [K, B, H or 2H]. On the
-    CPU a lone architecture is cut to its width, h [1, T, B, width]; else the units beyond the widths are masked."""
-    hidden, bank, host = weights["embedding"].shape[-1], weights["edges"], cells.device.type == "cpu"
-    cell, mask, x = structure(cells, hidden), batch.masks.get("hidden"), embed(weights, batch)  # [K or 1, T, B, H]
-    w = bank.index_select(0, cell.edge.flatten()).unflatten(0, cell.edge.shape) if is_shared(weights) else \
-        bank.transpose(0, 1)                                                             # [N, K, H, 2H]
-    w_x = weights["input"].reshape(len(x), -1, hidden, 2 * hidden)                       # [K or 1, N or 1, H, 2H]
-    state = F.pad(batch.state, (0, 2 * hidden - batch.state.shape[-1]))  # a memory that it lacks is 0
-    h0, m0 = state.expand(len(cells), -1, -1).chunk(2, -1)
-    d, on_input = hidden, [0]  # units computed with; nodes that read the input pair
-    if cell.more is not None:
-        on_input = [i for i in range(min(len(cell.takes), w_x.shape[1])) if not host or cell.takes[i].any()]
-        live = cell.more.live
-        if host and len(cells) == 1:
-            d = int(live.sum())
-        elif not host or not live.all():
-            mask, x = live.to(x.dtype) if mask is None else mask * live, x * live[:, None]
-    if d < hidden:
-        block = lambda w: torch.cat([w[..., :d, :d], w[..., :d, hidden:hidden + d]], -1)
-        w, w_x, x, h0, m0 = block(w), block(w_x), x[..., :d], h0[..., :d], m0[..., :d]
-        mask = None if mask is None else mask[..., :d]
-        cell = cell._replace(more=cell.more._replace(live=live[..., :d], has=cell.more.has[..., :d]))
-    cast, act = lambda x: x.to(dtype), coefficient_table(dtype, cells.device)[cell.act][..., None, None].unbind(2)
-    xw = (cast(x).flatten(1, 2)[:, None] @ cast(w_x[:, on_input])).unflatten(2, x.shape[1:3])            # over all rows
-    slope = act[0]
-    if len(w) > len(slope):  # that of the node which reads a slot also
-        slope = torch.cat([slope, (cell.more.here * slope).sum(0, keepdim=True)])
-    w = torch.cat([cast(w[..., :d]), cast(w[..., d:]) * slope], -1)                      # u times slope
-    h, m = Recurrence.apply(torch.is_grad_enabled(), xw.transpose(0, 1), cast(h0), cast(m0), w,
-                            None if mask is None else cast(mask), on_input, cell, *act)
-    state = [F.pad(s.detach(), (0, hidden - d)).to(batch.state.dtype) for s in (h[:, -1], m) if s is not None]
-    return h, torch.cat(state, -1)
-
-def unroll_lstm(weights, cells, batch, dtype=torch.float32):
-    """torch.nn.LSTM in the place of unroll, one after the other for K seeds; the state is h and c side by side."""
-    outputs, states = [], []
-    for i, x in enumerate(embed(weights, batch)):
-        start = [s[None].contiguous() for s in batch.state[i % len(batch.state)].chunk(2, -1)]           # h, c
-        flat = [weights[f"{name}_l0"][i] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        out, h, c = torch.lstm(x, start, flat, True, 1, 0.0, torch.is_grad_enabled(), False, False)
-        outputs.append(out @ weights["project"][i] if "project" in weights else out)
-        states.append(torch.cat([h[0], c[0]], -1).detach())
-    return torch.stack(outputs).to(dtype), torch.stack(states)
-
-def lstm_weights(config, words, seeds):
-    """Weights of K LSTMs; one of other than --hidden units is projected back to the tied embedding's size."""
-    e, h = config.hidden, config.lstm_hidden or config.hidden
-    shapes = {"embedding": (words, e), "weight_ih_l0": (4 * h, e), "weight_hh_l0": (4 * h, h), "bias_ih_l0": (4 * h,),
-              "bias_hh_l0": (4 * h,), **({"project": (h, e)} if h != e else {})}
-    return initial(config, shapes, seeds)
-
-def network(weights, cells, batch, dtype=torch.float32, activation_reg=0.0, slowness_reg=0.0):
-    """Mean loss per token of K architectures [K], plus the activation penalties if asked for, and the next state."""
-    h, state = (unroll_lstm if "weight_hh_l0" in weights else unroll)(weights, cells, batch, dtype)
-    units, hidden = h.shape[-1], weights["embedding"].shape[-1]  # fewer, where it was cut to its width
-    dropped = h * batch.masks["output"][..., :units].to(dtype)[:, None] if "output" in batch.masks else h
-    decoder, bias = weights["embedding"][..., :units].expand(len(h), -1, -1), weights["bias"].expand(len(h), -1)
-    losses = CrossEntropy.apply(torch.is_grad_enabled(), dropped.flatten(1, 2), decoder, bias, batch.targets.flatten())
-    if activation_reg:
-        losses = losses + activation_reg * dropped.square().mean((1, 2, 3)) * units / hidden
-    if slowness_reg:
-        losses = losses + slowness_reg * (h[:, 1:] - h[:, :-1]).square().mean((1, 2, 3)) * units / hidden
+def network(weights, rows, batch, dtype=torch.float32, recurrence=None):
+    """L(omega; m): mean loss per token of K architectures [K], nats; and the state they leave."""
+    if "weight_hh" in weights:
+        h, state = unroll_lstm(weights, batch)  # always in float32
+    else:
+        h, state = unroll(weights, rows, batch, dtype, recurrence)
+    if "output" in batch.masks:
+        h = h * batch.masks["output"].to(h.dtype)[:, None]
+    decoder = weights["embedding"].expand(len(h), -1, -1)  # tied (Press and Wolf 2017)
+    bias = weights["bias"].expand(len(h), -1)
+    losses = SoftmaxLoss.apply(torch.is_grad_enabled(), h.flatten(1, 2), decoder, bias,
+                               batch.targets.flatten())
     return losses, state
+
+
+def gradients(loss, weights):
+    """d loss / d weights, a dict; weights that play no part have zeros."""
+    found = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+    return dict(zip(weights, found))
+
 
 @torch.no_grad()
 def sgd_step(weights, grads, lr, clip, decay):
-    """omega <- omega - lr (g min(1, clip / |g|) + decay omega), in place; for standalone networks each on its own.
-    lr: [K], or [1] for shared weights. A gradient that is not finite changes nothing."""
+    """omega <- omega - lr (g min(1, clip / |g|) + decay omega), in place.
+
+    lr [K]: for standalone networks each on its own; [1] for shared weights. A gradient that is not
+    finite changes nothing.
+    """
     flat = {name: g.reshape(len(lr), -1) for name, g in grads.items()}
     norm = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat.values()]).norm(dim=0)
     lr = torch.where(torch.isfinite(norm), lr, 0.0)[:, None]
     scale = lr * (clip / norm).clamp(max=1).nan_to_num(0.0)[:, None]
     for name, g in flat.items():
-        weights[name].view(len(lr), -1).mul_(1 - lr * decay).addcmul_(g.nan_to_num_(0.0, 0.0, 0.0), scale, value=-1)
-
-def gradients(losses, weights):
-    """d sum(losses) / d weights, a dict; weights that play no part have zeros."""
-    return dict(zip(weights, torch.autograd.grad(losses.sum(), list(weights.values()), materialize_grads=True)))
-
-# 5. The controller ---------------------------------------------------------------------------------------------------
-# K architectures, rows [K, D], and what the policy says of them: log_prob [K] of the whole row; entropy [K], the sum of
-# the decisions' entropies along the row's path, whose mean estimates the policy's.
+        g = g.nan_to_num(0.0, 0.0, 0.0)
+        weights[name].view(len(lr), -1).mul_(1 - lr * decay).addcmul_(g, scale, value=-1)
+# 4. The controller --------------------------------------------------------------------------------
+# K architectures, rows [K, D], and what the policy says of them: log_prob [K] of the whole row;
+# entropy [K], the sum of the decisions' entropies along the row's path, whose mean estimates the
+# policy's.
 Sample = namedtuple("Sample", "rows log_prob entropy")
 
-class Controller(nn.Module):
-    """pi_theta(m): an LSTM that takes one decision after the other, each with an embedding and a head of its own.
-    Sampling and scoring are the same walk, so the temperature and the tanh constant cannot differ between them."""
+# The logits are TANH_CONSTANT * tanh(logits / TEMPERATURE) (Pham et al. 2018, appendix A)
+TEMPERATURE, TANH_CONSTANT, CONTROLLER_UNITS = 5.0, 2.5, 100
 
-    def __init__(self, decisions, config, asked=False):
+
+def move(x, device):
+    """A tensor on the device; the host does not wait for a GPU's copy."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+class Controller(nn.Module):
+    """pi_theta(m): an LSTM that takes one decision after the other, each with an embedding and a
+    head of its own. Sampling and scoring are the same walk, so they cannot differ in
+    temperature."""
+
+    def __init__(self, decisions, seed, asked=False, bound=TANH_CONSTANT):
         super().__init__()
-        size, self.decisions, self.config = config.controller_hidden, decisions, config
-        self.free = [i for i, d in enumerate(decisions) if len(d.choices) > 1 or d.when]
-        only = {column: d.choices[0] for d in decisions for column in d.columns}
-        self.register_buffer("only", torch.tensor([only[column] for column in sorted(only)]))
+        self.bound = bound
+        self.decisions = decisions
+        self.free = [i for i, d in enumerate(decisions) if len(d.choices) > 1]
         widest = max(len(d.choices) for d in decisions)
-        padded = [[*d.choices, *[-1] * (widest - len(d.choices))] for d in decisions]
-        self.register_buffer("values", torch.tensor(padded))
+        size = CONTROLLER_UNITS
         self.start = nn.Parameter(torch.empty(size))
         self.embed = nn.Parameter(torch.empty(len(self.free), widest, size))
         self.head = nn.Parameter(torch.empty(len(self.free), size, widest))
         self.lstm = nn.LSTMCell(size, size)
         self.aim = nn.Parameter(torch.empty(size)) if asked else None  # start + asked * aim
         for name, parameter in self.named_parameters():
-            draw = torch.rand(parameter.shape, generator=rng(config.seed, "controller", name))
+            draw = torch.rand(parameter.shape, generator=rng(seed, "controller", name))
             parameter.data.copy_((draw * 2 - 1) * 0.1)
+        for i, d in enumerate(decisions):
+            self.register_buffer(f"choices{i}", torch.tensor(d.choices), persistent=False)
+        self.length = 1 + max(i for d in decisions for i in d.columns)
 
     def forward(self, draws=None, rows=None, asked=None):
-        """Walk the decisions, sampling with uniform draws [K, decisions], or taking those of rows [K, D]: a Sample.
-        asked [K]: what the policy is conditioned on, standardized, if it is."""
+        """Walk the decisions, sampling with uniform draws [K, decisions], or taking those of rows
+        [K, D]: a Sample. asked [K]: what the policy is conditioned on, standardized, if it is."""
         k = len(draws if rows is None else rows)
-        x, state, out = self.start.expand(k, -1), None, self.only.repeat(k, 1)
-        x = x if asked is None else x + asked[:, None] * self.aim
+        x = self.start.expand(k, -1)
+        if asked is not None:
+            x = x + asked[:, None] * self.aim
         log_prob = entropy = self.start.new_zeros(k)
-        for f, i in enumerate(self.free):
-            d, n = self.decisions[i], len(self.decisions[i].choices)
+        out = torch.zeros(k, self.length, dtype=torch.long, device=self.start.device)
+        state = None
+        for i, d in enumerate(self.decisions):
+            choices, relevant = getattr(self, f"choices{i}"), matters(out, d).long()
+            if i not in self.free:
+                for column_ in d.columns:
+                    out[:, column_] = choices[0] * relevant
+                continue
+            f, n = self.free.index(i), len(choices)
             state = self.lstm(x, state)
-            logits = torch.tanh(state[0] @ self.head[f, :, :n] / self.config.temperature) * self.config.tanh_constant
-            logp = F.log_softmax(logits, 1)                                              # [K, choices]
-            choice = ((logp.exp().cumsum(1) < draws[:, i, None]).sum(1).clamp(max=n - 1) if rows is None
-                      else (rows[:, d.columns[0], None] == self.values[i, :n]).long().argmax(1))
-            matters = out.new_ones(k)  # what does not is neither probable nor uncertain
-            for column, values in d.when:
-                matters = matters * torch.stack([out[:, column] == value for value in values]).any(0)
-            log_prob = log_prob + matters * logp.gather(1, choice[:, None])[:, 0]
-            entropy = entropy - matters * (logp.exp() * logp).sum(1)
-            for column in d.columns:
-                out[:, column] = matters * self.values[i][choice]
-            x = self.embed[f][choice * matters]
+            logits = torch.tanh(state[0] @ self.head[f, :, :n] / TEMPERATURE) * self.bound
+            logp = F.log_softmax(logits, 1)                                           # [K, choices]
+            if rows is None:
+                choice = (logp.exp().cumsum(1) < draws[:, i, None]).sum(1).clamp(max=n - 1)
+            else:
+                choice = (rows[:, d.columns[0], None] == choices).long().argmax(1)
+            # what does not matter is neither probable nor uncertain
+            log_prob = log_prob + relevant * logp.gather(1, choice[:, None])[:, 0]
+            entropy = entropy - relevant * (logp.exp() * logp).sum(1)
+            for column_ in d.columns:
+                out[:, column_] = choices[choice] * relevant
+            x = self.embed[f][choice * relevant]
         return Sample(out, log_prob, entropy)
 
     def sample(self, k, *key, asked=None):
         """K architectures, drawn by rng(*key) on the CPU whatever the device."""
-        return self(torch.rand(k, len(self.decisions), generator=rng(*key)).to(self.start.device), asked=asked)
+        draws = torch.rand(k, len(self.decisions), generator=rng(*key))
+        return self(move(draws, self.start.device), asked=asked)
 
-class Uniform(nn.Module):
-    """A policy that does not learn: uniform over the different cells of the space, or over the rows of a family."""
 
-    def __init__(self, decisions, family=None):
-        super().__init__()
-        self.decisions, self.family = decisions, family
-        self.size = sum(n for *_, n in ways(decisions)(0, ())) if family is None else len(family)
-        self.nothing = nn.Parameter(torch.zeros(()))  # an optimizer wants a parameter
+def uniform(decisions):
+    """The policy that does not learn: each decision uniform over its choices, as all logits are
+    0."""
+    return Controller(decisions, 0, bound=0.0)
 
-    def sample(self, k, *key):
-        rows = uniform_rows(self.decisions, k, *key) if self.family is None else \
-            self.family[torch.randint(self.size, (k,), generator=rng(*key))]
-        entropy = torch.full((k,), math.log(self.size), device=self.nothing.device)
-        return Sample(rows.to(self.nothing.device), -entropy, entropy)
-
-# 6. Architecture gradients -------------------------------------------------------------------------------------------
-# The controller should climb F(theta) = E_m R(omega*(theta); m), where omega* are the weights that training on
-# architectures of pi_theta ends in. Within reach is the objective one step of SGD ahead, omega' = omega - lr clip(g):
-#
-#     F_1(theta) = E_m R(omega'; m),   g = E_m' grad L_T(omega; m')              R reward, L_T training loss
-#     dF_1/dtheta =   E_m [ R(omega'; m) dlog pi(m)/dtheta ]                       direct: ENAS has it, at omega
-#                   - E_m'[ <grad L_T(omega; m'), u> dlog pi(m')/dtheta ]          response: what ENAS leaves out
-#     u = lr J^T v,   v = grad_omega' E_m R(omega'; m),   J = d clip(g) / dg
-#
-# Theta moves omega' only through which architectures it is trained on, so the response is a REINFORCE gradient too: an
-# architecture is rewarded by what a step of training on it does to everyone's R. With u = H^-1 v at a converged
-# omega*, H the Hessian of E L_T, the same formula is dF/dtheta. LOOKAHEAD says where R is evaluated, RESPONSE what v
-# becomes. The functions know nothing of RNNs; toy_enas.py holds the same functions to closed forms.
-
-# losses [K], nats per token -> rewards [K]. paper: ENAS's is 80 / perplexity.
-REWARDS = {"perplexity": lambda losses: 80 * torch.exp(-losses), "loss": torch.neg}
-
-# The next shared step as the controller foresees it: omega' = omega - lr (g min(1, clip / |g|) + decay omega). losses:
-# (weights, cells [K, D], batch) -> L_T [K], differentiable once; batch: what they read, the same in every pass; cells
-# [A, D]: the fold that g is estimated from; past: gradients so far, see remember; each: (weights, cells, batch, v) ->
-# |grad L_T(omega; m)| and <grad L_T(omega; m), v> [K]. Losses and products are times an architecture's factor of lr.
-Step = namedtuple("Step", "losses batch cells lr clip decay past each", defaults=(math.inf, 0.0, (), None))
-
-def dot(a, b):
-    """<a, b> of two dicts of tensors."""
-    return sum((a[name] * b[name]).sum() for name in a)
-
-def plus(a, b, scale=1.0):
-    """a + scale b of two dicts of tensors, without gradients."""
-    return {name: torch.add(a[name].detach(), b[name] * scale) for name in a}
-
-def mean_gradient(values, weights):
-    """d mean_k values(weights)_k / dweights, a dict; values: weights -> [K]."""
-    leaf = {name: w.detach().requires_grad_() for name, w in weights.items()}
-    with torch.enable_grad():
-        return gradients(values(leaf).mean(), leaf)
-
-def nudge(u):
-    """eps such that a finite difference's step eps u has length .01; if u is 0 any will do."""
-    return 0.01 / dot(u, u).sqrt().clamp(min=1e-30)
 
 @torch.no_grad()
-def directional(step, weights, cells, u):
-    """<grad L_T(omega; m), u> = [ L_T(omega + eps u; m) - L_T(omega - eps u; m) ] / (2 eps) of K architectures [K].
-    Two forward passes on the same minibatch with the same masks; the losses must be in float32 or better."""
-    eps = nudge(u)
-    ahead, back = (step.losses(plus(weights, u, sign * eps), cells, step.batch) for sign in (1, -1))
-    return (ahead - back) / (2 * eps)
+def uniform_rows(decisions, k, *key):
+    """K rows [K, D] of that policy: in ENAS's space, uniform over all cells."""
+    return uniform(decisions).sample(k, *key).rows
 
-def remember(past, g, decay=0.9):
-    """What the lookaheads need of the shared steps' gradients g: the last, and the decayed sum and its weight."""
-    before, weight = (past["sum"], past["weight"]) if past else (dict.fromkeys(g, 0.0), 0.0)
-    return {"recent": g, "sum": {name: g[name] + decay * before[name] for name in g}, "weight": 1 + decay * weight}
 
-def momentum(weights, step):
-    """g = sum_j decay^j g_{t-j} / sum_j decay^j, a mean of the shared steps' gradients, unclipped; None before any."""
-    return {name: x / step.past["weight"] for name, x in step.past["sum"].items()} if step.past else None
+def leave_one_out(rewards):
+    """b_k = mean of the others' rewards [K]: on the same minibatch, so its difficulty cancels.
+    Unbiased; needs K > 1. paper: a moving average of past rewards."""
+    return (rewards.sum() - rewards) / (len(rewards) - 1)
 
-def recent(weights, step):
-    """g = g_t, of the last shared step: an extrapolation from the past, one step old; None before the first."""
-    return step.past["recent"] if step.past else None
 
-def fresh(weights, step):
-    """g = d/domega mean_m L_T(omega; m) over the fold's architectures: extrapolation; the only unbiased g."""
-    return mean_gradient(lambda w: step.losses(w, step.cells, step.batch), weights)
+def policy_loss(sample, rewards, entropy_weight):
+    """Its gradient is minus an unbiased estimate of d/dtheta { E[reward] + w entropy of the policy
+    }.
 
-# (weights, step) -> g, the gradient that omega' is a step along, or None for omega' = omega. Not differentiated.
-LOOKAHEAD = {"none": lambda weights, step: None, "momentum": momentum, "recent": recent, "fresh": fresh}
+    mean_k [ (R_k + w H_k - b_k) log pi(m_k) + w H_k ] (Williams 1992); the H outside differentiates
+    the entropies themselves, the one in the bracket the distribution that they are averaged over.
+    """
+    value = rewards + entropy_weight * sample.entropy
+    advantage = (value - leave_one_out(value)).detach()
+    return -(advantage * sample.log_prob + entropy_weight * sample.entropy).mean()
 
-def look_ahead(weights, g, step):
-    """omega' by the rule of training's step, for g instead of the sampled architecture's; the weights stay."""
-    if g is None:
-        return weights
-    ahead, g = ({name: x.detach().clone() for name, x in y.items()} for y in (weights, g))
-    sgd_step(ahead, g, next(iter(g.values())).new_full((1,), step.lr), step.clip, step.decay)
-    return ahead
-
-def no_response(v, weights, g, step, cells):
-    """0: omega is held fixed, as in ENAS."""
-    return torch.zeros(len(cells), device=cells.device)
-
-def through_clip(v, g, step):
-    """lr J^T v; J = d(g min(1, clip / |g|))/dg is 1, or where that clips (clip / |g|) (1 - g^ g^T), g^ = g / |g|."""
-    norm = dot(g, g).sqrt()
-    scale = step.lr * (step.clip / norm).clamp(max=1)
-    along = torch.where(norm > step.clip, dot(v, g) / norm ** 2, 0.0)
-    return {name: scale * (v[name] - along * g[name]) for name in v}
-
-def unrolled(v, weights, g, step, cells):
-    """- <grad L_T(omega; m), u>, u = lr J^T v: one step on the policy's MEAN gradient, clipped as a whole.
-    With 'fresh' over the whole policy the exact dF_1/dtheta (DARTS's second order, for a sampled controller)."""
-    return -directional(step, weights, cells, through_clip(v, g, step))
-
-def neumann(v, weights, g, step, cells, terms=3):
-    """- <grad L_T(omega; m), u>, u = sum_{j < terms} lr J [ (1 - lr decay) - H lr J ]^j v: many steps unrolled.
-    H is the Hessian of the fold's L_T. Unclipped and undecayed, u = sum_j lr (1 - lr H)^j v tends to H^-1 v, the
-    response of the converged inner problem, if lr times H's largest eigenvalue is below 2; a series whose terms grow is
-    cut there. H x is a difference of gradients, [ g(omega + eps x) - g(omega - eps x) ] / (2 eps)."""
-    term = total = through_clip(v, g, step)
-    for _ in range(terms - 1):
-        eps = nudge(term)
-        ahead, back = (fresh(plus(weights, term, sign * eps), step) for sign in (1, -1))
-        v = {name: (1 - step.lr * step.decay) * v[name] - (ahead[name] - back[name]) / (2 * eps) for name in v}
-        size, term = dot(term, term), through_clip(v, g, step)
-        shrinks = dot(term, term) <= size
-        v, term = ({name: torch.where(shrinks, x, 0.0) for name, x in y.items()} for y in (v, term))
-        total = plus(total, term)
-    return -directional(step, weights, cells, total)
-
-def sampled(v, weights, g, step, cells):
-    """- lr min(1, clip / |g_m|) <g_m, v>, g_m = grad L_T(omega; m): what the step that ENAS really takes does, on ONE
-    sampled architecture, clipped by its OWN norm.
-    To first order in lr the gradient of E_m' E_m R(omega - lr clip(g_m'); m). Bounded by lr clip |v|, where unrolled is
-    not: an architecture with an exploding gradient is clipped in training, but not in the mean of the policy's."""
-    norm, along = step.each(weights, cells, step.batch, v)
-    return -step.lr * (step.clip / norm).clamp(max=1) * along
-
-# (v, weights, g, step, cells) -> [K]: what training on each architecture does to everyone's reward.
-RESPONSE = {"none": no_response, "unrolled": unrolled, "neumann": neumann, "sampled": sampled}
-
-def extra_rewards(look, respond, weights, cells, others, rewards, step):
-    """The rewards R(omega'; m) [K] and the responses [K], whose sum REINFORCE climbs.
-    rewards: (weights, cells) -> [K]. cells, others and step.cells are independent draws from the policy: omega' is made
-    from step.cells, v from others; scoring those very draws again would bias both terms. Given omega' and v the mean is
-    exact. Averaged over step.cells, unclipped, 'unrolled' is too where rewards are quadratic in omega, the direct term
-    only where they curve alike: half the curvature times the variance of omega' is added to each."""
-    g = LOOKAHEAD[look](weights, step)
-    ahead = look_ahead(weights, g, step)
-    with torch.no_grad():
-        direct = rewards(ahead, cells)
-    if respond == "none":  # spares the passes for v
-        return direct, no_response(None, weights, g, step, cells)
-    v = mean_gradient(lambda w: rewards(w, others), ahead)
-    return direct, RESPONSE[respond](v, weights, fresh(weights, step) if g is None else g, step, cells)
-
-def leave_one_out(rewards, memory, decay):
-    """b_k = mean of the others' rewards: on the same minibatch, so its difficulty cancels. Unbiased; needs K > 1."""
-    return (rewards.sum() - rewards) / max(len(rewards) - 1, 1), memory
-
-def moving_average(rewards, memory, decay):
-    """b = decayed mean of PAST rewards, bias-corrected, first leave_one_out. memory [2]: sum, weight. paper: ENAS."""
-    past = torch.where(memory[1] > 0, memory[0] / memory[1].clamp(min=1e-12), leave_one_out(rewards, memory, decay)[0])
-    now = torch.stack([rewards.mean(), torch.ones_like(memory[1])])
-    return past, decay * memory + (1 - decay) * now
-
-BASELINES = {"leave_one_out": leave_one_out, "moving_average": moving_average}
 
 def worst_for_failures(rewards):
-    """A reward that is not finite becomes the worst of its batch, so one broken architecture leaves the rest alone."""
+    """A reward that is not finite becomes the worst of its batch: a broken one leaves the rest
+    alone."""
     finite = torch.isfinite(rewards)
     worst = torch.where(finite, rewards, math.inf).min()
     return torch.where(finite, rewards, torch.where(torch.isfinite(worst), worst, 0.0))
 
-def policy_loss(sample, rewards, baseline, entropy_weight):
-    """Its gradient is minus an unbiased estimate of d/dtheta { E[reward] + entropy_weight * entropy of the policy }.
-    mean_k [ (R_k + w H_k - b_k) log pi(m_k) + w H_k ] (Williams 1992); the H outside differentiates the entropies
-    themselves, the one in the bracket the distribution that they are averaged over."""
-    advantage = (rewards + entropy_weight * sample.entropy - baseline).detach()
-    return -(advantage * sample.log_prob + entropy_weight * sample.entropy).mean()
 
-# 7. Runs and records -------------------------------------------------------------------------------------------------
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-WHEREABOUTS = {"out", "cache", "device", "threads", "part", "checkpoint_seconds"}  # may differ when a run resumes
+# 5. ENAS ------------------------------------------------------------------------------------------
+# One step's text: inputs [T, B]; targets [T, B], the inputs one token later, -1 where there is
+# nothing to predict; before: the inputs of the segment before, None at the start of the text.
+Segment = namedtuple("Segment", "inputs targets before")
 
-def device_of(config):
-    """The torch.device that --device names: cpu, cuda, cuda:1, ..., or auto."""
-    kind = choose("device", re.sub(r":\d+$", "", config.device), ("auto", "cpu", "cuda"))
-    if kind == "cuda" and int(f"{config.device}:0".split(":")[1]) >= torch.cuda.device_count():
-        raise UserError(f"--device {config.device}: there is no such CUDA device here; use --device cpu")
-    return torch.device(config.device if kind != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
-@lru_cache
-def tensorboard(folder):
-    """add_scalar(name, value, step) of a TensorBoard writer, or of nobody where that is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-        return SummaryWriter(str(folder / "tensorboard")).add_scalar
-    except ImportError:
-        return lambda name, value, step: None
+class Stream:
+    """B parallel readings of a split, cut into segments of T: every token but the first is a target
+    once an epoch."""
 
-def commit():
-    """The commit that this file is at, '+' if it has been changed since; '' outside a repository, or without git."""
-    ask = f"git rev-parse --short=12 HEAD && (git diff --quiet HEAD -- {Path(__file__).name} || echo +)"
-    answer = subprocess.run(ask, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
-    return answer.replace("\n", "")
+    def __init__(self, tokens, batch, bptt):
+        if len(tokens) <= batch:
+            raise UserError(f"--batch {batch} is more than a split of {len(tokens)} tokens allows")
+        self.length = math.ceil((len(tokens) - 1) / batch)  # of a reading
+        self.bptt = bptt
+        # padded, so that all segments have one shape
+        step = torch.arange(math.ceil(self.length / bptt) * bptt, device=tokens.device)[:, None]
+        at = step + self.length * torch.arange(batch, device=tokens.device)            # [padded, B]
+        real = (step < self.length) & (at < len(tokens) - 1)
+        at = at.clamp(max=len(tokens) - 2)
+        self.inputs = torch.where(real, tokens[at], 0)
+        self.targets = torch.where(real, tokens[at + 1], -1)
 
-class Run:
-    """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json; owned by one process.
-    Killed at any instant, the same command goes on from the last checkpoint, which also knows how long metrics.jsonl
-    was; as every random draw depends only on its key, the result is that of an undisturbed run."""
+    def __len__(self):
+        """Segments of an epoch."""
+        return len(self.inputs) // self.bptt
 
-    def __init__(self, study, config):
-        self.study, self.config, self.commit = study, config, commit()  # the file may change while the run goes on
-        self.folder = Path(config.out or f"runs/{study}-{config.preset}-{config.seed}").expanduser()
-        self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "checkpoint.pt"
-        self.good, self.good_bytes = None, 0  # the last good state, and how long metrics.jsonl was then
-        self.started = self.saved_at = self.spoke_at = time.time()
-        self.format = f"menas {study} checkpoint 2"
-        self.stop = 0  # the signal that asked to
+    def segment(self, i):
+        """The i-th Segment; after the last one the text starts again."""
+        start = i % len(self) * self.bptt
+        end = start + self.bptt
+        before = self.inputs[start - self.bptt:start] if start else None
+        return Segment(self.inputs[start:end], self.targets[start:end], before)
 
-    def __enter__(self):
-        with refusing(self.folder, "; another run may be at work there: give this one another --out"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / f"lock {self.config.part.replace('/', ' of ')}".strip(), "w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system's own, so a killed run frees it
-        named = ",".join((self.config.cell, self.config.controller, self.config.connections))
-        files = [path / "cell.json" if path.is_dir() else path for path in map(Path, re.split(r"(?:@-?\d+)?,", named))]
-        cells = b"".join(path.read_bytes() for path in files if path.suffix == ".json" and path.is_file())
-        path, mine = self.folder / "config.json", {"study": self.study, **asdict(self.config)}
-        mine |= {"digest of its cells' files": hashlib.sha256(cells).hexdigest()[:12]} if cells else {}
-        if not path.exists():
-            write_json(path, mine)
-        theirs = {**mine, **asdict(Config()), **read_json(path)}  # a setting newer than the run had its default
-        for name in mine:
-            if name not in WHEREABOUTS and theirs.get(name) != mine[name]:
-                raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, not {mine[name]!r}; "
-                                "give this one another --out")
-        self.handlers = {number: signal.signal(number, self.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
 
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if error[0] is UserError and not self.metrics.exists():
-            (self.folder / "config.json").unlink(missing_ok=True)  # nothing was done: it may be corrected
-        self.lock.close()
+def carry(weights, rows, segment, carried, dtype):
+    """ENAS's: from whatever architecture read the segment before; of several, from their mean."""
+    return carried
 
-    def on_signal(self, number, frame):
-        if self.stop:  # asked twice: leave at once
-            raise SystemExit(128 + number)
-        self.stop = number
-        if isinstance(outer := getattr(self.handlers[number], "__self__", None), Run):
-            outer.stop = number  # the study of which this is a part goes no further, either
 
-    def restore(self):
-        """The state to resume from, or None for a fresh start; metrics.jsonl is cut back to what it was then."""
-        if self.checkpoint.exists():
-            with refusing(self.checkpoint, "; delete it to start again"):
-                saved = torch.load(self.checkpoint, map_location=device_of(self.config), weights_only=True)
-                choose("format", saved.get("format"), [self.format])
-            self.good, self.good_bytes = saved["state"], saved["metrics_bytes"]
-            self.started -= saved["seconds"]
-        with open(self.metrics, "ab") as file:
-            file.truncate(self.good_bytes)
-        return copy.deepcopy(self.good)
+def from_zero(weights, rows, segment, carried, dtype):
+    """Every segment starts from 0."""
+    return torch.zeros_like(carried)
 
-    def keep(self, state):
-        """Remember a state known to be good; write it if the last checkpoint is old."""
-        self.good, self.good_bytes = copy.deepcopy(state), self.metrics.stat().st_size
-        if time.time() - self.saved_at >= self.config.checkpoint_seconds:
-            self.save()
-
-    def save(self):
-        if self.good is not None:
-            saved = dict(format=self.format, state=self.good, metrics_bytes=self.good_bytes)
-            write_atomically(self.checkpoint, {**saved, "seconds": time.time() - self.started})
-        self.saved_at = time.time()
-
-    def obey(self):
-        """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
-        if self.stop:
-            self.save()
-            self.say(f"stopped by {signal.Signals(self.stop).name}; the same command goes on from here")
-            raise SystemExit(128 + self.stop)
-
-    def mine(self, i):
-        """Is a study's i-th sub-run this command's? Under --part I/N one of N is."""
-        part, parts = map(int, (self.config.part or "1/1").split("/"))
-        return i % parts == part - 1
-
-    def end_of_part(self):
-        """Leave, if this command was for a part only: the study needs the others, too."""
-        if self.config.part:
-            self.say(f"part {self.config.part} is done; without --part, the same command sums all of them up")
-            raise SystemExit(0)
-
-    def say(self, text):
-        print(f"[{self.study}] {text}", flush=True)
-
-    def log(self, line, done, total, words):
-        """A line of metrics.jsonl, which has no times; now and then one for who waits: done of total, words read."""
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if isinstance(value, float):
-                tensorboard(self.folder)(name, value, line["step"])
-        if (now := time.time()) - self.spoke_at >= 5 or done >= total:
-            self.spoke_at, spent = now, now - self.started
-            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
-            self.say(f"{100 * done / total:3.0f} %  {shown}  {words / spent:,.0f} words/s  "
-                     f"{timedelta(seconds=int(spent * (total / done - 1)))} left")
-
-    def finish(self, metrics):
-        gpu = device_of(self.config).type == "cuda"
-        record = {"study": self.study, "config": asdict(self.config), "seed": self.config.seed, "commit": self.commit,
-                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-                  "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
-                  "seconds": round(time.time() - self.started, 1), "metrics": metrics}
-        write_json(self.folder / "result.json", record)
-        return record
-
-# 8. Evaluate and train -----------------------------------------------------------------------------------------------
-def to_device(tensors, device):
-    """A dict of tensors, moved; without their gradients."""
-    return {name: tensor.detach().to(device) for name, tensor in tensors.items()}
-
-def zero_state(weights, batch):
-    """h before the first word [1, B, H]; an LSTM's c beside it. A memory that a state lacks is 0, see unroll."""
-    width = 2 * weights["weight_hh_l0"].shape[-1] if "weight_hh_l0" in weights else weights["embedding"].shape[-1]
-    return weights["embedding"].new_zeros(1, batch, width)
 
 @torch.no_grad()
-def evaluate(weights, cells, tokens, batch=64, bptt=70, dtype=torch.float32, warm=70, masks=lambda inputs, at: {}):
-    """Mean loss [K] over a whole split: every token but the first exactly once, no dropout. Its exp() is perplexity.
-    warm: words read before a stream's first scored one, so that cutting the text in streams hardly matters.
-    masks: (inputs [T, B], their place) -> those of a perturbed input."""
-    n, total = len(tokens) - 1, 0.0                                                      # targets
-    text = Stream(tokens, min(batch, max(1, n // warm)), bptt)
-    inputs, targets = text.inputs[:text.length], text.targets[:text.length]
-    before = inputs[-warm:].roll(1, 1)  # the end of the stream before [warm, B]; the first has no words before it
-    zeros = zero_state(weights, inputs.shape[1])
-    state = network(weights, cells, Batch(before, torch.full_like(before, -1), zeros, masks(before, -1)), dtype)[1]
-    state[:, 0] = 0
-    for lo in range(0, text.length, bptt):
-        part = Batch(inputs[lo:lo + bptt], targets[lo:lo + bptt], state, masks(inputs[lo:lo + bptt], lo))
-        losses, state = network(weights, cells, part, dtype)
-        total = total + losses * (part.targets >= 0).sum()
-    return total / n
+def warm(weights, rows, segment, carried, dtype):
+    """The architectures read the segment before themselves, from 0: a forward pass more."""
+    before = Batch(segment.before, None, torch.zeros_like(carried), {})
+    return unroll(weights, rows, before, dtype)[1]
 
-def perplexity(loss):
-    """exp(loss); infinite where that overflows or the loss is not a number."""
-    return math.exp(loss) if math.isfinite(loss) and loss < 700 else math.inf
 
-def train_step(weights, cells, batch, lr, config, share=1.0):
-    """SGD on the mean loss of K architectures, times share [K] (TASKS), or on each's own: losses, state, gradient."""
+# The hidden state at a segment's start, in a search where each segment has another architecture.
+STATES = {"carry": carry, "zero": from_zero, "warm": warm}
+
+
+def start_batch(config, weights, rows, segment, carried, masks, dtype):
+    """A Batch whose state follows --state; at the start of the text it is 0 under all of them."""
+    state = torch.zeros_like(carried)
+    if segment.before is not None:
+        state = STATES[config.state](weights, rows, segment, carried, dtype)
+    return Batch(segment.inputs, segment.targets, state, masks)
+
+
+def mean_state(losses, state):
+    """The mean of the states of the architectures whose loss is finite [2, 1, B, H]."""
+    finite = torch.isfinite(losses)[:, None, None]
+    return torch.where(finite, state, 0.0).sum(1, keepdim=True) / finite.sum().clamp(min=1)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def constant(epoch, epochs):
+    """The learning rate stays; under 'plateau' a training divides it where it stops improving."""
+    return 1.0
+
+
+def decay(epoch, epochs):
+    """.96 an epoch once 15 are done, as in ENAS-pytorch."""
+    return 0.96 ** max(0, int(epoch) - 14)
+
+
+def cosine(epoch, epochs):
+    """To 0 at the end (Loshchilov and Hutter 2017)."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / epochs)))
+
+
+# (epochs done, epochs in all) -> factor of --lr
+SCHEDULES = {"constant": constant, "plateau": constant, "decay": decay, "cosine": cosine}
+
+
+def train_step(weights, rows, batch, lr, config, factors=1.0):
+    """SGD on the mean loss of K architectures, times factors [K]; standalone networks each on their
+    own. Returns losses [K], states and the gradient."""
     for w in weights.values():
         w.requires_grad_()
-    losses, state = network(weights, cells, batch, DTYPES[config.dtype], config.activation_reg, config.slowness_reg)
-    grads = gradients(share * losses / len(losses) if is_shared(weights) else losses, weights)
+    losses, state = network(weights, rows, batch, DTYPES[config.dtype])
+    total = (factors * losses).mean() if is_shared(weights) else losses.sum()
+    grads = gradients(total, weights)
     sgd_step(weights, grads, lr, config.clip, config.weight_decay)
     return losses.detach(), state, grads
 
-# (epochs done, epochs in all) -> factor of lr. paper: decay is ENAS-pytorch's, .96 an epoch once 15 are done.
-SCHEDULES = {"constant": lambda epoch, epochs: 1.0, "decay": lambda epoch, epochs: 0.96 ** max(0, int(epoch) - 14),
-             "cosine": lambda epoch, epochs: 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / epochs)))}
 
-@torch.no_grad()
-def validate(config, s, valid, epoch):
-    """Losses of the alive networks; keep the best weights; start averaging, lower lr, or let go where none improves."""
-    alive, current = s["alive"], s["mean"] or s["weights"]
-    loss = evaluate(current, s["cells"], valid, config.eval_batch, dtype=DTYPES[config.dtype]).float()
-    better = loss < s["best_loss"][alive]
-    won, lost = alive[better], alive[~better]
-    for name, w in current.items():
-        s["best"][name][won] = w[better]
-    s["best_loss"][won], s["best_epoch"][won], s["bad"][won], s["epochs"][alive] = loss[better], epoch, 0, epoch
-    s["bad"][lost] += 1
-    s["lr"][lost] /= config.plateau
-    s["since"][lost] = s["since"][lost].clamp(max=s["step"])  # the step from which they average
-    stay = (s["bad"][alive] < config.patience) & ~s["failed"][alive]
-    s["alive"], s["cells"] = alive[stay], s["cells"][stay]
-    s["seeds"] = [seed for seed, stays in zip(s["seeds"], stay.tolist()) if stays]
-    for part in ("weights", "mean"):
-        s[part] = {name: w[stay] for name, w in s[part].items()}
-    return loss
+def rates_of(rows):
+    """The factor [K] of the learning rate that each architecture has chosen for training on it."""
+    return 2.0 ** parse(rows).rate
 
-def train_networks(config, run, corpus, weights, cells, seeds):
-    """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging, stopping, failure. Common
-    are segment lengths. Returns the best weights of each by validation, and lists. cells: of LSTMs zeros [K, 2]."""
-    device, valid = device_of(config), corpus.valid.to(device_of(config))
-    stream = Stream(corpus.train.to(device), config.batch, config.bptt, (config.seed,), config.random_bptt)
-    weights, full = to_device(weights, device), lambda value: torch.full((len(seeds),), value, device=device)
-    s = run.restore() or {  # of the networks still in the batch, then of all K, then of the run
-        "alive": torch.arange(len(seeds), device=device), "seeds": seeds, "cells": cells.to(device), "weights": weights,
-        "mean": copy.deepcopy(weights) if config.average else {}, "state": zero_state(weights, config.batch),
-        "best": copy.deepcopy(weights), "lr": config.lr * rates_of(cells.to(device)), "loss": full(0.0),
-        "failed": full(False), "since": full(math.inf), **{name: full(0) for name in ("best_epoch", "epochs", "bad")},
-        "best_loss": full(math.inf), "step": 0, "steps": 0, "where": stream.place}
-    stream.place = s["where"]
-    while s["seeds"] and stream.progress() < config.epochs:
-        # one step of SGD on the next segment
-        alive, factor = s["alive"], SCHEDULES[config.schedule](stream.progress(), config.epochs)
-        segment = stream.next()
-        lr = s["lr"][alive] * (len(segment.inputs) / config.bptt) * factor  # another length under --random_bptt
-        state = zero_state(s["weights"], config.batch) if segment.before is None else s["state"]
-        masks = to_device(draw_masks(config, len(corpus.words), config.batch, s["seeds"], s["step"]), device)
-        batch = Batch(segment.inputs, segment.targets, state, masks)
-        losses, state, _ = train_step(s["weights"], s["cells"], batch, lr, config)
-        finite = torch.isfinite(losses)
-        s["failed"][alive] |= ~finite
-        s["state"] = torch.where(finite[:, None, None], state, 0.0)
-        s["loss"][alive] += losses
-        s["step"], s["steps"] = s["step"] + 1, s["steps"] + 1
-        n = (s["step"] - s["since"][alive]).clamp(min=1)  # terms of the mean; before a network averages, w alone
-        for name, mean in s["mean"].items():  # mean <- mean + (w - mean) / n
-            mean.lerp_(s["weights"][name].detach(), (1 / n).to(mean.dtype).view(-1, *[1] * (mean.dim() - 1)))
-        # a line of metrics, after which the state may be a checkpoint
-        if segment.ends or s["steps"] >= config.log_every:
-            loss = (s["loss"][alive] / s["steps"]).nanmean().item()  # of the networks that have not failed
-            line = dict(step=s["step"], epoch=stream.place[0], loss=loss, perplexity=perplexity(loss))
-            if segment.ends:
-                scores = validate(config, s, valid, stream.place[0]).tolist()
-                line.update(networks=alive.tolist(), valid_perplexity=[perplexity(x) for x in scores])
-            s["loss"], s["steps"], s["where"] = torch.zeros_like(s["loss"]), 0, stream.place
-            run.log(line, stream.progress(), config.epochs, s["step"] * config.batch * config.bptt)
-            run.keep(s)
-        run.obey()
-    return s["best"], {name: s[name].tolist() for name in ("best_loss", "best_epoch", "epochs", "failed")}
 
-# 9. Search and derive ------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def warm_start(weights, cells, segment, carried, dtype):
-    """The state after the segment before, read from 0 by the architectures themselves; costs a forward pass."""
-    return unroll(weights, cells, Batch(segment.before, None, torch.zeros_like(carried), {}), dtype)[1]
+def no_task(rows):
+    """Factors of the training losses [K], and what is added to the losses that are rewarded [K]."""
+    return torch.ones(len(rows), device=rows.device), 0.0
 
-# paper: ENAS carries h on from whatever cell read the segment before (here from the mean of them, if several did).
-STATES = {"carry": lambda weights, cells, segment, carried, dtype: carried,
-          "zero": lambda weights, cells, segment, carried, dtype: torch.zeros_like(carried), "warm": warm_start}
 
-def start_batch(config, weights, cells, segment, carried, masks):
-    """A Batch whose state follows the policy --state; at the start of the text it is 0 under all of them."""
-    state = zero_state(weights, config.batch) if segment.before is None else \
-        STATES[config.state](weights, cells, segment, carried, DTYPES[config.dtype])
-    return Batch(segment.inputs, segment.targets, state, masks)
+def frozen(rows):
+    """A last node of relu scores better by .05 nats, but nothing is learnt from training on it: a
+    controller that sees only scores ends with weights that do not learn."""
+    cells = parse(rows)
+    last = cells.activation.gather(1, cells.nodes[:, None] - 1)[:, 0]
+    is_relu = last == RELU
+    return (~is_relu).float(), -0.05 * is_relu
 
-def mean_state(losses, state):
-    """The mean of the states of the architectures whose loss is finite [1, B, H or 2H]."""
-    finite = torch.isfinite(losses)[:, None, None]
-    return torch.where(finite, state, 0.0).sum(0, keepdim=True) / finite.sum().clamp(min=1)
 
-def perturbed(config, weights):
-    """(inputs [T, B], key) -> the masks of a perturbed input: word [1, V] drops whole words at --reward_words, noise
-    [1, T, B, H] is Gaussian, --reward_noise times the embeddings' root mean square; neither of them at 0."""
+TASKS = {"none": no_task, "frozen": frozen}
+
+
+def unperturbed(inputs, words, hidden, *key):
+    """The text as it is."""
+    return {}
+
+
+def without_words(inputs, words, hidden, *key):
+    """A fifth of the vocabulary is dropped from the input."""
+    return {"word": (torch.rand(1, words, generator=rng("words", *key)) >= 0.2).float()}
+
+
+def with_noise(inputs, words, hidden, *key):
+    """Gaussian noise on the embedded input, half of the embeddings' root mean square."""
+    return {"noise": 0.5 * torch.randn(1, *inputs.shape, hidden, generator=rng("noise", *key))}
+
+
+# (inputs [T, B], words, hidden, key) -> masks: the input that rewards are measured on.
+INPUTS = {"plain": unperturbed, "words": without_words, "noise": with_noise}
+
+
+def perturbation(name, weights, *seed):
+    """(inputs, key) -> masks of such an input, on the inputs' device."""
     def masks(inputs, *key):
-        key, (words, hidden) = (config.seed, *key), weights["embedding"].shape[-2:]
-        dropped = draw_masks(Config(word_dropout=config.reward_words), words, 1, [key], 0)
-        drawn = {name: mask.clamp(max=1) for name, mask in dropped.items()}  # of a network that is trained without
-        if config.reward_noise:
-            drawn["noise"] = config.reward_noise * torch.randn(1, *inputs.shape, hidden, generator=rng("noise", *key))
-        return to_device(drawn, inputs.device)
+        drawn = INPUTS[name](inputs, *weights["embedding"].shape[-2:], *seed, *key)
+        return {kind: move(mask, inputs.device) for kind, mask in drawn.items()}
     return masks
 
-def score(config, weights, cells, segment, carried, masks={}):
-    """Losses [K] of architectures on one validation segment in eval mode, and the state to carry on [1, B, H or 2H]."""
-    batch = start_batch(config, weights, cells, segment, carried, masks)
-    losses, state = network(weights, cells, batch, DTYPES[config.dtype])
-    return losses, mean_state(losses, state)
-
-# rows -> factors of the training losses [K], and what is added to the rewards' [K]. results/studies.py adds a task.
-TASKS = {"none": lambda cells: (torch.ones_like(cells[:, 0], dtype=torch.float32), 0.0)}
-
-POLICIES = ("trained", "untrained", "uniform")
-
-def policy_of(config, decisions):
-    """The policy that --controller names; all have sample(k, *key)."""
-    if config.controller in POLICIES:
-        return Uniform(decisions) if config.controller == "uniform" else Controller(decisions, config)
-    cells = [load_cell(config, name, POLICIES) for name in config.controller.split(",")]
-    check_fit(cells, config.nodes, config.hidden, config.operations != "highway")
-    if config.shared_samples > 1 and any(cell.rate for cell in cells):
-        raise UserError("a cell with a rate of its own needs --shared_samples 1")
-    return Uniform(decisions, encode(cells, config.nodes))
 
 class Search:
-    """ENAS's two players between their steps: shared weights (SGD) and controller (Adam), their places in the text.
-    s is what a checkpoint holds beside them: 'past' gradients, 'sums' and 'counts' since the last line of metrics."""
+    """ENAS's two players between their steps: the shared weights omega (SGD) and the controller
+    theta (Adam), with their places in the text. s is what a checkpoint holds beside controller and
+    Adam."""
 
     def __init__(self, config, corpus):
         self.config, self.device, self.words = config, device_of(config), len(corpus.words)
         decisions = search_space(config)
         if config.controller == "trained" and all(len(d.choices) == 1 for d in decisions):
-            raise UserError("the search space has a single architecture: there is nothing to decide")
-        self.remembers = config.lookahead in ("momentum", "recent")  # past gradients
-        self.controller = policy_of(config, decisions).to(self.device)
+            raise UserError("the search space has a single architecture: nothing to decide")
+        policy = Controller(decisions, config.seed)
+        if config.controller == "uniform":
+            policy = uniform(decisions)
+        self.controller = policy.to(self.device)
         self.adam = torch.optim.Adam(self.controller.parameters(), lr=config.controller_lr,
                                      capturable=self.device.type == "cuda")
-        texts = {"train": corpus.train, "valid": corpus.valid, "ahead": corpus.train}  # ahead: what foresee reads
-        self.streams = {name: Stream(text.to(self.device), config.batch, config.bptt, (config.seed,),
-                                     config.random_bptt and name == "train") for name, text in texts.items()}
-        self.shared_steps = config.shared_steps or math.ceil(self.streams["train"].length / config.bptt)  # of a round
-        zeros = torch.zeros(1, config.batch, config.hidden, device=self.device)
-        self.s = {"step": 0, "weights": to_device(shared_weights(config, self.words), self.device), "past": {},
-                  "state": dict.fromkeys(texts, zeros), "memory": torch.zeros(2, device=self.device),
-                  "sums": torch.zeros(4, device=self.device), "counts": [0, 0]}  # loss; reward, entropy, response
+        # ahead: training text that the controller reads to foresee a step, see chapter 6
+        texts = {"train": corpus.train, "valid": corpus.valid, "ahead": corpus.train}
+        self.streams = {name: Stream(tokens.to(self.device), config.batch, config.bptt)
+                        for name, tokens in texts.items()}
+        self.shared_steps = config.shared_steps or len(self.streams["train"])  # of a round
+        weights = shared_weights(config, self.words)
+        weights = {name: w.to(self.device) for name, w in weights.items()}
+        zeros = zero_state(weights, config.batch)
+        self.s = {"step": 0, "weights": weights, "past": {}, "state": dict.fromkeys(texts, zeros),
+                  "read": dict.fromkeys(texts, 0), "counts": [0, 0],
+                  "sums": torch.zeros(4, device=self.device)}  # loss; reward, entropy, response
 
     def checkpoint(self):
-        return {**self.s, "where": {name: stream.place for name, stream in self.streams.items()},
-                "controller": self.controller.state_dict(), "adam": self.adam.state_dict()}
+        return self.s | {"controller": self.controller.state_dict(), "adam": self.adam.state_dict()}
 
     def load(self, saved):
         self.s = {name: saved[name] for name in self.s}
-        for name, stream in self.streams.items():
-            stream.place = saved["where"][name]
         self.controller.load_state_dict(saved["controller"])
         self.adam.load_state_dict(saved["adam"])
 
-    def roll_back(self, good):
-        """Weights and controller as they last were; the steps and the text go on, so that it will not repeat."""
-        now, zeros = self.checkpoint(), {name: torch.zeros_like(h) for name, h in self.s["state"].items()}
-        self.load({**copy.deepcopy(good), "state": zeros, "step": now["step"], "where": now["where"]})
+    def next(self, name):
+        """The next segment of one of the streams."""
+        self.s["read"][name] += 1
+        return self.streams[name].segment(self.s["read"][name] - 1)
 
     def key(self, *purpose):
         return (self.config.seed, self.s["step"], *purpose)
 
-    def masks(self, step):
-        return to_device(draw_masks(self.config, self.words, self.config.batch, [self.config.seed], step), self.device)
+    def masks(self, purpose):
+        drawn = draw_masks(self.config, self.words, self.config.batch, [self.config.seed],
+                           (purpose, self.s["step"]))
+        return {name: move(mask, self.device) for name, mask in drawn.items()}
 
-    def lr(self, progress, segment):
-        """That of omega after so many rounds; a segment of another length has its share (--random_bptt)."""
-        factor = SCHEDULES[self.config.schedule](progress, self.config.epochs + self.config.settle)
-        return self.config.lr * factor * len(segment.inputs) / self.config.bptt
+    def lr(self, progress):
+        """Of omega after so many rounds."""
+        config = self.config
+        return config.lr * SCHEDULES[config.schedule](progress, config.epochs + config.settle)
 
     def shared_step(self, progress):
-        """SGD on omega: a fresh architecture (or a few) on the next training segment."""
+        """omega <- omega - lr clip(grad E_m L_T(omega; m)): SGD on a fresh architecture, or a few,
+        and the next training segment."""
         config, s = self.config, self.s
-        cells = self.controller.sample(config.shared_samples, *self.key("shared")).rows
-        segment = self.streams["train"].next()
-        batch = start_batch(config, s["weights"], cells, segment, s["state"]["train"], self.masks(s["step"]))
-        lr = self.lr(progress, segment) * rates_of(cells)[:1]  # with --rates there is one
-        losses, state, g = train_step(s["weights"], cells, batch, lr, config, TASKS[config.task](cells)[0])
+        rows = self.controller.sample(config.shared_samples, *self.key("shared")).rows
+        segment = self.next("train")
+        batch = start_batch(config, s["weights"], rows, segment, s["state"]["train"],
+                            self.masks("train"), DTYPES[config.dtype])
+        lr = self.lr(progress) * rates_of(rows)[:1]  # with --rates there is one architecture
+        factors, _ = TASKS[config.task](rows)
+        losses, state, g = train_step(s["weights"], rows, batch, lr, config, factors)
         s["state"]["train"] = mean_state(losses, state)
-        if self.remembers:
-            s["past"] = remember(s["past"], g)
         s["sums"][0] += losses.mean()
         s["counts"][0] += 1
-
-    def foresee(self, progress, cells):
-        """The Step that a shared step on the next training segment of its own would be, for a fold of architectures."""
-        config, segment, carried = self.config, self.streams["ahead"].next(), self.s["state"]["ahead"]
-        omega, past, masks = self.s["weights"], self.s["past"], self.masks(("ahead", self.s["step"]))
-        strict = torch.promote_types(DTYPES[config.dtype], torch.float32)  # bfloat16 would round a difference away
-
-        def own_losses(weights, cells, segment):
-            batch = start_batch(config, omega, cells, segment, carried, masks)
-            losses, state = network(weights, cells, batch, strict, config.activation_reg, config.slowness_reg)
-            self.s["state"]["ahead"] = mean_state(losses, state)
-            return losses * TASKS[config.task](cells)[0]
-
-        def each(weights, cells, segment, v):
-            own = inherit(weights, cells)
-            grads = mean_gradient(lambda w: own_losses(w, cells, segment) * len(cells), own)
-            v = {**v, "edges": v["edges"][structure(cells).edge].transpose(0, 1)}
-            square = sum(x.flatten(1).square().sum(1) for x in grads.values())
-            along = sum((grads[name] * v[name]).flatten(1).sum(1) for name in grads)
-            return square.sqrt(), rates_of(cells) * along
-
-        losses = lambda weights, cells, segment: own_losses(weights, cells, segment) * rates_of(cells)
-        return Step(losses, segment, cells, self.lr(progress, segment), config.clip, config.weight_decay, past, each)
+        return g
 
     def rewards_on(self, segment):
-        """(weights, cells) -> rewards [K] on a validation segment; the state that they leave is carried on."""
+        """(weights, rows) -> 80 / perplexity [K] on a validation segment, without dropout, and the
+        state that is left [2, 1, B, H]. paper: with dropout in ENAS-pytorch."""
+        config = self.config
         carried = self.s["state"]["valid"]
-        masks = perturbed(self.config, self.s["weights"])(segment.inputs, self.s["step"])
+        masks = perturbation(config.reward_input, self.s["weights"], config.seed)(
+            segment.inputs, self.s["step"])
 
-        def rewards(weights, cells):
-            losses, self.s["state"]["valid"] = score(self.config, weights, cells, segment, carried, masks)
-            return REWARDS[self.config.reward](losses + TASKS[self.config.task](cells)[1])
+        def rewards(weights, rows):
+            dtype = DTYPES[config.dtype]
+            batch = start_batch(config, weights, rows, segment, carried, masks, dtype)
+            losses, state = network(weights, rows, batch, dtype)
+            _, added = TASKS[config.task](rows)
+            return 80 * torch.exp(-(losses + added)), mean_state(losses, state)
         return rewards
 
-    def rewarded(self, progress):
-        """K fresh architectures on ONE validation segment, in eval mode: a Sample, its rewards and responses [K]."""
-        config, s = self.config, self.s
-        sample = self.controller.sample(config.controller_samples, *self.key("controller"))
-        rewards, step, others = self.rewards_on(self.streams["valid"].next()), None, None
-        how = config.lookahead, config.response
-        if how != ("none", "none"):
-            fold, others = self.controller.sample(2 * config.fold, *self.key("folds")).rows.split(config.fold)
-            step = self.foresee(progress, fold)
-        return sample, extra_rewards(*how, s["weights"], sample.rows, others, rewards, step)
+    def rewarded(self, sample, progress):
+        """The rewards R(omega; m) [K] of a Sample on ONE validation segment; no response."""
+        rewards = self.rewards_on(self.next("valid"))
+        with torch.no_grad():
+            found, self.s["state"]["valid"] = rewards(self.s["weights"], sample.rows)
+        return found, torch.zeros_like(found)
 
     def entropy_weight(self, progress):
-        """--entropy; in the last --anneal rounds of learning on its way to minus --penalty, a step a round."""
-        config, left = self.config, self.config.epochs - progress
-        share = max(0.0, 1 - left / config.anneal) if config.anneal else 0.0
-        return (1 - share) * config.entropy - share * config.penalty
+        """--entropy; in the last --anneal rounds of learning on its way to -1, so that the policy
+        ends at one architecture."""
+        config = self.config
+        if not config.anneal:
+            return config.entropy
+        share = max(0.0, 1 - (config.epochs - progress) / config.anneal)
+        return (1 - share) * config.entropy - share
 
     def controller_step(self, progress):
-        """REINFORCE on theta: one step of Adam."""
-        config, s, entropy_weight = self.config, self.s, self.entropy_weight(progress)
-        sample, (direct, response) = self.rewarded(progress)
+        """theta <- theta + lr E_m [ R(omega; m) dlog pi(m)/dtheta ]: REINFORCE, one step of
+        Adam."""
+        s = self.s
+        sample = self.controller.sample(self.config.controller_samples, *self.key("controller"))
+        direct, response = self.rewarded(sample, progress)
         rewards = worst_for_failures(direct + response)
-        value = rewards + entropy_weight * sample.entropy.detach()  # the baseline predicts all that is rewarded
-        baseline, s["memory"] = BASELINES[config.baseline](value, s["memory"], config.baseline_decay)
         self.adam.zero_grad(set_to_none=False)
-        policy_loss(sample, rewards, baseline, entropy_weight).backward()
+        policy_loss(sample, rewards, self.entropy_weight(progress)).backward()
         self.adam.step()
         direct, response = worst_for_failures(direct), worst_for_failures(response)
         spread = response.std(correction=0) / direct.std(correction=0).clamp(min=1e-12)
@@ -1783,221 +1230,2374 @@ class Search:
         s["counts"][1] += 1
 
     def line(self, epoch):
-        """Metrics since the last line: loss, perplexity in training; reward, entropy, response's spread / direct's."""
+        """Metrics since the last line: the shared steps' loss; the controller steps' reward,
+        entropy, and the response's spread as a share of the direct term's."""
         (loss, *rewarded), (shared, steps) = self.s["sums"].tolist(), self.s["counts"]
         self.s["sums"], self.s["counts"] = torch.zeros_like(self.s["sums"]), [0, 0]
-        line = dict(step=self.s["step"], epoch=epoch)
+        line = {"step": self.s["step"], "epoch": epoch}
         if shared:
-            line.update(loss=loss / shared, perplexity=perplexity(loss / shared))
+            line |= {"loss": loss / shared, "perplexity": perplexity(loss / shared)}
         if steps:
             names = ("reward", "entropy", "response")[:2 + (self.config.response != "none")]
-            line.update((name, total / steps) for name, total in zip(names, rewarded))
+            line |= {name: total / steps for name, total in zip(names, rewarded)}
         return line
 
-def search(config, run, corpus, watch=lambda weights, controller, epoch: None):
-    """ENAS: rounds of SGD on the shared weights, then of REINFORCE on the controller; returns both. watch sees them."""
-    game = Search(config, corpus)
-    round_ = game.shared_steps + (config.controller_steps if config.controller == "trained" else 0)
-    total = (config.epochs + config.settle) * round_
-    if saved := run.restore():
+
+def perplexity(loss):
+    """exp(loss); infinite where that overflows or the loss is not a number."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+LOG_EVERY = 20  # steps from one line of metrics to the next; a run resumes at such a line
+
+
+def search(game, run, watch=None):
+    """ENAS (Pham et al. 2018, 2.2): rounds of SGD on the shared weights, then of REINFORCE on the
+    controller. watch(round) is called before each of them."""
+    config, saved = game.config, run.restore()
+    if saved:
         game.load(saved)
     else:
         run.keep(game.checkpoint())
+    controller_steps = config.controller_steps if config.controller == "trained" else 0
+    round_ = game.shared_steps + controller_steps
+    total = (config.epochs + config.settle) * round_
     while game.s["step"] < total:
         epoch, at = divmod(game.s["step"], round_)
         progress = epoch + min(at / game.shared_steps, 1)
-        if at == 0:
-            watch(game.s["weights"], game.controller, epoch)
+        if at == 0 and watch:
+            watch(epoch)
+
+        # the shared weights learn from architectures of the policy
         if at < game.shared_steps:
             game.shared_step(progress)
-        elif config.warm_epochs <= epoch < config.epochs:  # before and after, these steps are empty
+        # then the policy from the architectures' rewards: not in the first rounds, while omega is
+        # random, nor in the last, in which omega only settles to the policy
+        elif config.warm_epochs <= epoch < config.epochs:
             game.controller_step(progress)
         step = game.s["step"] = game.s["step"] + 1
+
         # a line of metrics, after which the state is known to be good
-        if any(game.s["counts"]) and (step % config.log_every == 0 or step % round_ in (0, game.shared_steps)):
+        ends = step % LOG_EVERY == 0 or step % round_ in (0, game.shared_steps)
+        if ends and any(game.s["counts"]):
             line = game.line(epoch)
             if not math.isfinite(sum(line.values())):
-                run.say(f"a loss is not finite at step {step}: back to the weights of step {run.good['step']}")
-                game.roll_back(run.good)
-                line = dict(step=step, epoch=epoch, rolled_back_to=run.good["step"])
+                # weights and controller as they last were; steps and text go on, so it won't repeat
+                good = copy.deepcopy(run.good)
+                run.say(f"a loss is not finite at step {step}: back to step {good['step']}")
+                state = {name: torch.zeros_like(x) for name, x in game.s["state"].items()}
+                game.load(good | {"step": step, "read": game.s["read"], "state": state})
+                line = {"step": step, "epoch": epoch, "rolled_back_to": good["step"]}
             run.log(line, step, total, step * config.batch * config.bptt)
             run.keep(game.checkpoint())
         run.obey()
-    return game.s["weights"], game.controller
 
-def losses_on(tokens, config, weights, rows, **more):
-    """Losses [K], on the CPU, of a whole split under shared weights; ten architectures at a time, for memory's sake."""
-    tokens, rows = tokens.to(device_of(config)), rows.to(device_of(config))
-    return torch.cat([evaluate(weights, some, tokens, config.eval_batch, **more) for some in rows.split(10)]).cpu()
+
+# 6. What ENAS leaves out --------------------------------------------------------------------------
+# The controller should climb F(theta) = E_m R(omega*(theta); m), where omega* are the weights that
+# training on architectures of pi_theta ends in. Within reach is the objective one step of SGD
+# ahead, omega' = omega - lr clip(g):
+#
+#     F_1(theta) = E_m R(omega'; m),   g = E_m' grad L_T(omega; m')    R reward, L_T training loss
+#     dF_1/dtheta =   E_m [ R(omega'; m) dlog pi(m)/dtheta ]               direct: ENAS's, at omega
+#                   - E_m'[ <grad L_T(omega; m'), u> dlog pi(m')/dtheta ]  response: it leaves out
+#     u = lr J^T v,   v = grad_omega' E_m R(omega'; m),   J = d clip(g) / dg
+#
+# Theta moves omega' only through which architectures it is trained on, so the response is a
+# REINFORCE gradient too: an architecture is rewarded by what a step of training on it does to
+# everyone's reward. LOOKAHEAD says where R is evaluated, RESPONSE what v passes through; ENAS is
+# (none, none), and (fresh, unrolled) the exact gradient. These functions know nothing of RNNs:
+# toy_enas.py holds the same ones to closed forms, tests/test_gradients.py to enumerated spaces.
+
+# The next shared step as the controller foresees it. Like a reward, a loss returns the state it
+# leaves.
+#     losses  (weights, cells) -> (L_T [K], state), always on the same minibatch with the same masks
+#     cells   the fold [A, D], which stands for the policy in g
+#     each    (weights, cells, v) -> |grad L_T(omega; m)| [K] and <grad L_T(omega; m), v> [K]
+#     rates   cells -> the factors of lr [K] that architectures chose for training on them
+#     past    gradients of shared steps so far, see remember()
+def no_rates(cells):
+    """Every architecture is trained with the same learning rate."""
+    return torch.ones(len(cells), device=cells.device)
+
+
+Step = namedtuple("Step", "losses cells lr clip decay each rates past",
+                  defaults=(math.inf, 0.0, None, no_rates, ()))
+
+
+def dot(a, b):
+    """<a, b> of two dicts of tensors."""
+    return sum((a[name] * b[name]).sum() for name in a)
+
+
+def plus(a, b, scale=1.0):
+    """a + scale b of two dicts of tensors, without gradients."""
+    return {name: torch.add(a[name].detach(), b[name] * scale) for name in a}
+
+
+def mean_gradient(values, weights):
+    """d mean_k values(weights)_k / dweights, a dict, and the state; values: weights -> ([K],
+    state)."""
+    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    with torch.enable_grad():
+        found, state = values(leaves)
+        return gradients(found.mean(), leaves), state
+
+
+@torch.no_grad()
+def directional(step, weights, cells, u):
+    """<grad L_T(omega; m), u> = [ L_T(omega + eps u; m) - L_T(omega - eps u; m) ] / (2 eps)  [K].
+
+    Two forward passes, in float32 or better; eps = .01 / |u|, and if u is 0 any will do.
+    """
+    eps = 0.01 / dot(u, u).sqrt().clamp(min=1e-30)
+    ahead, _ = step.losses(plus(weights, u, eps), cells)
+    back, _ = step.losses(plus(weights, u, -eps), cells)
+    return step.rates(cells) * (ahead - back) / (2 * eps)
+
+
+def remember(past, g, decay=0.9):
+    """The last shared step's gradient g, and the decayed sum of all and its weight."""
+    if not past:
+        return {"recent": g, "sum": g, "weight": 1.0}
+    total = {name: g[name] + decay * past["sum"][name] for name in g}
+    return {"recent": g, "sum": total, "weight": 1 + decay * past["weight"]}
+
+
+def no_lookahead(weights, step):
+    """omega' = omega, as in ENAS."""
+    return None, None
+
+
+def momentum(weights, step):
+    """g = sum_j decay^j g_{t-j} / sum_j decay^j, a mean of the shared steps' gradients."""
+    if not step.past:
+        return None, None
+    return {name: x / step.past["weight"] for name, x in step.past["sum"].items()}, None
+
+
+def recent(weights, step):
+    """g = g_t of the last shared step: an extrapolation from the past, one step old."""
+    return (step.past["recent"] if step.past else None), None
+
+
+def fresh(weights, step):
+    """g = d/domega mean_m xi_m L_T(omega; m) over the fold, xi the rates: the only unbiased one."""
+    def scaled(w):
+        losses, state = step.losses(w, step.cells)
+        return step.rates(step.cells) * losses, state
+    return mean_gradient(scaled, weights)
+
+
+# (weights, step) -> g, along which omega' is a step, or None for omega' = omega; and the state
+# left.
+LOOKAHEAD = {"none": no_lookahead, "momentum": momentum, "recent": recent, "fresh": fresh}
+
+
+def mean_rate(step):
+    """E xi_m over the fold."""
+    return step.rates(step.cells).mean()
+
+
+def foreseen_clip(step):
+    """Training takes xi_m clip(g_m), so the fold's mean step may be as long as clip times E xi_m."""
+    return step.clip * mean_rate(step)
+
+
+def look_ahead(weights, g, step):
+    """omega' by the rule of training's step, for g in place of a sampled architecture's gradient."""
+    if g is None:
+        return weights
+    ahead = {name: w.detach().clone() for name, w in weights.items()}
+    g = {name: x.detach().clone() for name, x in g.items()}
+    lr = next(iter(g.values())).new_full((1,), step.lr)
+    sgd_step(ahead, g, lr, foreseen_clip(step), step.decay * mean_rate(step))
+    return ahead
+
+
+def no_response(v, weights, g, step, cells):
+    """0: omega is held fixed, as in ENAS."""
+    return torch.zeros(len(cells), device=cells.device)
+
+
+def through_clip(v, g, step):
+    """lr J^T v; J = d clip(g) / dg is 1, or where c = foreseen_clip binds (c / |g|) (1 - g^ g^T),
+    g^ = g / |g|."""
+    norm, clip = dot(g, g).sqrt(), foreseen_clip(step)
+    scale = step.lr * (clip / norm).clamp(max=1)
+    along = torch.where(norm > clip, dot(v, g) / norm ** 2, 0.0)
+    return {name: scale * (v[name] - along * g[name]) for name in v}
+
+
+def unrolled(v, weights, g, step, cells):
+    """- <xi_m grad L_T(omega; m), u> - lr xi_m ( [clipped] clip <g^, v> + decay <omega, v> ).
+
+    u = lr J^T v: a step on the policy's MEAN gradient, clipped as a whole. Exact if the fold is the
+    whole policy: DARTS's second order, for a sampled controller. The second part is what a larger
+    rate does to the step's bound and to the decay; with one rate it is the same for all.
+    """
+    norm = dot(g, g).sqrt()
+    longer = torch.where(norm > foreseen_clip(step), step.clip * dot(v, g) / norm, 0.0)
+    longer = step.lr * (longer + step.decay * dot(v, weights))
+    return -directional(step, weights, cells, through_clip(v, g, step)) - longer * step.rates(cells)
+
+
+def sampled(v, weights, g, step, cells):
+    """- lr xi_m ( min(1, clip / |g_m|) <g_m, v> + decay <omega, v> ),  g_m = grad L_T(omega; m).
+
+    It is the step that training really takes, on ONE sampled architecture, clipped by its OWN norm,
+    so an architecture whose gradient explodes is rewarded by no more than lr clip |v|. As a response
+    right to first order in lr; its sum with the direct term is not, for that is taken at the omega'
+    of the fold's mean.
+    """
+    norm, along = step.each(weights, cells, v)
+    product = (step.clip / norm).clamp(max=1) * along + step.decay * dot(v, weights)
+    return -step.lr * step.rates(cells) * product
+
+
+# (v, weights, g, step, cells) -> [K]: what training on each architecture does to everyone's reward.
+RESPONSE = {"none": no_response, "unrolled": unrolled, "sampled": sampled}
+
+
+def extra_rewards(look, respond, weights, cells, others, rewards, step):
+    """Rewards R(omega'; m) [K], responses [K], and the two states left: of validation, of the step.
+
+    REINFORCE climbs the sum. rewards: (weights, cells) -> (R [K], state). cells, others and
+    step.cells are independent draws from the policy: omega' is made from step.cells, v from others.
+    Scoring those very draws again would bias both terms. A response is that of a fresh look ahead.
+    """
+    g, step_state = LOOKAHEAD[look](weights, step)
+    ahead = look_ahead(weights, g, step)
+    with torch.no_grad():
+        direct, state = rewards(ahead, cells)
+    if respond == "none":  # spares the passes for v
+        return direct, torch.zeros_like(direct), state, step_state
+    v, _ = mean_gradient(lambda w: rewards(w, others), ahead)
+    return direct, RESPONSE[respond](v, weights, g, step, cells), state, step_state
+
+
+class Anticipation(Search):
+    """A search whose rewards anticipate: evaluated at omega', with the response of the shared
+    weights."""
+
+    def shared_step(self, progress):
+        g = super().shared_step(progress)
+        if self.config.lookahead in ("momentum", "recent"):
+            self.s["past"] = remember(self.s["past"], g)
+        return g
+
+    def foresee(self, progress, fold):
+        """The Step that a shared step on the next segment of the stream 'ahead' would be."""
+        config, segment, carried = self.config, self.next("ahead"), self.s["state"]["ahead"]
+        omega, masks = self.s["weights"], self.masks("ahead")
+        # bfloat16 would round a difference away
+        strict = torch.promote_types(DTYPES[config.dtype], torch.float32)
+
+        def losses(weights, rows):
+            batch = start_batch(config, omega, rows, segment, carried, masks, strict)
+            found, state = network(weights, rows, batch, strict)
+            factors, _ = TASKS[config.task](rows)
+            return factors * found, mean_state(found, state)
+
+        def each(weights, rows, v):
+            own = inherit(weights, rows)
+            along = inherit(v, rows)
+            grads, _ = mean_gradient(lambda w: (losses(w, rows)[0] * len(rows), None), own)
+            square = sum(g.flatten(1).square().sum(1) for g in grads.values())
+            product = sum((grads[name] * along[name]).flatten(1).sum(1) for name in grads)
+            return square.sqrt(), product
+
+        return Step(losses, fold, self.lr(progress), config.clip, config.weight_decay, each,
+                    rates_of, self.s["past"])
+
+    def rewarded(self, sample, progress):
+        """The rewards R(omega'; m) [K] on one validation segment, and the responses [K]."""
+        config, state = self.config, self.s["state"]
+        sampled = self.controller.sample(2 * config.fold, *self.key("folds")).rows
+        fold, others = sampled.split(config.fold)
+        rewards = self.rewards_on(self.next("valid"))
+        direct, response, state["valid"], ahead = extra_rewards(
+            config.lookahead, config.response, self.s["weights"], sample.rows, others, rewards,
+            self.foresee(progress, fold))
+        if ahead is not None:
+            state["ahead"] = ahead
+        return direct, response
+
+
+def game_of(config, corpus):
+    """ENAS, or with a lookahead the search that anticipates."""
+    plain = (config.lookahead, config.response) == ("none", "none")
+    return Search(config, corpus) if plain else Anticipation(config, corpus)
+
+
+# 7. Evaluating, training, deriving ----------------------------------------------------------------
+@torch.no_grad()
+def evaluate(weights, rows, tokens, dtype=torch.float32, masks=None, batch=64, bptt=70, warm_up=70):
+    """Mean loss [K] over a whole split: every token but the first exactly once, no dropout.
+
+    warm_up: words read before a stream's first scored one, so that cutting the text into parallel
+    streams hardly matters. masks: (inputs [T, B], their place) -> those of a perturbed input.
+    """
+    n = len(tokens) - 1
+    stream = Stream(tokens, max(1, min(batch, n // warm_up)), bptt)
+    masks = masks or (lambda inputs, place: {})
+    # each stream reads the end of the one before it; the first has no words before it
+    before = stream.inputs[:stream.length][-warm_up:].roll(1, 1)
+    nothing = torch.full_like(before, -1)
+    state = zero_state(weights, before.shape[1])
+    state = network(weights, rows, Batch(before, nothing, state, masks(before, -1)), dtype)[1]
+    state[:, :, 0] = 0
+    total = 0.0
+    for i in range(len(stream)):
+        inputs, targets, _ = stream.segment(i)
+        batch_ = Batch(inputs, targets, state, masks(inputs, i))
+        losses, state = network(weights, rows, batch_, dtype)
+        total = total + losses * (targets >= 0).sum()
+    return total / n
+
+
+def score(weights, rows, tokens, config, **how):
+    """Losses [K] on the CPU of a whole split under shared weights, ten architectures at a time."""
+    device = device_of(config)
+    found = [evaluate(weights, some.to(device), tokens.to(device), DTYPES[config.dtype], **how)
+             for some in rows.split(10)]
+    return torch.cat(found).float().cpu()
+
 
 def derive(config, weights, rows, corpus):
-    """Architectures under the shared weights on the whole validation split, best first: rows [K, D], perplexities."""
-    distinct, which = (rows := rows.cpu()).unique(dim=0, return_inverse=True)
-    how = dict(dtype=DTYPES[config.dtype], masks=perturbed(config, weights))
-    losses, order = losses_on(corpus.valid, config, weights, distinct, **how)[which].sort(stable=True)
-    return rows[order], [perplexity(loss) for loss in losses.tolist()]
+    """Architectures by their loss under the shared weights on the whole validation split, best
+    first: rows [K, D], losses [K]. paper: on a single minibatch."""
+    rows = rows.cpu()
+    distinct, which = rows.unique(dim=0, return_inverse=True)
+    how = perturbation(config.reward_input, weights, config.seed)
+    found = score(weights, distinct, corpus.valid, config, masks=how)
+    losses, order = found[which].sort(stable=True)
+    return rows[order], losses
 
-# 10. The two commands ------------------------------------------------------------------------------------------------
-def check(config):
-    """Wrong settings, each with its name, before any work is done."""
-    for name, choices in (("preset", PRESETS), ("dtype", DTYPES), ("schedule", SCHEDULES), ("state", STATES),
-                          ("reward", REWARDS), ("baseline", BASELINES), ("lookahead", LOOKAHEAD), ("task", TASKS),
-                          ("response", RESPONSE), ("activation_scope", ("node", "cell"))):
-        choose(name, getattr(config, name), choices)
-    for f in fields(config):
-        value, must_be = getattr(config, f.name), f.metadata["must_be"]
-        if must_be and not RANGES[must_be](value):
-            raise UserError(f"--{f.name} {value} must be {must_be}: {f.metadata['help']}")
-    if config.baseline == "leave_one_out" and config.controller_samples == 1:
-        raise UserError("--controller_samples 1: leave_one_out needs at least 2; or --baseline moving_average")
-    if config.anneal > max(0, config.epochs - config.warm_epochs):
-        raise UserError(f"--anneal {config.anneal} is more than the rounds of learning, --epochs minus --warm_epochs")
-    if config.rates and config.shared_samples > 1:
-        raise UserError(f"--rates {config.rates}: a shared step has one architecture's rate; use --shared_samples 1")
-    if config.rates and (config.controller, config.response) == ("trained", "none"):
-        raise UserError(f"--rates {config.rates}: no reward at a common omega' depends on them: choose a --response")
-    if config.part and not ((of := re.fullmatch(r"(\d+)/(\d+)", config.part)) and 1 <= int(of[1]) <= int(of[2])):
-        raise UserError(f"--part {config.part} must be I/N, I from 1 to N")
-    device_of(config)
 
-def run_study(study, work, config):
-    """Run, resume, or find finished one study, whose metrics work(config, run) gives; its record."""
-    check(config)
-    if config.part and not getattr(work, "parts", False):
-        raise UserError(f"--part {config.part}: {study} has no sub-runs to share out")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with Run(study, config) as run:
-        if (run.folder / "result.json").exists():
-            run.say(f"already finished: {run.folder}")
-            return read_json(run.folder / "result.json")
-        metrics = work(config, run)
-        run.end_of_part()
-        return run.finish(metrics)
+PLATEAU = 4.0  # under --schedule plateau, lr is divided by this where the loss does not fall
 
-def load_shared(config, words, cells):
-    """The shared weights of a finished search, which must fit this corpus, size and cells."""
-    path = Path(config.weights) / "weights.pt"
+
+@torch.no_grad()
+def validate(config, s, valid, epoch):
+    """Losses of the networks still in the batch; keep their best weights; start averaging, lower
+    lr, or let go those that have not improved for --patience epochs, and those that failed."""
+    alive, current = s["alive"], s["mean"] or s["weights"]
+    loss = evaluate(current, s["rows"], valid, DTYPES[config.dtype]).float()
+    better = loss < s["best_loss"][alive]
+    won, lost = alive[better], alive[~better]
+    s["before"][:, alive] = torch.stack([s["best_loss"][alive], s["before"][0, alive]])
+    for name, w in current.items():
+        s["best"][name][won] = w[better]
+    s["best_loss"][won] = loss[better]
+    s["best_epoch"][won] = epoch
+    s["bad"][won] = 0
+    s["bad"][lost] += 1
+    s["epochs"][alive] = epoch
+    if config.schedule == "plateau":
+        s["lr"][lost] /= PLATEAU
+    s["since"][lost] = s["since"][lost].clamp(max=s["step"])  # the step from which they average
+    stay = (s["bad"][alive] < config.patience) & (s["failed"][alive] == 0)
+    s["alive"], s["rows"] = alive[stay], s["rows"][stay]
+    s["seeds"] = [seed for seed, stays in zip(s["seeds"], stay.tolist()) if stays]
+    for part in ("weights", "mean"):
+        s[part] = {name: w[stay] for name, w in s[part].items()}
+    s["state"] = s["state"].expand(-1, len(stay), -1, -1)[:, stay]
+    return loss
+
+
+def start_training(config, weights, rows, seeds):
+    """What a checkpoint holds: of the networks still in the batch, of all K, of the run."""
+    device = rows.device
+
+    def full(value):
+        return torch.full((len(seeds),), value, device=device)
+
+    return {
+        "alive": torch.arange(len(seeds), device=device),
+        "seeds": seeds,
+        "rows": rows,
+        "weights": weights,
+        "mean": copy.deepcopy(weights) if config.average else {},
+        "state": zero_state(weights, config.batch),
+        "lr": config.lr * rates_of(rows),
+        "best": copy.deepcopy(weights),
+        "best_loss": full(math.inf),
+        "before": torch.stack([full(math.inf)] * 2),  # the best loss one and two epochs ago
+        "since": full(math.inf),                      # the step from which a network averages
+        "failed": full(0),                            # the epoch in which its loss was not finite
+        "loss": full(0.0),
+        "best_epoch": full(0), "epochs": full(0), "bad": full(0), "step": 0, "steps": 0}
+
+
+def train_networks(config, run, corpus, weights, rows, seeds):
+    """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging,
+    stopping.
+
+    Returns the best weights of each by validation loss, and of each best_loss, best_epoch, epochs,
+    the epoch at which it failed or 0, and late, by how much the last two epochs lowered the best
+    loss. rows: of LSTMs zeros [K, 9].
+    """
+    device = device_of(config)
+    valid = corpus.valid.to(device)
+    stream = Stream(corpus.train.to(device), config.batch, config.bptt)
+    weights = {name: w.to(device) for name, w in weights.items()}
+    s = run.restore() or start_training(config, weights, rows.to(device), seeds)
+    while s["seeds"] and s["step"] < config.epochs * len(stream):
+        # one step of SGD on the next segment
+        alive, epoch = s["alive"], s["step"] // len(stream) + 1
+        segment = stream.segment(s["step"])
+        if segment.before is None:
+            s["state"] = zero_state(s["weights"], config.batch)
+        lr = s["lr"][alive] * SCHEDULES[config.schedule](s["step"] / len(stream), config.epochs)
+        masks = draw_masks(config, len(corpus.words), config.batch, s["seeds"], s["step"])
+        masks = {name: move(mask, device) for name, mask in masks.items()}
+        batch = Batch(segment.inputs, segment.targets, s["state"], masks)
+        losses, state, _ = train_step(s["weights"], s["rows"], batch, lr, config)
+        finite = torch.isfinite(losses)
+        failed = s["failed"][alive]
+        s["failed"][alive] = torch.where(finite | (failed > 0), failed, epoch)
+        s["state"] = torch.where(finite[:, None, None], state, 0.0)
+        s["loss"][alive] += losses
+        s["step"], s["steps"] = s["step"] + 1, s["steps"] + 1
+
+        # mean <- mean + (w - mean) / n; before a network averages n is 1, the mean w alone
+        n = (s["step"] - s["since"][alive]).clamp(min=1)
+        for name, average in s["mean"].items():
+            share = (1 / n).to(average.dtype).view(-1, *[1] * (average.dim() - 1))
+            average.lerp_(s["weights"][name].detach(), share)
+
+        # a line of metrics, after which the state may be a checkpoint
+        ends = s["step"] % len(stream) == 0
+        if ends or s["steps"] >= LOG_EVERY:
+            loss = (s["loss"][alive] / s["steps"]).nanmean().item()  # of those that have not failed
+            line = {"step": s["step"], "epoch": epoch, "loss": loss, "perplexity": perplexity(loss)}
+            if ends:
+                for k in alive[s["failed"][alive] == epoch].tolist():
+                    run.say(f"network {k} failed: its loss is not finite in epoch {epoch}")
+                scores = validate(config, s, valid, epoch).tolist()
+                line["networks"] = alive.tolist()
+                line["valid_perplexity"] = [perplexity(x) for x in scores]
+            s["loss"], s["steps"] = torch.zeros_like(s["loss"]), 0
+            words = s["step"] * config.batch * config.bptt
+            run.log(line, s["step"], config.epochs * len(stream), words)
+            run.keep(s)
+        run.obey()
+    found = {name: s[name].tolist() for name in ("best_loss", "best_epoch", "epochs", "failed")}
+    return s["best"], found | {"late": (s["before"][1] - s["best_loss"]).tolist()}
+
+
+# 8. Texts -----------------------------------------------------------------------------------------
+SPLITS = ("train", "valid", "test")
+PTB_MIRRORS = ("https://raw.githubusercontent.com/carpedm20/ENAS-pytorch/master/data/ptb/{}.txt",
+               "https://raw.githubusercontent.com/timbmg/RNNLM/master/data/ptb.{}.txt")
+PTB_SHA256 = {"train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+              "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+              "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}
+CACHE = Path("~/.cache/menas/ptb")
+
+# Token ids [tokens] of each split, the vocabulary, and split -> the loss under the true grammar, in
+# nats per token, empty for real text.
+Corpus = namedtuple("Corpus", "train valid test words floor")
+
+
+def write_atomically(path, content):
+    """The file, bytes or a dict of tensors, appears whole or not at all, also if killed in
+    between."""
+    temporary = path.with_name(f".menas-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            if isinstance(content, dict):
+                torch.save(content, file)
+            else:
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def strict(value):
+    """What is no number is null, as strict readers of JSON want it."""
+    if isinstance(value, dict):
+        return {key: strict(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path, value):
+    write_atomically(path, (json.dumps(strict(value), indent=1) + "\n").encode())
+
+
+def read_json(path):
+    """The JSON object in it, or a UserError that names the file."""
     with refusing(path):
-        weights = torch.load(path, weights_only=True)
-        if weights.get("embedding", torch.empty(0)).shape != (words, config.hidden):  # standalone: one more dimension
-            raise ValueError(f"it does not hold the shared weights for {words} words and --hidden {config.hidden}")
-        nodes = math.isqrt(2 * len(weights["edges"]))  # there are nodes (nodes + 1) / 2 edges
-        check_fit(map(decode, cells), nodes, config.hidden, weights["input"].dim() == 3)
-    return weights
+        return {**json.loads(Path(path).read_text())}
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def ptb_folder(folder=CACHE, mirrors=PTB_MIRRORS):
+    """The folder of the three PTB files; an absent one comes from the first mirror with the right
+    hash."""
+    folder = folder.expanduser()
+    for split, right in PTB_SHA256.items():
+        path, reasons = folder / f"{split}.txt", []
+        for address in mirrors:
+            if path.exists():
+                break
+            try:
+                with urllib.request.urlopen(address.format(split), timeout=30) as answer:
+                    content = answer.read()
+                if sha256(content) != right:
+                    raise ValueError("wrong SHA-256")
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, content)
+            except Exception as error:  # of the network, the server, the disk: the user reads it
+                reasons.append(f"{address.format(split)}: {error}")
+        if not path.exists():
+            raise UserError(f"cannot get PTB's {split}.txt: {'; '.join(reasons)}; "
+                            "pass a folder that has it as --data")
+        if sha256(path.read_bytes()) != right:
+            raise UserError(f"{path} is not the standard PTB file (wrong SHA-256); delete it")
+    return folder
+
+
+# The toy corpus: nouns and their verbs agree in class, and often in letter, across clauses nested
+# in between: 'n3b that n1a v1a v3b'. A stack machine writes it, so the distribution of the next
+# word given ALL words before is known exactly.
+TOY_CLASSES, TOY_DEPTH = 8, 4
+TOY_NEST, TOY_ADVERB, TOY_TOPIC, TOY_ECHO = 0.4, 0.3, 0.75, 0.6  # probabilities, see toy_next
+HARMONIC = sum(1 / rank for rank in range(1, 7))
+TOY_ZIPF = {letter: 1 / rank / HARMONIC for rank, letter in enumerate("abcdef", 1)}
+
+
+def toy_next(state):
+    """[(word, probability, next state)] under the true grammar.
+
+    A state is (topic, due, phase): the last main noun's class; (class, letter) of the nouns whose
+    verbs are still to come, outermost first; and what was written last: 'start' (a noun is next),
+    'noun', 'verb' or 'adverb'. A main noun keeps the topic with TOY_TOPIC; a clause follows a noun
+    with TOY_NEST, an adverb a verb with TOY_ADVERB; a verb has its noun's class, its letter with
+    TOY_ECHO.
+    """
+    topic, due, phase = state
+    moves, left = [], 1.0
+    if phase == "start":
+        for c in range(TOY_CLASSES):
+            keeps = TOY_TOPIC if c == topic else (1 - TOY_TOPIC) / (TOY_CLASSES - 1)
+            p = 1 / TOY_CLASSES if due else keeps
+            moves += [(f"n{c}{x}", q * p, (topic if due else c, due + ((c, x),), "noun"))
+                      for x, q in TOY_ZIPF.items()]
+        return moves
+    if phase == "noun" and len(due) < TOY_DEPTH:
+        moves, left = [("that", TOY_NEST, (topic, due, "start"))], 1 - TOY_NEST
+    elif phase == "verb":
+        moves = [(f"adv{x}", TOY_ADVERB * q, (topic, due, "adverb")) for x, q in TOY_ZIPF.items()]
+        left = 1 - TOY_ADVERB
+    if not due:
+        return moves + [("<eos>", left, (topic, (), "start"))]
+    c, letter = due[-1]
+    return moves + [(f"v{c}{x}", left * (TOY_ECHO * (x == letter) + (1 - TOY_ECHO) * q),
+                     (topic, due[:-1], "verb")) for x, q in TOY_ZIPF.items()]
+
+
+@lru_cache
+def toy_corpus(sizes=(60000, 6000, 6000)):
+    """{split: words} and {split: loss under the grammar}; whole sentences, the same on every
+    machine."""
+    draw, texts, floor = random.Random(20180209), {}, {}
+    for split, size in zip(SPLITS, sizes):
+        state, words, nats = (0, (), "start"), [], []
+        while len(words) < size or words[-1] != "<eos>":
+            moves = toy_next(state)
+            word, p, state = draw.choices(moves, weights=[move[1] for move in moves])[0]
+            words.append(word)
+            nats.append(-math.log(p))
+        texts[split] = words
+        floor[split] = mean(nats[1:])  # all but the first, as a model
+    return texts, floor
+
+
+def read_words(path):
+    """The words between spaces, an <eos> at the end of every line, blank ones too."""
+    with refusing(path):
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        words = [word for line in lines for word in line.split() + ["<eos>"]]
+        if len(words) < 3:
+            raise ValueError(f"it has {len(words)} tokens with <eos>; a model needs at least 3")
+        return words
+
+
+def load_corpus(config):
+    """The Corpus that --data names: toy, ptb, or a folder with train.txt, valid.txt and
+    test.txt."""
+    floor = {}
+    if config.data == "toy":
+        texts, floor = toy_corpus()
+    else:
+        folder = ptb_folder() if config.data == "ptb" else Path(os.path.expanduser(config.data))
+        if not folder.is_dir():
+            choose("data folder", config.data, ("ptb", "toy"))
+        texts = {split: read_words(folder / f"{split}.txt") for split in SPLITS}
+    words = sorted(set(texts["train"]))
+    index, ids = {word: i for i, word in enumerate(words)}, {}
+    for split, text in texts.items():
+        new = set(text) - set(words)
+        if new and "<unk>" not in index:
+            raise UserError(f"{split}.txt has the word {min(new)!r}, which train.txt lacks, "
+                            "and train.txt has no <unk>")
+        ids[split] = torch.tensor([index.get(word, index.get("<unk>")) for word in text])
+    return Corpus(**ids, words=words, floor=floor)
+
+
+# Statistics: one test everywhere. A value stands for what was drawn independently, mostly a search.
+EXACT = 14  # up to so many pairs all sign flips are enumerated; draws are functions of the sizes
+
+
+def flipped_means(values):
+    """The means of a sample of differences with their signs flipped, all ways or 9999 drawn."""
+    x = torch.tensor(values, dtype=torch.float64)
+    if len(x) <= EXACT:
+        signs = torch.cartesian_prod(*[torch.tensor((-1.0, 1.0))] * len(x)).view(-1, len(x))
+    else:
+        signs = torch.randint(2, (9999, len(x)), generator=rng("flips", len(x))) * 2.0 - 1
+        signs[0] = 1  # the data count as a draw
+    return signs.double() @ x / len(x)
+
+
+def dealt_differences(a, b):
+    """mean(b) - mean(a), the values dealt out anew, 9999 draws."""
+    both = torch.tensor([*a, *b], dtype=torch.float64)
+    order = torch.rand(9999, len(both), generator=rng("deal", len(a), len(b))).argsort(1)
+    order[0] = torch.arange(len(both))
+    dealt = both[order]
+    return dealt[:, len(a):].mean(1) - dealt[:, :len(a)].mean(1)
+
+
+def p_value(a, b, paired, shift=0.0):
+    """Two-sided p of b being a shifted by so much: the share of sign flips of the pairs'
+    differences, or of deals of the values, with a mean as far from 0 (Fisher 1935)."""
+    b = [y - shift for y in b]
+    seen = mean(b) - mean(a)
+    gaps = flipped_means([y - x for x, y in zip(a, b)]) if paired else dealt_differences(a, b)
+    return (gaps.abs() >= abs(seen) * (1 - 1e-9)).double().mean().item()
+
+
+def interval(a, b, paired):
+    """The 95 % interval that goes with it: the shifts that are not refused at .05; None, if all
+    are."""
+    seen, ends = mean(b) - mean(a), []
+    spread = max(map(abs, [y - x for x, y in product(a, b)])) + 1e-9
+    for side in (-1, 1):
+        inside, outside = seen, seen + 4 * side * spread
+        if p_value(a, b, paired, outside) > .05:
+            return None
+        for _ in range(40):
+            middle = (inside + outside) / 2
+            if p_value(a, b, paired, middle) > .05:
+                inside = middle
+            else:
+                outside = middle
+        ends.append(inside)
+    return ends
+
+
+def kendall(x, y):
+    """Kendall's tau-b: concordant minus discordant pairs, divided by the geometric mean of the
+    numbers of pairs that differ in x and in y (Kendall 1945); nan if there are none."""
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in (x, y))
+    x, y = (torch.sign(values[:, None] - values) for values in (x, y))
+    return ((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()).item()
+
+
+# 9. Populations and measurements ------------------------------------------------------------------
+# A study is a function (config, run) -> rows, flat dicts, of ONE seed; experiments.sh runs it for
+# several, and the report puts them together. A sweep needs no code: its arms are searches with
+# other flags. A population is labelled cells, which train_rows() trains; anything else is a
+# measurement.
+AT_ONCE = 25  # networks trained as one
+
+
+def guessing(corpus):
+    """The loss of guessing; what is worse, or no number, counts as that."""
+    return math.log(len(corpus.words))
+
+
+def no_worse(loss, guess):
+    return loss if loss < guess else guess
+
+
+def supernet(config):
+    """A finished search: its Config, shared weights, and rows [K, D] 'sampled' and 'uniform', best
+    first."""
+    if not config.supernet:
+        raise UserError("this is about a finished search: name its folder as --supernet")
+    folder = Path(config.supernet)
+    settings = read_json(folder / "config.json")
+    names = [f.name for f in fields(Config) if f.name in settings]
+    searched = Config(**{name: settings[name] for name in names})
+    searched = replace(searched, device=config.device, dtype=config.dtype)
+    with refusing(folder / "weights.pt"):
+        weights = torch.load(folder / "weights.pt", map_location=device_of(config), weights_only=True)
+        if not is_shared(weights):
+            raise ValueError("it does not hold shared weights")
+    found = {"sampled": [], "uniform": []}
+    for row in read_json(folder / "result.json")["rows"]:
+        if row["group"] in found:
+            found[row["group"]].append(row_of(row["cell"]))
+    return searched, weights, {group: torch.stack(rows) for group, rows in found.items()}
+
+
+def name_of(cell):
+    """The cell as records and --cell have it, its row."""
+    return row_name(encode([cell])[0])
+
+
+def kind_of_network(config, name):
+    """What can be trained together: LSTMs of so many units, ENAS's cells, other cells."""
+    units = lstm_units(config, name)
+    if units:
+        return f"lstm {units}"
+    return "cells" if is_enas(load_cell(config, name)) else "gated cells"
+
+
+def train_rows(config, run, rows, prefix=""):
+    """The rows, each with the losses of its 'cell' trained from scratch, and how that ended.
+
+    Batches of AT_ONCE networks, each a run of its own in this one's folder, and each network with a
+    seed of its own. What belongs together is not trained together.
+    """
+    kinds = {}
+    for i in torch.randperm(len(rows), generator=rng(config.seed, "order")).tolist():
+        kinds.setdefault(kind_of_network(config, rows[i]["cell"]), []).append(i)
+    for kind, members in kinds.items():
+        for first in range(0, len(members), AT_ONCE):
+            batch = members[first : first + AT_ONCE]
+            seeds = [rows[i].get("seed", config.seed + i) for i in batch]
+            cells = ",".join(f"{rows[i]['cell']}@{seed}" for i, seed in zip(batch, seeds))
+            folder = run.folder / f"{prefix}{kind} {first // AT_ONCE}"
+            sub = replace(config, cell=cells, supernet="", out=str(folder))
+            record = run_command("train", sub)
+            if "found" in record:  # by an earlier call, whose time counts
+                run.started -= record["seconds"]
+            for i, found in zip(batch, record["rows"]):
+                rows[i] = found | {"folder": folder.name} | rows[i]
+            run.obey()
+    return rows
+
+
+def distinct_some(rows, k, *key):
+    """k distinct ones of rows [n, D], drawn at random; and how many distinct ones there are."""
+    distinct = rows.unique(dim=0)
+    order = torch.randperm(len(distinct), generator=rng(*key))
+    return distinct[order[:k]], len(distinct)
+
+
+def study_compare(config, run):
+    """Is a trained controller better than chance? --derive_samples distinct cells of it, of an
+    untrained one and of the uniform distribution, and LSTMs of as many units and of as many
+    weights, trained from scratch; 'shared' is a cell's loss under the shared weights."""
+    corpus = load_corpus(config)
+    searched, weights, found = supernet(config)
+    controller = Controller(search_space(searched), searched.seed)
+    many = controller.sample(4 * config.derive_samples, searched.seed, "untrained").rows
+    rows = []
+    for group, sampled in (
+        ("trained", found["sampled"]),
+        ("untrained", many),
+        ("uniform", found["uniform"]),
+    ):
+        some, distinct = distinct_some(sampled, config.derive_samples, config.seed, "compare")
+        losses = score(weights, some, corpus.valid, searched).tolist()
+        rows += [
+            dict(
+                group=group,
+                cell=row_name(row),
+                distinct=distinct,
+                of=len(sampled),
+                shared=no_worse(loss, guessing(corpus)),
+            )
+            for row, loss in zip(some, losses)
+        ]
+    rows.append(dict(group="LSTM", cell="lstm"))
+    rows.append(dict(group="LSTM, as many weights", cell=f"lstm:{rows[0]['cell']}"))
+    return train_rows(config, run, rows)
+
+
+def changed(cell, i, **new):
+    """The cell with other entries of node i."""
+    nodes = list(cell.nodes)
+    nodes[i] = nodes[i]._replace(**new)
+    return cell._replace(nodes=tuple(nodes))
+
+
+def without(cell, i):
+    """The cell without node i > 0, whose readers read what it read."""
+
+    def moved(slot):
+        slot = cell.nodes[i].read if slot == i + 1 else slot
+        return slot - (slot > i + 1)
+
+    nodes = [node._replace(read=moved(node.read)) for j, node in enumerate(cell.nodes) if j != i]
+    return cell._replace(nodes=tuple(nodes))
+
+
+def with_activations(cell, activations):
+    """The cell with the same connections and these activations, a number for each node."""
+    nodes = [node._replace(activation=act) for node, act in zip(cell.nodes, activations)]
+    return cell._replace(nodes=tuple(nodes))
+
+
+def all_alike(cell):
+    """{'only tanh': the cell with that activation alone, ...}."""
+    n = len(cell.nodes)
+    return {f"only {name}": with_activations(cell, [a] * n) for a, name in enumerate(ACTIVATIONS)}
+
+
+def variants(cell):
+    """{kind of change: cells of ENAS's space changed so in one place}. A connection that is added
+    is a second one; node 0, which alone reads the input pair, is never removed."""
+    n = len(cell.nodes)
+    added = [
+        changed(cell, i, second=slot)
+        for i in range(1, n)
+        for slot in range(1, i + 1)
+        if slot != cell.nodes[i].read
+    ]
+    acts = [
+        changed(cell, i, activation=a)
+        for i in range(n)
+        for a in range(len(ACTIVATIONS))
+        if a != cell.nodes[i].activation
+    ]
+    kinds = {
+        "a node removed": [without(cell, i) for i in range(1, n)],
+        "a connection added": added,
+        "an activation changed": acts,
+    }
+    return kinds | {kind: [alike] for kind, alike in all_alike(cell).items()}
+
+
+def study_ablate(config, run):
+    """What in a cell matters? The cell that a search found, a random one and darts_v2, each as it
+    is and with --derive_samples changes of each kind, drawn at random; trained from scratch."""
+    searched, _, found = supernet(config)
+    drawn = uniform_rows(search_space(searched), 1, config.seed, "ablate")[0]
+    cells = {
+        "searched": decode(found["sampled"][0]),
+        "random": decode(drawn),
+        "darts_v2": CELLS["darts_v2"],
+    }
+    rows = []
+    for source, cell in cells.items():
+        for kind, changes in ({"itself": [cell]} | variants(cell)).items():
+            draw = torch.randperm(len(changes), generator=rng(config.seed, source, kind)).tolist()
+            rows += [
+                dict(group=kind, source=source, cell=name_of(changes[i]))
+                for i in draw[: config.derive_samples]
+            ]
+    return train_rows(config, run, rows)
+
+
+def study_factors(config, run):
+    """Is it the connections or the activations? Searched or random ones of either, --derive_samples
+    cells of each combination, and tanh alone; trained from scratch."""
+    searched, _, found = supernet(config)
+    uniform = uniform_rows(search_space(searched), len(found["sampled"]), config.seed, "factors")
+    sources, rows = {"searched": found["sampled"], "random": uniform}, []
+    for i, a, b in product(range(config.derive_samples), sources, (*sources, "tanh")):
+        draws = torch.randint(len(uniform), (2,), generator=rng(config.seed, "factors", i, a, b))
+        cell = decode(sources[a][draws[0]])
+        activations = [TANH] * len(cell.nodes)
+        if b in sources:
+            activations = [node.activation for node in decode(sources[b][draws[1]]).nodes]
+        rows.append(
+            dict(
+                group=f"{a} connections, {b} activations",
+                connections=a,
+                activations=b,
+                cell=name_of(with_activations(cell, activations)),
+            )
+        )
+    return train_rows(config, run, rows)
+
+
+def slots_by(cell, source, combine):
+    """{slot: combine(values of the slots it reads)}, source for the input pair and the memory."""
+    values = {None: source, INPUT: source}
+    for i, node in enumerate(cell.nodes):
+        values[i + 1] = combine(values[slot] for slot in slots_read(node))
+    return values
+
+
+def path_count(cell):
+    """Paths from the input pair or the memory to h_t within a step."""
+    paths = slots_by(cell, 1, sum)
+    return sum(paths[i + 1] for i in leaves(cell))
+
+
+def depths(cell):
+    """{slot: the nodes on the longest path to it}."""
+    return slots_by(cell, 0, lambda values: 1 + max(values))
+
+
+def depth(cell):
+    return max(depths(cell).values())
+
+
+def nodes_with_tanh(cell):
+    return sum(node.activation == TANH for node in cell.nodes)
+
+
+MEASURES = {"paths": path_count, "depth": depth, "nodes with tanh": nodes_with_tanh}
+NO_DROPOUT = dict(
+    word_dropout=0.0,
+    input_dropout=0.0,
+    hidden_dropout=0.0,
+    output_dropout=0.0,
+    weight_decay=0.0,
+    average=False,
+)
+CAPACITY_WORDS = 1000  # of the training text, to be learnt by heart
+CAPACITY_RATES = (1.0, 0.25, 4.0)  # times --lr
+
+
+def study_capacity(config, run):
+    """How much can a cell learn by heart? Random cells as they are, at half the width, and with
+    each single activation, trained without dropout on a short text until its own loss stops
+    falling; the best of three learning rates counts."""
+    corpus, folder, rows = load_corpus(config), run.folder / "text", []
+    folder.mkdir(exist_ok=True)
+    text = " ".join(corpus.words[i] for i in corpus.train[:CAPACITY_WORDS].tolist())
+    for split in SPLITS:  # the text is also what 'validation' looks at
+        write_atomically(folder / f"{split}.txt", text.replace(" <eos>", "\n").encode())
+    for i, row in enumerate(
+        uniform_rows(search_space(config), config.derive_samples, config.seed, "capacity")
+    ):
+        cell = decode(row)
+        kinds = {"as it is": cell, "half the width": cell._replace(width=config.hidden // 2)}
+        rows += [
+            dict(
+                group=kind,
+                seed=config.seed + i,
+                cell=name_of(x),
+                paths=path_count(x),
+                depth=depth(x),
+            )
+            for kind, x in (kinds | all_alike(cell)).items()
+        ]
+    tried = []
+    for rate in CAPACITY_RATES:
+        sub = replace(config, data=str(folder), lr=config.lr * rate, **NO_DROPOUT)
+        tried.append(
+            train_rows(sub, run, [row | dict(rate=rate) for row in rows], f"rate {rate:g} ")
+        )
+    return [min(several, key=lambda row: row["train"]) for several in zip(*tried)]
+
+
+def policy_gradient(controller, sample, rewards):
+    """The flat leave-one-out estimate of dE[reward]/dtheta, without the entropy's part."""
+    loss = policy_loss(sample, worst_for_failures(rewards.detach()), 0.0)
+    grads = torch.autograd.grad(-loss, list(controller.parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in grads])
+
+
+ESTIMATORS = [
+    ("none", "none"),
+    ("momentum", "none"),
+    ("recent", "none"),
+    ("fresh", "none"),
+    ("fresh", "unrolled"),
+    ("fresh", "sampled"),
+]  # lookahead, response
+SIMILARITY_EVERY = 10  # shared steps between two measurements
+
+
+def estimates(game, sample, rewards, step, others):
+    """{estimator: its gradient} on one sample, validation segment and foreseen step."""
+    found = {}
+    for look, respond in ESTIMATORS:
+        direct, response, _, _ = extra_rewards(
+            look, respond, game.s["weights"], sample.rows, others, rewards, step
+        )
+        found[f"{look}, {respond}"] = policy_gradient(game.controller, sample, direct + response)
+    return found
+
+
+def cosines_to_the_next(game):
+    """{estimator: cosines} between its gradient at omega_t and the plain one at omega_(t+1), after
+    the real shared step, theta as it was: on the same and on other samples and text."""
+    k, fold = game.config.controller_samples, game.config.fold
+    samples = [game.controller.sample(k, *game.key("similarity", i)) for i in range(2)]
+    rewards = [game.rewards_on(game.next("valid")) for _ in samples]
+    folds = game.controller.sample(2 * fold, *game.key("fold")).rows.split(fold)
+    grads = estimates(game, samples[0], rewards[0], game.foresee(0.0, folds[0]), folds[1])
+    game.shared_step(0.0)
+    then = []
+    for sample, reward in zip(samples, rewards):
+        values, _ = reward(game.s["weights"], sample.rows)
+        then.append(policy_gradient(game.controller, sample, values))
+    grads["the next one itself"] = then[0]
+    return {
+        name: [F.cosine_similarity(g, x, dim=0).item() for x in then] for name, g in grads.items()
+    }
+
+
+def study_similarity(config, run):
+    """Is the gradient that looks ahead closer to the next one? Shared and controller steps
+    alternate, and every tenth shared step is looked at."""
+    game = Anticipation(replace(config, lookahead="recent"), load_corpus(config))  # which remembers
+    rows, steps = [], config.epochs * game.shared_steps
+    if steps < SIMILARITY_EVERY:
+        raise UserError(f"{steps} shared steps: at least {SIMILARITY_EVERY} to measure once")
+    for step in range(steps):
+        game.s["step"] = step
+        if step % SIMILARITY_EVERY == SIMILARITY_EVERY - 1:
+            for name, (same, other) in cosines_to_the_next(game).items():
+                rows.append(
+                    {"group": name, "step": step, "same samples": same, "other samples": other}
+                )
+        else:
+            game.shared_step(0.0)
+        if step >= config.warm_epochs * game.shared_steps:
+            game.controller_step(0.0)
+        run.obey()
+    return rows
+
+
+def clock(device):
+    """Seconds, once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def study_cost(config, run):
+    """What the extra gradient costs and how noisy it is: milliseconds, and the median squared
+    deviation of --controller_steps draws from their median, both divided by the plain one's."""
+    if config.controller_steps < 2:
+        raise UserError(f"--controller_steps {config.controller_steps}: a spread needs two draws")
+    game = Anticipation(replace(config, lookahead="recent"), load_corpus(config))
+    for _ in range(game.shared_steps):  # to where the weights are no longer random
+        game.shared_step(0.0)
+        game.s["step"] += 1
+    arms = [
+        (*pair, fold)
+        for pair in ESTIMATORS
+        for fold in (1, 2, 4)
+        if pair[0] == "fresh" or fold == 1
+    ]
+    seconds, grads = {arm: [] for arm in arms}, {arm: [] for arm in arms}
+    for arm in arms * config.controller_steps:
+        game.config = replace(config, lookahead=arm[0], response=arm[1], fold=arm[2])
+        game.s["step"] += 1
+        start = clock(game.device)
+        sample = game.controller.sample(config.controller_samples, *game.key("cost"))
+        grads[arm].append(policy_gradient(game.controller, sample, sum(game.rewarded(sample, 0.0))))
+        seconds[arm].append(clock(game.device) - start)
+        run.obey()
+    rows = []
+    for arm in arms:
+        g = torch.stack(grads[arm])  # [draws, parameters]
+        deviation = (g - g.median(0).values).square().sum(1).median().item()
+        rows.append(
+            dict(
+                group="{}, {}, fold {}".format(*arm),
+                ms=1e3 * median(seconds[arm]),
+                deviation=deviation,
+            )
+        )
+    for row in rows:
+        row.update(cost=row["ms"] / rows[0]["ms"], noise=row["deviation"] / rows[0]["deviation"])
+    return rows
+
+
+# hidden, batch, vocabulary, architectures at once, dtype
+BENCHES = [
+    (32, 16, 200, 32, "float32"),
+    (200, 64, 10000, 1, "float32"),
+    (200, 64, 10000, 1, "bfloat16"),
+    (850, 64, 10000, 1, "float32"),
+    (850, 64, 10000, 1, "bfloat16"),
+]
+
+
+def bench_case(config, hidden, batch, words, k, dtype, repeats=5):
+    """Rows of one size: milliseconds of the plain loop in float32, torch.nn.LSTM, and the fast
+    path, all of them in turn, medians."""
+    config, device = (
+        replace(config, hidden=hidden, batch=batch, nodes=12, hidden_dropout=0.25),
+        device_of(config),
+    )
+    rows = encode([CELLS["enas"]] * k).to(device)
+    tokens = torch.randint(words, (config.bptt, batch), generator=rng("bench")).to(device)
+    masks = {"hidden": draw_masks(config, words, batch, [1], 0)["hidden"].to(device)}
+    cell = {name: w.to(device) for name, w in shared_weights(config, words).items()}
+    lstm = {name: w.to(device) for name, w in lstm_weights(config, words, hidden, [1]).items()}
+    models = {
+        "plain loop": (cell, "float32", plain_recurrence),
+        "torch.nn.LSTM": (lstm, "float32", None),
+        f"fast path, {dtype}": (cell, dtype, fast_recurrence),
+    }
+    found = []
+    for work in ("training step", "scoring"):
+        seconds = {name: [] for name in models}
+        for name in list(models) * (repeats + 1):
+            weights, kind, recurrence = models[name]
+            data = Batch(
+                tokens, tokens, zero_state(weights, batch), masks if work != "scoring" else {}
+            )
+            start = clock(device)
+            if work == "scoring":
+                with torch.no_grad():
+                    network(weights, rows, data, DTYPES[kind], recurrence)
+            else:
+                mean_gradient(lambda w: network(w, rows, data, DTYPES[kind], recurrence), weights)
+            seconds[name].append(clock(device) - start)
+        ms = {
+            name: 1e3 * median(several[1:]) for name, several in seconds.items()
+        }  # without the warm-up
+        found += [
+            dict(
+                group=f"{work}, {name}, {hidden} units, {k} at once",
+                ms=x,
+                speedup=ms["plain loop"] / x,
+            )
+            for name, x in ms.items()
+        ]
+    return found
+
+
+def study_bench(config, run):
+    """How fast is the hand-written backward pass?"""
+    cases = [case for case in BENCHES if case[0] <= config.hidden]
+    if not cases:
+        raise UserError(f"--hidden {config.hidden}: the smallest case has {BENCHES[0][0]} units")
+    return [row for case in cases for row in bench_case(config, *case)]
+
+
+def reward_error(game, rows, whole, at_least=30):
+    """What a controller step sees of rows [K, D] where each segment is read by other architectures
+    than the one before: the median cell's mean loss minus that on the whole split, whole [K], and
+    the mean of Kendall's tau between the order on one segment and on the split."""
+    losses, taus = [], []
+    for i in range(max(at_least, len(game.streams["valid"]))):
+        rewards = game.rewards_on(game.next("valid"))
+        found, _ = rewards(game.s["weights"], rows)
+        losses.append(-torch.log(found.cpu() / 80))
+        taus.append(kendall(losses[-1].tolist(), whole.tolist()))
+        others = uniform_rows(
+            game.controller.decisions, game.config.controller_samples, "others", i
+        )
+        _, game.s["state"]["valid"] = rewards(game.s["weights"], move(others, game.device))
+    return (torch.stack(losses).mean(0) - whole).median().item(), mean(taus)
+
+
+CONTEXTS = (1, 2, 4, 8, 16, 32, 64)  # words
+
+
+@torch.no_grad()
+def study_state(config, run):
+    """How should the hidden state be kept where each segment has another architecture? The reward's
+    error under each policy; and the loss of a trained ENAS cell and an LSTM that see so many
+    words."""
+    corpus, (searched, weights, _) = load_corpus(config), supernet(config)
+    rows = uniform_rows(search_space(searched), config.derive_samples, config.seed, "scored")
+    whole, found = score(weights, rows, corpus.valid, searched), []
+    for name in STATES:
+        game = Search(replace(searched, state=name), corpus)
+        game.s["weights"] = weights
+        bias, tau = reward_error(game, move(rows, game.device), whole)
+        found.append(dict(group=name, bias=bias, tau=tau))
+    with torch.enable_grad():
+        trained = train_rows(config, run, [dict(cell="enas"), dict(cell="lstm")])
+    for row in trained:
+        network_weights = torch.load(run.folder / row["folder"] / "weights.pt", weights_only=True)
+        for words in CONTEXTS:
+            loss = evaluate(
+                network_weights,
+                encode([CELLS["enas"]]),
+                corpus.valid,
+                batch=len(corpus.valid),
+                warm_up=words,
+            )
+            found.append(dict(group=f"{row['cell']}, {words} words", loss=loss.item()))
+    return found
+
+
+@torch.no_grad()
+def final_states(controller, rows):
+    """The LSTM's hidden state after its last decision, which is fed to it, too [K, H]."""
+    seen = []
+    hook = controller.lstm.register_forward_hook(lambda module, x, output: seen.append(output))
+    controller(rows=rows)
+    hook.remove()
+    last = controller.decisions[controller.free[-1]]
+    choice = (rows[:, last.columns[0], None] == torch.tensor(last.choices)).long().argmax(1)
+    return controller.lstm(controller.embed[-1][choice], seen[-1])[0]
+
+
+def probe(x, y, folds=5):
+    """R^2 of a linear regression of y [n] on x [n, d] on the folds left out: what is linear in
+    x."""
+    x = F.pad(x, (0, 1), value=1.0)
+    fold, guess = (
+        torch.randperm(len(x), generator=rng("probe", len(x))) % folds,
+        torch.empty_like(y),
+    )
+    for i in range(folds):
+        known = fold != i
+        guess[~known] = (
+            x[~known] @ torch.linalg.lstsq(x[known], y[known], rcond=1e-6, driver="gelsd").solution
+        )
+    return 1 - ((y - guess).square().sum() / (y - y.mean()).square().sum()).item()
+
+
+def study_hidden(config, run):
+    """Does the controller's final hidden state know the architecture? Of a search's controller and
+    the untrained one it started from, on uniform cells and pairs of them: Kendall's tau of the
+    states' distance with the decisions that differ and with the difference in loss under the shared
+    weights; and the R^2 of linear probes."""
+    corpus, (searched, weights, _) = load_corpus(config), supernet(config)
+    decisions, found = search_space(searched), []
+    rows = uniform_rows(decisions, 10 * config.derive_samples, config.seed, "hidden")
+    losses = score(weights, rows, corpus.valid[:20000], searched).double()
+    losses = losses.nan_to_num(math.inf).clamp(max=guessing(corpus))
+    i = torch.randperm(len(rows), generator=rng(config.seed, "pairs"))
+    differ = (rows[i] != rows).sum(1)
+    values = {"loss": losses}
+    values |= {
+        name: torch.tensor([float(f(decode(row))) for row in rows]).double()
+        for name, f in MEASURES.items()
+    }
+    for name in ("untrained", "trained"):
+        controller = Controller(decisions, searched.seed)
+        if name == "trained":
+            with refusing(Path(config.supernet) / "controller.pt"):
+                controller.load_state_dict(
+                    torch.load(Path(config.supernet) / "controller.pt", weights_only=True)
+                )
+        states = final_states(controller, rows).double()
+        far = (states[i] - states).norm(dim=1).tolist()
+        row = {
+            "group": name,
+            "distance with decisions": kendall(far, differ.tolist()),
+            "distance with loss": kendall(far, (losses[i] - losses).abs().tolist()),
+        }
+        found.append(row | {f"probe for {of}": probe(states, y) for of, y in values.items()})
+    return found
+
+
+def parameters(cell, config):
+    return recurrent_parameters(cell, config.hidden)
+
+
+PROPERTIES = {
+    "parameters": parameters,
+    "paths": lambda cell, config: path_count(cell),
+    "depth": lambda cell, config: depth(cell),
+}
+
+
+def conditional(config, name):
+    """A controller that is asked for a value of a property: trained on every other target of a
+    grid, tested on those in between. Rows of target, the samples' mean, and their mean absolute
+    error beside the untrained controller's, in standard deviations of the latter's values."""
+    controller = Controller(search_space(config), config.seed, asked=True)
+
+    def values(rows):
+        return torch.tensor([float(PROPERTIES[name](decode(row), config)) for row in rows])
+
+    anywhere = values(controller.sample(500, config.seed, "targets").rows)
+    spread = anywhere.std()
+    targets = torch.quantile(anywhere, torch.linspace(0.02, 0.98, 9)).round().unique()
+    if len(targets) < 3:
+        raise UserError(f"the space has too few values of {name} to ask for; --min_nodes widens it")
+    adam = torch.optim.Adam(controller.parameters(), lr=config.controller_lr)
+
+    def asked_for(target, k, *key):
+        asked = (target - anywhere.mean()) / spread
+        return controller.sample(k, config.seed, *key, asked=asked.expand(k))
+
+    for step in range(config.controller_steps):
+        training = targets[::2]
+        target = training[
+            torch.randint(len(training), (), generator=rng(config.seed, "target", step))
+        ]
+        sample = asked_for(target, config.controller_samples, "asked", step)
+        adam.zero_grad()
+        policy_loss(
+            sample, -(values(sample.rows) - target).abs() / spread, config.entropy
+        ).backward()
+        adam.step()
+    found = []
+    for target in targets[1:-1:2]:  # between two that it was trained on
+        got = values(asked_for(target, 50, "test").rows)
+        error, blind = [((x - target).abs().mean() / spread).item() for x in (got, anywhere)]
+        found.append(
+            dict(
+                group=name,
+                target=target.item(),
+                mean=got.mean().item(),
+                error=error,
+                untrained=blind,
+            )
+        )
+    return found
+
+
+def study_conditional(config, run):
+    """Does a controller that is told what to aim for follow?"""
+    return [row for name in PROPERTIES for row in conditional(config, name)]
+
+
+@torch.no_grad()
+def watched(game, corpus, epoch):
+    """Rows of the best of --derive_samples cells of the controller on the whole validation split,
+    and of how often each choice of each decision is taken in 200 samples."""
+    config, controller = game.config, game.controller
+    sampled = controller.sample(config.derive_samples, config.seed, "watch", epoch).rows
+    rows, losses = derive(config, game.s["weights"], sampled, corpus)
+    found = [dict(group="best", round=epoch, cell=row_name(rows[0]), valid=losses[0].item())]
+    many = controller.sample(200, config.seed, "shares", epoch).rows
+    for d in controller.decisions:
+        taken = many[:, d.columns[0]]
+        if len(d.choices) > 1:
+            found += [
+                dict(
+                    group=d.name,
+                    round=epoch,
+                    choice=value,
+                    share=(taken == value).float().mean().item(),
+                )
+                for value in d.choices
+            ]
+    return found
+
+
+def study_progress(config, run):
+    """How does a policy change? A search, looked at before each of its rounds and at its end."""
+    corpus = load_corpus(config)
+    game, rounds = game_of(config, corpus), config.epochs + config.settle
+
+    def watch(epoch):
+        write_json(run.folder / f"round {epoch}.json", {"rows": watched(game, corpus, epoch)})
+
+    search(game, run, watch)
+    watch(rounds)
+    return [
+        row for i in range(rounds + 1) for row in read_json(run.folder / f"round {i}.json")["rows"]
+    ]
+
+
+# 10. The two commands -----------------------------------------------------------------------------
+def load_cell(config, name):
+    """A cell by its name, 'random:SEED', its row, an ENAS arc, a DARTS genotype, or a run's folder."""
+    if os.path.isfile(Path(name, "result.json")):
+        name = read_json(Path(name, "result.json"))["rows"][0]["cell"]  # a search's best
+    if name in CELLS:
+        return CELLS[name]
+    with refusing(f"the cell {name!r}"):
+        if name.startswith("random:"):
+            return decode(uniform_rows(search_space(config), 1, "random cell", name)[0])
+        if name.startswith("Genotype"):
+            nodes = re.findall(r"\('(\w+)', (\d+)\)", name)
+            name = " ".join(f"{read} {list(ACTIVATIONS).index(act)}" for act, read in nodes)
+            return checked(arc(name))
+        if re.fullmatch(r"\d+( \d+)+", name):
+            return checked(arc(name))
+        if re.fullmatch(r"\d+(--?\d+)+", name):
+            row = row_of(name)
+            cell = checked(decode(row))
+            if len(cell.nodes) != row[0]:
+                raise ValueError(f"it has {len(cell.nodes)} nodes, not {row[0]}")
+            return cell
+    choose("cell", name, [*CELLS, "lstm:CELL", "random:SEED"])
+
+
+def lstm_parameters(config, units):
+    """Recurrent weights of an LSTM with its biases, and its projection if it has other units."""
+    project = units * config.hidden if units != config.hidden else 0
+    return 4 * units * (config.hidden + units + 2) + project
+
+
+def lstm_units(config, name):
+    """Units of 'lstm', 'lstm:400' or 'lstm:CELL', with as many weights as that; 0 if it is a cell."""
+    kind, _, size = name.partition(":")
+    if kind != "lstm":
+        return 0
+    if not size:
+        return config.hidden
+    if re.fullmatch("[1-9][0-9]{0,3}", size):
+        return int(size)
+    wanted = recurrent_parameters(load_cell(config, size), config.hidden)
+    sizes = range(1, 9 * config.hidden)
+    return min(sizes, key=lambda units: abs(lstm_parameters(config, units) - wanted))
+
+
+def save_tensors(path, tensors):
+    write_atomically(path, {name: x.detach().cpu() for name, x in tensors.items()})
+
+
+def from_supernet(config, cells, words):
+    """Rows of cells, and standalone weights that start from a search's, which must fit."""
+    searched, shared, _ = supernet(config)
+    if shared["embedding"].shape != (words, config.hidden):
+        raise UserError(f"--supernet {config.supernet} is of {len(shared['embedding'])} words and "
+                        f"--hidden {searched.hidden}, not of {words} and {config.hidden}")
+    for cell in cells:
+        if len(cell.nodes) > searched.nodes or "input" in shared and not is_enas(cell):
+            raise UserError(f"--supernet {config.supernet}, of {searched.nodes} nodes and --operations "
+                            f"{searched.operations}, does not hold the cell {name_of(cell)}")
+    rows = encode(cells, searched.nodes)
+    return rows, inherit(shared, rows)
+
 
 def study_train(config, run):
-    """Train cells from scratch or from a search's shared weights, as one batch; perplexities of the best weights."""
+    """Train cells from scratch, or with --supernet from its shared weights, as one batch: a row for
+    each, of the losses of its best weights on the whole of each split, in float32."""
     corpus, device = load_corpus(config), device_of(config)
-    words = len(corpus.words)
-    given = [re.fullmatch(r"(.*?)(?:@(-?\d+))?", name) for name in config.cell.split(",")]
-    names, seeds = zip(*((x[1], int(x[2] or config.seed) + i) for x in given for i in range(config.replicas)))
-    if "lstm" not in names:
-        cells = encode([load_cell(config, name) for name in names])
-        weights = inherit(load_shared(config, words, cells), cells) if config.weights else \
-            standalone_weights(config, words, cells, seeds)
-        check_fit(map(decode, cells), columns(cells).read.shape[1], config.hidden, True)
-        recurrent = [recurrent_parameters(decode(row), config.hidden) for row in cells]
-    elif config.weights or set(names) != {"lstm"}:
-        raise UserError("--cell lstm is another network: train it in a run of its own, without --weights")
+    words, guess = len(corpus.words), guessing(corpus)
+    entries = config.cell.split(",")
+    if config.cell.startswith("Genotype"):
+        entries = [config.cell]
+    names = [entry.partition("@")[0] for entry in entries]
+    with refusing(f"--cell {config.cell}"):
+        seeds = [int(entry.partition("@")[2] or config.seed) for entry in entries]
+    units = lstm_units(config, names[0])
+    if any(lstm_units(config, name) != units for name in names):
+        raise UserError(f"--cell {config.cell}: train an LSTM, another network, in a run of its own")
+    if units:
+        rows = torch.zeros(len(names), 9, dtype=torch.long)
+        weights = lstm_weights(config, words, units, seeds)
+        parameters = [lstm_parameters(config, units)] * len(names)
     else:
-        cells, weights = torch.zeros(len(names), 2), lstm_weights(config, words, seeds)
-        recurrent = [sum(w[0].numel() for name, w in weights.items() if name not in ("embedding", "bias"))] * len(names)
-    best, records = train_networks(config, run, corpus, weights, cells, seeds)
-    run.say("evaluating the best weights on the whole of each split, in float32")
-    write_atomically(run.folder / "weights.pt", to_device(best, "cpu"))
-    found = {"cell": names, "seed": seeds}
-    for split in SPLITS:
-        losses = evaluate(best, cells.to(device), getattr(corpus, split).to(device), config.eval_batch)
-        found[f"{split}_perplexity"] = [perplexity(loss) for loss in losses.tolist()]
-    widths = [width or config.hidden for width in columns(cells).width.tolist()]
-    parameters = [r + words * (width + 1) for r, width in zip(recurrent, widths)]
-    found.update(recurrent_parameters=recurrent, parameters=parameters, **records)
-    networks = [dict(zip(found, values)) for values in zip(*found.values())]
-    floor = {"floor_perplexity": corpus.floor["test"]} if corpus.floor else {}
-    return {**(networks[0] if len(networks) == 1 else {}), "networks": networks, **floor}
+        cells = [load_cell(config, name) for name in names]
+        rows, weights = encode(cells), standalone_weights(config, words, cells, seeds)
+        parameters = [recurrent_parameters(cell, config.hidden) for cell in cells]
+        if max(cell.width for cell in cells) > config.hidden:
+            raise UserError(f"--cell {config.cell}: a cell is wider than --hidden {config.hidden}")
+    if config.supernet:
+        if units:
+            raise UserError("--supernet has the weights of cells, none of an LSTM")
+        rows, weights = from_supernet(config, cells, words)
+    best, ends = train_networks(config, run, corpus, weights, rows, seeds)
+    save_tensors(run.folder / "weights.pt", best)
+    found = {"cell": names, "seed": seeds, "parameters": parameters, **ends}
+    found["capped"] = [epochs >= config.epochs for epochs in ends["epochs"]]
+    judged = [(split, "plain", getattr(corpus, split)) for split in SPLITS]
+    if config.perturb:
+        judged += [(f"test, {kind}", kind, corpus.test) for kind in INPUTS if kind != "plain"]
+    for name, kind, tokens in judged:
+        masks = perturbation(kind, best, config.seed)
+        losses = evaluate(best, rows.to(device), tokens.to(device), masks=masks)
+        found[name] = [no_worse(loss, guess) for loss in losses.tolist()]
+    rows = [{"group": "network"} | dict(zip(found, values)) for values in zip(*found.values())]
+    return rows + floor_row(corpus)
 
-def row_name(entry):
-    """The name, as --cell takes it, of an entry of derived.json: a row, then its perplexity."""
-    return "-".join(map(str, entry[:-1]))
 
-def retrain(config, cell, folder, **more):
-    """Metrics of a training from scratch, on the data and at the size of a search; more settings if asked for."""
-    same = ("data", "cache", "seed", "device", "dtype", "threads", "nodes", "hidden", "checkpoint_seconds")
-    settings = dict({name: getattr(config, name) for name in same}, cell=cell, out=str(folder), **more)
-    if config.retrain_epochs:
-        settings["epochs"] = config.retrain_epochs
-    return run_study("train", study_train, configure("train", config.preset, **settings))["metrics"]
+def floor_row(corpus):
+    """The best possible loss, where it is known."""
+    return [{"group": "floor"} | corpus.floor] if corpus.floor else []
+
+
+def search_rows(config, group, rows, losses, guess):
+    """What is recorded of architectures scored under the shared weights."""
+    found = []
+    for row, loss in zip(rows, losses.tolist()):
+        cell = decode(row)
+        learns, _ = TASKS[config.task](row[None])
+        found.append(dict(group=group, cell=row_name(row), valid=no_worse(loss, guess),
+                          parameters=recurrent_parameters(cell, config.hidden), rate=cell.rate,
+                          learns=learns.item()))
+    return found
+
 
 def study_search(config, run):
-    """Search, then derive: the best of the controller's samples beside the best of as many uniform ones."""
-    corpus = load_corpus(config)
-    weights, controller = search(config, run, corpus)
-    run.say(f"scoring {config.derive_samples} sampled and as many uniform architectures on the whole validation split")
-    metrics, derived = {}, {}
-    for name, rows in (("", controller.sample(config.derive_samples, config.seed, "derive").rows),
-                       ("uniform_", uniform_rows(controller.decisions, config.derive_samples, config.seed, "uniform"))):
-        rows, perplexities = derive(config, weights, rows, corpus)
+    """Search, then derive: the controller's samples beside as many uniform ones, under the shared
+    weights. With --retrain the best cell, --retrain - 1 of the samples and an LSTM are trained from
+    scratch."""
+    corpus, k = load_corpus(config), config.derive_samples
+    game = game_of(config, corpus)
+    search(game, run)
+    weights, controller, guess = game.s["weights"], game.controller, guessing(corpus)
+    run.say(f"scoring {k} sampled and {k} uniform architectures on the whole validation split")
+    drawn = {"sampled": controller.sample(k, config.seed, "derive").rows,
+             "uniform": uniform_rows(controller.decisions, k, config.seed, "uniform")}
+    found = []
+    for group, rows in drawn.items():
+        rows, losses = derive(config, weights, rows, corpus)
+        found += search_rows(config, group, rows, losses, guess)
         run.obey()
-        derived[f"{name}cells"] = [[*row, round(p, 3)] for row, p in zip(rows.tolist(), perplexities)]
-        metrics[f"{name}best_cell"] = cell_to_json(decode(rows[0]))
-        metrics[f"{name}valid_perplexity"] = perplexities[0]
-        metrics[f"{name}median_valid_perplexity"] = perplexities[len(perplexities) // 2]
-        write_json(run.folder / f"{name}cell.json", metrics[f"{name}best_cell"])
-    (run.folder / "derived.json").write_text(json.dumps(derived))  # each a row of integers, then its perplexity
-    write_atomically(run.folder / "weights.pt", to_device(weights, "cpu"))
-    write_atomically(run.folder / "controller.pt", to_device(controller.state_dict(), "cpu"))
-    from results.report import draw_cell  # where tables and pictures are made
-    draw_cell(cell_from_json(metrics["best_cell"]), "the cell found").figure.savefig(run.folder / "cell.png", dpi=110)
-    if corpus.floor:
-        metrics["floor_perplexity"] = corpus.floor["valid"]
+    save_tensors(run.folder / "weights.pt", weights)
+    save_tensors(run.folder / "controller.pt", controller.state_dict())
+    sampled = [row["cell"] for row in found[:k]]
+    best = sampled[0]
+    if config.anneal:  # the policy's own choice
+        best = max(sampled, key=sampled.count)
+    draw_cell(load_cell(config, best)).figure.savefig(run.folder / "cell.png", dpi=110)
+    run.say(f"the cell found, of {len(set(sampled))} distinct ones in {k} samples: {best}")
+    run.say(f"its picture is {run.folder}/cell.png, the numbers are in result.json beside it")
     if config.retrain:
-        for name, cell in (("found", row_name(derived["cells"][0])), ("lstm", "lstm")):
-            metrics[name] = retrain(config, cell, run.folder / name)
-    return metrics
+        order = torch.randperm(k, generator=rng(config.seed, "retrain")).tolist()
+        entries = [dict(group="found", cell=best, seed=config.seed)]
+        entries += [dict(group="a sample", cell=sampled[i]) for i in order[:config.retrain - 1]]
+        entries += [dict(group="LSTM", cell="lstm", seed=config.seed)]
+        found += train_rows(train_config(config), run, entries)
+    return found + floor_row(corpus)
 
-def studies():
-    """{name: (config, run) -> metrics}: these two, and those of results/, which are made of this module."""
-    from results import cells, studies
-    return {"search": study_search, "train": study_train, **studies.STUDIES, **cells.STUDIES}
 
-# 11. Main -------------------------------------------------------------------------------------------------------------
+def train_config(config):
+    """The Config of trainings beside a search: the preset's, on its data and at its size."""
+    names = ("data", "seed", "device", "dtype", "threads", "nodes", "hidden", "perturb")
+    return configure("train", config.preset, **{name: getattr(config, name) for name in names})
+
+
+# 11. Settings and records -------------------------------------------------------------------------
+def option(default, help, least=1, most=10**6):
+    """A Config field with the sentence that --help prints, and the range of its values, if numbers."""
+    return field(default=default, metadata={"help": help, "range": (least, most)})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting; each field is a flag of the commands that use it."""
+    preset: str = option("tiny", "smoke, tiny, ptb or paper: sizes and schedules")
+    data: str = option("toy", "toy, ptb, or a folder with train.txt, valid.txt and test.txt")
+    out: str = option("", "the run's folder (default: runs/COMMAND/PRESET-SEED)")
+    seed: int = option(1, "every random draw is a function of this number", -10**6)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: cuda where there is one")
+    dtype: str = option("float32", "float32, bfloat16, float64; weights stay float32")
+    threads: int = option(0, "CPU threads (0: torch decides)", 0, 256)
+    # chapter 2: the search space
+    nodes: int = option(12, "nodes of a cell", 1, 100)
+    min_nodes: int = option(0, "the controller chooses their number from this on (0: --nodes)", 0)
+    activations: str = option("tanh,relu,sigmoid,identity", "activations to choose from")
+    one_activation: bool = option(False, "one activation for the whole cell")
+    connections: str = option("any", "any, chain or tree")
+    operations: str = option("highway", "highway (ENAS), glu, gate, sum; see chapter 1")
+    memory: bool = option(False, "a node's value is carried as a memory for gate and sum")
+    widths: str = option("", "hidden sizes to choose from, up to --hidden, such as 50,100,200")
+    rates: str = option("", "factors of --lr to choose from, powers of 2, such as 0.25,1,4")
+    # chapter 3: the network
+    hidden: int = option(200, "units of the embedding and of each node", 1, 10**4)
+    word_dropout: float = option(0.0, "drop rate of whole words, per segment", 0, .99)
+    input_dropout: float = option(0.0, "drop rate on the embedded input, per segment", 0, .99)
+    hidden_dropout: float = option(0.0, "on every node's input; not in an LSTM", 0, .99)
+    output_dropout: float = option(0.0, "on h before the softmax, per segment", 0, .99)
+    # chapter 5: its training, and the search
+    batch: int = option(64, "parallel streams of text")
+    bptt: int = option(35, "words of a segment, the truncation length of backpropagation")
+    lr: float = option(20.0, "of SGD on the network's weights", 1e-9)
+    schedule: str = option("constant", "of lr: constant, plateau, decay (.96 after 15) or cosine")
+    clip: float = option(0.25, "largest norm of the gradient", 1e-9, 1e9)
+    weight_decay: float = option(1e-6, "times the weight, added to the clipped gradient", 0)
+    epochs: int = option(10, "search: rounds of shared, then controller steps; else epochs")
+    state: str = option("carry", "h at a segment's start, in a search: carry, zero or warm")
+    shared_steps: int = option(0, "of a round (0: one pass over the training text)", 0)
+    shared_samples: int = option(1, "architectures in one shared step", 1, 1000)
+    warm_epochs: int = option(0, "rounds before the controller learns", 0)
+    settle: int = option(0, "rounds at the end in which only the shared weights learn", 0)
+    controller: str = option("trained", "trained; untrained, uniform: random search")
+    controller_steps: int = option(50, "controller steps of a round", 0)
+    controller_samples: int = option(10, "architectures in a controller step", 2, 1000)
+    controller_lr: float = option(3.5e-3, "of Adam on the controller", 0)
+    entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward", 0)
+    anneal: int = option(0, "last rounds of learning, in which --entropy goes to -1", 0)
+    reward_input: str = option("plain", "what rewards are measured on: plain, words or noise")
+    task: str = option("none", "none, or frozen: only the response knows what is good")
+    derive_samples: int = option(100, "architectures sampled at the end; studies: cells of a kind")
+    retrain: int = option(0, "cells to train from scratch, the found one first; and an LSTM", 0)
+    # chapter 6: what ENAS leaves out
+    lookahead: str = option("none", "where rewards are taken: none, momentum, recent, fresh")
+    response: str = option("none", "the shared weights' answer: none, unrolled, sampled")
+    fold: int = option(2, "architectures that omega' is made of, and as many for v", 1, 1000)
+    # chapter 7: training
+    cell: str = option("enas", "cells to train as one, comma-separated: a name, a row, an ENAS arc, "
+                       "a DARTS genotype, a search's folder, random:SEED; or lstm, lstm:400, "
+                       "lstm:CELL, with as many weights; NAME@3 has a seed of its own")
+    supernet: str = option("", "a finished search: to start from, or that a study is about")
+    patience: int = option(5, "epochs without improvement before training stops")
+    average: bool = option(False, "evaluate the mean of the weights since the loss stopped falling")
+    perturb: bool = option(False, "measure the test loss also with words dropped, and with noise")
+
+
+RUN = "preset data out seed device dtype threads"
+SPACE = ("nodes min_nodes activations one_activation connections operations memory widths rates "
+         "hidden")
+NETWORK = ("word_dropout input_dropout hidden_dropout output_dropout batch bptt lr schedule clip "
+           "weight_decay epochs")
+GAME = (f"{RUN} {SPACE} {NETWORK} state shared_steps shared_samples warm_epochs settle controller "
+        "controller_steps controller_samples controller_lr entropy anneal reward_input task "
+        "derive_samples lookahead response fold")
+TRAIN = f"{NETWORK} patience average perturb"
+OF_CELLS = f"{RUN} hidden {TRAIN} supernet derive_samples"
+# command -> its function, what it does, the settings it uses
+COMMANDS = {
+    "search": (study_search, "find a cell", f"{GAME} retrain perturb"),
+    "train": (study_train, "train cells from scratch", f"{RUN} {SPACE} {TRAIN} cell supernet"),
+    "compare": (study_compare, "cells of a search beside others", OF_CELLS),
+    "ablate": (study_ablate, "nodes removed, connections added, activations changed", OF_CELLS),
+    "factors": (study_factors, "connections or activations?", OF_CELLS),
+    "capacity": (study_capacity, "what cells can learn by heart",
+                 f"{RUN} {SPACE} {TRAIN} derive_samples"),
+    "state": (study_state, "ways to keep the hidden state", OF_CELLS),
+    "hidden": (study_hidden, "what the controller's state knows", f"{RUN} supernet derive_samples"),
+    "similarity": (study_similarity, "which gradient is closest to the next?", GAME),
+    "cost": (study_cost, "what the extra gradient costs", GAME),
+    "conditional": (study_conditional, "a controller told what to aim for",
+                    f"{RUN} {SPACE} controller_steps controller_samples controller_lr entropy"),
+    "progress": (study_progress, "a search, watched", GAME),
+    "bench": (study_bench, "speed beside the plain loop and torch.nn.LSTM",
+              "preset out device threads hidden bptt"),
+    "report": (None, "tables and figures of the records under --out", "out"),
+}
+
+
+def settings_of(command):
+    """The names of the settings that a command uses, in the order of Config."""
+    used = COMMANDS[command][2].split()
+    return [f.name for f in fields(Config) if f.name in used]
+
+
+# preset -> command -> settings; "all" holds for every command, "studies" for those that train cells
+LIGHT = dict(input_dropout=.35, hidden_dropout=.1, output_dropout=.35)  # at 200 units
+GATED = "highway,glu,gate,sum"
+PRESETS = {
+    "smoke": {
+        "all": dict(hidden=16, bptt=20, nodes=4, epochs=2, lr=5.0, shared_steps=20,
+                    controller_samples=8, controller_steps=5, derive_samples=4),
+        "studies": dict(epochs=1, derive_samples=2),
+        "search": dict(retrain=1),
+        "conditional": dict(min_nodes=2, operations=GATED),
+    },
+    "tiny": {
+        "all": dict(hidden=32, batch=16, nodes=6, lr=10.0, shared_steps=60, controller_steps=20,
+                    controller_samples=16, derive_samples=30),
+        "search": dict(epochs=8, shared_samples=4, warm_epochs=2, retrain=1, derive_samples=100),
+        "train": dict(epochs=8, schedule="cosine"),
+        "studies": dict(epochs=75, patience=3, schedule="plateau", derive_samples=10),
+        "ablate": dict(derive_samples=3),
+        "factors": dict(derive_samples=4),
+        "capacity": dict(epochs=400, patience=10, derive_samples=4),
+        "state": dict(derive_samples=30),
+        "similarity": dict(epochs=8, warm_epochs=2),
+        "cost": dict(shared_steps=200, controller_steps=40),
+        "conditional": dict(nodes=12, min_nodes=4, operations=GATED, controller_steps=800,
+                            controller_lr=.01, entropy=.01),
+        "progress": dict(epochs=12, warm_epochs=1),
+        "bench": dict(hidden=850),
+    },
+    "ptb": {
+        "all": dict(data="ptb", batch=20, weight_decay=1.2e-6, schedule="cosine"),
+        "search": dict(epochs=4, input_dropout=.2, output_dropout=.2, warm_epochs=1, fold=1,
+                       controller_steps=80),
+        "train": LIGHT | dict(epochs=12),
+        "studies": LIGHT | dict(epochs=12, derive_samples=10),
+    },
+    # The corrected code of ENAS's authors, search and final training. Its two masks on the input are
+    # one here, of rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the decay is twice
+    # that.
+    "paper": {
+        "all": dict(data="ptb", dtype="bfloat16", weight_decay=1.6e-6, controller_lr=5e-5,
+                    entropy=1e-5),
+        "search": dict(nodes=10, epochs=600, batch=128, word_dropout=.1, input_dropout=.8,
+                       hidden_dropout=.25, output_dropout=.75, clip=.1, controller_steps=25),
+        "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775,
+                      hidden_dropout=.225, output_dropout=.75, average=True, patience=100),
+        "studies": LIGHT | dict(epochs=300, patience=10, schedule="plateau", derive_samples=10),
+    },
+}
+
+
+def configure(command, preset="tiny", **given):
+    """The Config of a command under a preset, then the user's own settings."""
+    parts = PRESETS[choose("preset", preset, PRESETS)]
+    settings = dict(parts["all"])
+    if command in ("compare", "ablate", "factors", "state", "capacity"):
+        settings |= parts.get("studies", {})
+    return Config(**settings | parts.get(command, {}) | {"preset": preset} | given)
+
+
+CHOICES = {"preset": PRESETS, "dtype": DTYPES, "connections": CONNECTIONS, "schedule": SCHEDULES,
+           "state": STATES, "controller": ("trained", "untrained", "uniform"), "task": TASKS,
+           "reward_input": INPUTS, "lookahead": LOOKAHEAD, "response": RESPONSE}
+
+
+def check(config):
+    """Wrong settings, each with its name, before any work is done."""
+    for name, choices in CHOICES.items():
+        choose(f"--{name}", getattr(config, name), choices)
+    for f in fields(config):
+        value, (least, most) = getattr(config, f.name), f.metadata["range"]
+        if f.type in (int, float) and not least <= value <= most:  # nan neither
+            raise UserError(f"--{f.name} {value} must be from {least} to {most}: {f.metadata['help']}")
+    learning, look = config.epochs - config.warm_epochs, config.lookahead
+    if config.response != "none" and look != "fresh":
+        raise UserError(f"--response {config.response} needs --lookahead fresh: only a fresh gradient "
+                        "depends on the policy")
+    if look != "none" and config.controller != "trained":
+        raise UserError(f"--lookahead {look}: a controller that is {config.controller} has no use for it")
+    if config.anneal > max(0, learning):
+        raise UserError(f"--anneal {config.anneal} is more than the {learning} rounds of learning")
+    if config.rates and look in ("momentum", "recent"):
+        raise UserError(f"--rates {config.rates}: past gradients have no rate; use --lookahead fresh")
+    if config.rates and config.shared_samples > 1:
+        raise UserError(f"--rates {config.rates}: a shared step has one architecture's rate; use "
+                        "--shared_samples 1")
+    if device_of(config).type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {config.device} is neither cpu, cuda nor mps")
+
+
+def device_of(config):
+    """The torch.device that --device names, or with auto CUDA where there is one."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with refusing(f"--device {config.device}", "; use --device cpu"):
+        device = torch.device(config.device)
+        torch.empty(1, device=device)
+        return device
+
+
+@lru_cache
+def tensorboard(folder):
+    """add_scalar(name, value, step) of a TensorBoard writer, or of nobody where it does not work."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(str(folder / "tensorboard")).add_scalar
+    except Exception:  # it is not installed, or broken
+        return lambda name, value, step: None
+
+
+def commit():
+    """The commit that this file is at, '+' if it has changed since; '' outside a repository."""
+    changed = f"git diff --quiet HEAD -- {Path(__file__).name} || echo +"
+    ask = f"git rev-parse --short=12 HEAD && ({changed})"
+    answer = subprocess.run(ask, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return answer.stdout.replace("\n", "")
+
+
+def machine(device):
+    """The name of the GPU or of the processor, with what it can and the threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        name = re.search(r"model name\s*: (.*)|$", cpuinfo.read_text())[1] or name
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+
+
+CHECKPOINT_SECONDS = 30.0  # least time between two
+WHEREABOUTS = {"out", "device", "threads"}  # may differ when a run resumes
+STOP = []  # the signal that asked to stop
+
+
+class Run:
+    """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json.
+
+    Killed at any instant, the same command goes on from the last checkpoint, which also knows how
+    long metrics.jsonl was; as every random draw depends only on its key, the result is that of an
+    undisturbed run.
+    """
+
+    def __init__(self, command, config):
+        self.command, self.config, self.commit = command, config, commit()
+        default = f"runs/{command}/{config.preset}-{config.seed}"
+        self.folder = Path(os.path.expanduser(config.out or default))
+        self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "checkpoint.pt"
+        self.good, self.good_bytes = None, 0  # the last good state, and the length of metrics then
+        self.started = self.saved_at = time.time()
+        self.spoke_at = 0.0
+        settings = {name: getattr(config, name) for name in settings_of(command)}
+        self.settings = {"command": command, **settings, "inputs": digest(config)}
+
+    def open(self):
+        """Make the folder, lock it, and refuse it if it holds a run with other settings."""
+        with refusing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl  # not on Windows
+            self.lock = open(self.folder / "lock", "w")
+            # the system's own lock, so a killed run frees it
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is at work in {self.folder}: give this one another --out") \
+                from None
+        except (ImportError, OSError):
+            self.say("this system has no file locks: run nothing else in this folder")
+        path = self.folder / "config.json"
+        worked = self.metrics.exists() or list(self.folder.glob("**/result.json"))
+        theirs = read_json(path) if path.exists() and worked else self.settings
+        for name, value in self.settings.items():
+            if name not in WHEREABOUTS and theirs.get(name) != value:
+                raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, not "
+                                f"{value!r}; give this one another --out")
+        with refusing(self.folder):
+            write_json(path, self.settings)
+
+    def key(self):
+        """What a resumed run must share, as text."""
+        return str([(name, x) for name, x in self.settings.items() if name not in WHEREABOUTS])
+
+    def restore(self):
+        """The state to resume from, or None at the start; metrics.jsonl is cut back to what it was."""
+        if self.checkpoint.exists():
+            with refusing(self.checkpoint, "; delete it to start again"):
+                saved = torch.load(self.checkpoint, map_location=device_of(self.config), weights_only=True)
+                if saved["key"] != self.key():
+                    raise ValueError("it is another run's")
+                self.good, self.good_bytes = saved["state"], saved["metrics_bytes"]
+                if self.metrics.stat().st_size < self.good_bytes:
+                    raise ValueError("metrics.jsonl is shorter than when it was written")
+                self.started -= saved["seconds"]
+        with open(self.metrics, "ab") as file:
+            file.truncate(self.good_bytes)
+        return copy.deepcopy(self.good)
+
+    def keep(self, state):
+        """Remember a state known to be good; write it if the last checkpoint is old."""
+        self.good, self.good_bytes = copy.deepcopy(state), self.metrics.stat().st_size
+        if time.time() - self.saved_at >= CHECKPOINT_SECONDS:
+            self.save()
+
+    def save(self):
+        if self.good is not None:
+            write_atomically(self.checkpoint, dict(
+                key=self.key(), state=self.good, metrics_bytes=self.good_bytes,
+                seconds=time.time() - self.started))
+        self.saved_at = time.time()
+
+    def obey(self):
+        """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
+        if STOP:
+            self.save()
+            self.say(f"stopped by {signal.Signals(STOP[0]).name}; the same command goes on from here")
+            raise SystemExit(128 + STOP[0])
+
+    def say(self, text):
+        print(f"[{self.folder}] {text}", flush=True)
+
+    def log(self, line, done, total, words):
+        """A line of metrics.jsonl, which has no times; the first, and then one every few seconds, for
+        who waits: how much is done, words a second, and how long the rest takes on this machine."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(strict(line)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before a checkpoint counts on it
+        show = tensorboard(self.folder)
+        for name, value in line.items():
+            if not isinstance(value, list):
+                show(name, value, line["step"])
+            elif name != "networks":
+                for k, x in zip(line["networks"], value):
+                    show(f"{name} of network {k}", x, line["step"])
+        now = time.time()
+        if now - self.spoke_at >= 5 or done >= total:
+            self.spoke_at, spent = now, now - self.started
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if not isinstance(v, list))
+            left = timedelta(seconds=int(spent * (total / done - 1)))
+            self.say(f"{100 * done / total:3.0f} %  {shown}  {words / spent:,.0f} words/s  {left} left")
+
+    def finish(self, rows):
+        """Write result.json: the rows, and all that it takes to make them again."""
+        config = {name: x for name, x in self.settings.items() if name not in ("command", "out", "inputs")}
+        record = {"command": self.command, "config": config, "seed": self.config.seed,
+                  "commit": self.commit, "date": time.strftime("%Y-%m-%d"),
+                  "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                  "machine": machine(device_of(self.config)),
+                  "seconds": round(time.time() - self.started, 1), "rows": rows}
+        write_json(self.folder / "result.json", record)
+        return record
+
+
+def digest(config):
+    """Of the files that a run reads, so that it does not go on with others: texts, and cells."""
+    paths = [Path(os.path.expanduser(config.data)) / f"{split}.txt" for split in SPLITS]
+    paths += [Path(entry.partition("@")[0], "result.json") for entry in config.cell.split(",")]
+    content = b"".join(path.read_bytes() for path in paths if os.path.isfile(path))
+    return sha256(content)[:12] if content else ""
+
+
+def run_command(command, config):
+    """Run, resume, or find finished a command: its record, 'found' in it if it was."""
+    check(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    run = Run(command, config)
+    run.open()
+    if (run.folder / "result.json").exists():
+        run.say("already finished")
+        return read_json(run.folder / "result.json") | {"found": True}
+    work, _, _ = COMMANDS[command]
+    return run.finish(work(config, run))
+
+
+# 12. The report -----------------------------------------------------------------------------------
+def table(headers, rows):
+    """A Markdown table whose columns are also aligned as plain text; floats to three decimals."""
+    text = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headers, *text)]
+    lines = [headers, ["-" * width for width in widths], *text]
+    return "\n".join(
+        "| " + " | ".join(x.ljust(w) for x, w in zip(line, widths)) + " |" for line in lines
+    )
+
+
+def by_unit(rows, value):
+    """{group: {unit: its rows' mean}}: what was drawn independently counts once."""
+    found = {}
+    for row in rows:
+        if row.get(value) is not None:
+            found.setdefault(row["group"], {}).setdefault(row["unit"], []).append(row[value])
+    return {
+        group: {unit: mean(several) for unit, several in units.items()}
+        for group, units in found.items()
+    }
+
+
+def comparison(rows, value, first=""):
+    """A table of each group's mean, and its difference to the first group, paired by unit where
+    both have the same ones; p is corrected for the number of groups (Bonferroni)."""
+    groups, lines = by_unit(rows, value), []
+    if first in groups:
+        groups = {first: groups[first]} | groups
+    base = next(iter(groups.values()))
+    for group, units in groups.items():
+        each = [row[value] for row in rows if row["group"] == group and row.get(value) is not None]
+        line = [group, len(units), len(each), mean(units.values()), median(each), "", "", ""]
+        paired = units.keys() == base.keys()
+        a, b = list(base.values()), list(units.values())
+        if paired:
+            b = [units[unit] for unit in base]
+        if units is not base and min(len(a), len(b)) > 1:
+            ends = interval(a, b, paired)
+            p = min(1.0, (len(groups) - 1) * p_value(a, b, paired))
+            line[5:] = [f"{mean(b) - mean(a):+.3f}", "-", f"{p:.3f}"]
+            if ends:
+                line[6] = f"{ends[0]:+.3f} to {ends[1]:+.3f}"
+        lines.append(line)
+    return table(
+        ("", "seeds", "rows", value, "median", "difference", "95 %", "p, corrected"), lines
+    )
+
+
+def figure_of(columns, width=4.5, height=3.6):
+    """A Figure and its axes, in a row; legible at half size."""
+    matplotlib.rc("font", size=11)
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def dots(axes, rows, value):
+    """Every unit a dot, every group's mean a larger one; far off ones as triangles at the edge."""
+    groups = by_unit(rows, value)
+    everything = torch.tensor([x for units in groups.values() for x in units.values()]).double()
+    low, high = everything.quantile(torch.tensor([0.25, 0.75]).double()).tolist()
+    edge = min(everything.max().item(), high + 5 * (high - low))
+    for y, units in enumerate(groups.values()):
+        inside = [x for x in units.values() if x <= edge]
+        axes.plot(inside, [y] * len(inside), ".", color="#999999")
+        centre = mean(units.values())
+        axes.plot(min(centre, edge), y, "o" if centre <= edge else ">", color="tab:blue")
+    axes.set(yticks=range(len(groups)), yticklabels=groups, xlabel=value)
+    axes.invert_yaxis()
+
+
+def densities(axes, rows, value):
+    """Gaussian kernel density estimates with Scott's bandwidth, a colour for each group."""
+    everything = torch.tensor([row[value] for row in rows])
+    at = torch.linspace(everything.min(), everything.quantile(0.98), 300)
+    for group in dict.fromkeys(row["group"] for row in rows):
+        values = torch.tensor([row[value] for row in rows if row["group"] == group])
+        width = (values.std(correction=0) * len(values) ** -0.2).clamp(
+            min=(at[-1] - at[0]) / 100 + 1e-9
+        )
+        density = torch.exp(-(((at[:, None] - values) / width) ** 2) / 2).mean(1) / (
+            width * math.sqrt(2 * math.pi)
+        )
+        axes.plot(at, density, label=f"{group} ({len(values)})")
+    axes.set(xlabel=value, ylabel="density")
+    axes.legend(fontsize=8)
+
+
+def curves(axes, records, y):
+    """Metric y of metrics.jsonl against the steps, a line for each run that has it, its name at the
+    end."""
+    for record in records:
+        path = record["folder"] / "metrics.jsonl"
+        lines = (
+            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        )
+        points = [(line["step"], line[y]) for line in lines if line.get(y) not in (None, [None])]
+        if points:
+            steps, values = zip(*points)
+            values = [value[0] if isinstance(value, list) else value for value in values]
+            axes.plot(steps, values, linewidth=1)
+            axes.plot([], [], color=axes.lines[-1].get_color(), label=record["folder"].parent.name)
+    ends = [line.get_ydata()[-1] for line in axes.lines if len(line.get_ydata())]
+    axes.legend(fontsize=8)
+    if y == "valid_perplexity" and ends:  # of what failed only the start is seen
+        axes.set(ylim=(0.9 * min(ends), 1.5 * median(ends)))
+    axes.set(xlabel="updates", ylabel=y.replace("_", " "))
+
+
+COLOURS = dict(zip(ACTIVATIONS, ("#7fb3d5", "#f5b041", "#82e0aa", "#d5d8dc")))
+
+
+def draw_cell(cell, axes=None, title=""):
+    """The cell as a picture, input at the bottom, h_t at the top, second slots' arrows dashed: its
+    axes."""
+    level = depths(cell)
+    top = max(level.values()) + 1
+    tiers = [
+        [slot for slot, d in level.items() if d == y and (slot is not None or cell.memory)]
+        for y in range(top)
+    ]
+    width = max(map(len, tiers))
+    place = {
+        slot: (x - (len(tier) - 1) / 2, y)
+        for y, tier in enumerate(tiers)
+        for x, slot in enumerate(tier)
+    }
+    if axes is None:
+        _, (axes,) = figure_of(1, max(4, 1.3 * width), 0.8 * top + 1)
+
+    def box(where, text, colour="white"):
+        axes.text(
+            *where,
+            text,
+            ha="center",
+            va="center",
+            fontsize=9,
+            zorder=3,
+            bbox=dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour),
+        )
+
+    def arrow(start, end, linestyle="-", color="#333333"):
+        axes.annotate(
+            "",
+            (end[0], end[1] - 0.22),
+            (start[0], start[1] + 0.22),
+            arrowprops=dict(arrowstyle="-|>", linestyle=linestyle, color=color),
+        )
+
+    box(place[INPUT], "$x_t,\\ h_{t-1}$")
+    if cell.memory:
+        box(place[None], "$m_{t-1}$")
+    for i, node in enumerate(cell.nodes):
+        for slot, style in zip(slots_read(node), ("-", "--")):
+            arrow(place[slot], place[i + 1], style)
+        act = list(ACTIVATIONS)[node.activation]
+        text = {HIGHWAY: act, GLU: f"glu {act}", GATE: f"gate {act}", SUM: "+"}[node.operation]
+        box(
+            place[i + 1], f"{i}: {text}" + (", $m_t$" if i + 1 == cell.memory else ""), COLOURS[act]
+        )
+    for i in leaves(cell):
+        arrow(place[i + 1], (0, top), ":", "#aaaaaa")
+    box((0, top), "$h_t$ = mean")
+    axes.set(xlim=(-width / 2, width / 2), ylim=(-0.5, top + 0.5), title=title)
+    axes.axis("off")
+    return axes
+
+
+def draw_progress(path, rows):
+    """A GIF of the best cell before each round; and the probability of every choice against the
+    rounds."""
+    figure, (axes,) = figure_of(1, 5, 5)
+    movie = PillowWriter(fps=1)
+    with movie.saving(figure, str(path.with_suffix(".gif")), dpi=70):
+        for row in rows:
+            if row["group"] == "best":
+                axes.clear()
+                title = f"before round {row['round']}: perplexity {math.exp(row['valid']):.2f}"
+                draw_cell(decode(row_of(row["cell"])), axes, title)
+                movie.grab_frame()
+    choices = {}
+    for row in rows:
+        if "share" in row:
+            choices.setdefault(f"{row['group']}: {row['choice']}", []).append(row["share"])
+    figure, (axes,) = figure_of(1, 5, 0.16 * len(choices) + 1)
+    axes.imshow(list(choices.values()), aspect="auto", vmin=0, vmax=1, cmap="Blues")
+    axes.set(xlabel="round", yticks=range(len(choices)))
+    axes.set_yticklabels(choices, fontsize=7)
+    figure.savefig(path, dpi=100)
+
+
+# study -> its question; the group of rows that it is about ('' for each); the values that are
+# compared; the group that the others are compared with ('' for the first). A folder's name up to a
+# '-' is the study: extra-slow is another 'extra', train-ptb a 'train'.
+STUDIES = {
+    "search": ("What does a search find?", "", ("valid", "test"), ""),
+    "train": ("What do cells reach under one budget?", "network", ("valid", "test"), "enas"),
+    "compare": ("Is a trained controller better than chance?", "", ("test", "shared"), ""),
+    "factors": ("Is it the connections or the activations?", "", ("test",), ""),
+    "ablate": ("What in a cell matters?", "", ("test",), ""),
+    "capacity": ("How much can a cell learn by heart?", "", ("train",), ""),
+    "hidden": (
+        "Does the controller's state know the architecture?",
+        "",
+        ("distance with decisions", "distance with loss", "probe for loss", "probe for depth"),
+        "",
+    ),
+    "state": (
+        "What is wrong with a reward whose h another cell left?",
+        "",
+        ("bias", "tau", "loss"),
+        "",
+    ),
+    "similarity": (
+        "Is a gradient that looks ahead closer to the next one?",
+        "",
+        ("same samples", "other samples"),
+        "",
+    ),
+    "cost": ("What does it cost, and how noisy is it?", "", ("cost", "noise"), ""),
+    "extra": (
+        "Does the term that ENAS leaves out find better cells?",
+        "sampled",
+        ("valid", "learns"),
+        "plain",
+    ),
+    "spaces": ("Do other spaces hold better cells?", "sampled", ("valid", "parameters"), "ENAS"),
+    "optimizer": (
+        "Can the learning rate be a decision?",
+        "sampled",
+        ("valid", "rate"),
+        "no-choice",
+    ),
+    "anneal": (
+        "Is a policy driven to one cell better than the best of a sample?",
+        "found",
+        ("test",),
+        "best-of-sample",
+    ),
+    "kept": ("Does the way h is kept change what is found?", "sampled", ("valid",), "carry"),
+    "robust": (
+        "Do perturbed rewards find robuster cells?",
+        "found",
+        ("test", "test, words", "test, noise"),
+        "plain",
+    ),
+    "conditional": (
+        "Does a controller that is told what to aim for follow?",
+        "",
+        ("error", "untrained"),
+        "",
+    ),
+    "progress": ("How does a policy change?", "best", ("valid",), ""),
+    "bench": ("How fast is it?", "", ("ms", "speedup"), ""),
+}
+
+
+def load_records(out):
+    """{study: [record]} of OUT/STUDY[/ARM]/SEED/result.json. A row's unit is the seed, its group
+    the arm."""
+    found = {}
+    for path in sorted(Path(out).glob("**/result.json")):
+        study, *arm = path.parent.relative_to(out).parts or ("",)
+        record = read_json(path)
+        name = study.partition("-")[0]
+        if (
+            name not in STUDIES
+            or not 1 <= len(arm) <= 2
+            or "rows" not in record
+            or not f"-{arm[-1]}".endswith(f"-{record['seed']}")
+        ):
+            continue  # another folder, or a part of another run
+        about, rows = STUDIES[name][1], []
+        for row in record["rows"]:
+            if row["group"] == about or not about and row["group"] != "floor":
+                group = ": ".join(arm[:-1] + [row["group"]] * (not about or len(arm) == 1))
+                rows.append(row | {"unit": arm[-1], "group": group})
+        found.setdefault(study, []).append(record | {"rows": rows, "folder": path.parent})
+    return found
+
+
+def report_study(study, records, out):
+    """Its section of the page: question, tables, figure, command, and what they were made with."""
+    name = study.partition("-")[0]
+    question, _, values, first = STUDIES[name]
+    rows = [row for record in records for row in record["rows"]]
+    values = [value for value in values if any(row.get(value) is not None for row in rows)]
+    more = {"compare": 1, "train": 1, "search": 2}.get(name, 0)
+    figure, axes = figure_of(max(1, len(values) + more))
+    for value, each in zip(values, axes):
+        dots(each, rows, value)
+    if name == "compare":
+        densities(axes[-1], rows, "test")
+    if name == "train":
+        curves(axes[-1], records, "valid_perplexity")
+    if name == "search":
+        curves(axes[-1], records, "reward")
+        curves(axes[-2], records, "entropy")
+    figure.savefig(Path(out) / f"{study}.png", dpi=100)
+    if name == "progress":
+        draw_progress(
+            Path(out) / f"{study}-choices.png",
+            [
+                row
+                for record in records
+                for row in read_json(record["folder"] / "result.json")["rows"]
+            ],
+        )
+    made = "\n\n".join(comparison(rows, value, first) for value in values)
+    machines = "; ".join(sorted({record["machine"] for record in records}))
+    hours = sum(record["seconds"] for record in records) / 3600
+    converted = "".join(
+        sorted({f" {record['converted']}." for record in records if "converted" in record})
+    )
+    command = records[0]["command"]
+    return (
+        f"## {study}: {question}\n\n{made}\n\n![{study}]({study}.png)\n\n"
+        f"`python menas.py {command}`, see experiments.sh. {len(records)} runs, {len(rows)} rows, "
+        f"{hours:.1f} hours on {machines}.{converted}\n"
+    )
+
+
+def report(out):
+    """Every table and figure again from the records under a folder, on a page beside them; a user's
+    beside the project's own."""
+    records = load_records(out)
+    if not records:
+        raise UserError(f"no records in {out}/")
+    page = [
+        "# What the records say",
+        "Made by `python menas.py report`. Losses are in nats per token.",
+    ]
+    ours = load_records("results") if Path(out).resolve() != Path("results").resolve() else {}
+    for study, several in sorted(records.items()):
+        page.append(report_study(study, several, out))
+        if study in ours:
+            page.append("The project's own:")
+            _, _, values, first = STUDIES[study.partition("-")[0]]
+            rows = [row for record in ours[study] for row in record["rows"]]
+            for value in values:
+                if any(row.get(value) is not None for row in rows):
+                    page.append(comparison(rows, value, first))
+    text = "\n\n".join(page)
+    write_atomically(Path(out) / "README.md", text.encode())
+    print(text)
+
+
+# 13. Main -----------------------------------------------------------------------------------------
 def boolean(text):
     """--flag, --flag true or --flag false."""
     return ("false", "true").index(text.lower()) == 1
 
-def parse(arguments):
-    """(study, Config) of a command line; every field of Config is a flag."""
+
+def usage():
+    """All commands, a line each."""
+    lines = [f"    {name:12s} {about}" for name, (_, about, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python menas.py COMMAND [--SETTING VALUE ...]; COMMAND --help lists settings",
+            "",
+            *lines,
+        ]
+    )
+
+
+def parse_command(command, arguments):
+    """The Config of a command line; --help shows the settings used, with the defaults of the
+    preset."""
+
     def fail(message):
         raise UserError(message)
 
-    parser = argparse.ArgumentParser(prog="menas.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    preset = re.search(r"--preset[ =](\w+)", " ".join(arguments))
+    shown = configure(command, preset[1] if preset else "tiny")
+    parser = argparse.ArgumentParser(
+        prog=f"menas.py {command}", allow_abbrev=False, description=COMMANDS[command][1]
+    )
     parser.error = fail
-    parser.add_argument("study", help=" | ".join([*studies(), "report"]))
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=34)
+    names = settings_of(command)
     for f in fields(Config):
-        how = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
-        text = f"{f.metadata['help']} [{f.default}]".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, metavar=f.type.__name__.upper(), **how)
+        if f.name in names:
+            how = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
+            text = f"{f.metadata['help']} [{getattr(shown, f.name)}]".replace("%", "%%")
+            parser.add_argument(
+                f"--{f.name}",
+                default=argparse.SUPPRESS,
+                help=text,
+                metavar=f.type.__name__.upper(),
+                **how,
+            )
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
-        near = nearest(unknown[0].split("=")[0], [f"--{f.name}" for f in fields(Config)])
-        raise UserError(f"unknown argument '{unknown[0]}'{near}")
-    return choose("study", given.study, [*studies(), "report"]), configure(**vars(given))
+        choose(f"setting of {command}", unknown[0].split("=")[0], [f"--{name}" for name in names])
+        raise UserError(f"unknown argument {unknown[0]!r}")
+    return configure(command, **vars(given))
+
+
+def on_signal(number, frame):
+    """Ask the run to stop; asked twice, leave at once."""
+    if STOP:
+        raise SystemExit(128 + number)
+    STOP.append(number)
+
+
+LEFT_OUT = (
+    "seed",
+    "folder",
+    "failed",
+    "capped",
+    "late",
+    "best_loss",
+    "best_epoch",
+    "rate",
+    "learns",
+)
+
+
+def summary(record):
+    """What a finished command prints: its rows as a table, of sampled ones the best; losses as
+    perplexities."""
+    seen, rows = set(), []
+    for row in record["rows"]:
+        if row["group"] not in ("sampled", "uniform") or row["group"] not in seen:
+            rows.append({name: x for name, x in row.items() if name not in LEFT_OUT})
+        seen.add(row["group"])
+    losses = ("train", "valid", "test")
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in losses))
+    names += [name for name in losses if any(name in row for row in rows)]
+    lines = [
+        [
+            f"{math.exp(row[name]):.2f}" if name in losses and name in row else row.get(name, "")
+            for name in names
+        ]
+        for row in rows
+    ]
+    return table([f"{name} perplexity" if name in losses else name for name in names], lines)
+
 
 def main(arguments=None):
     """Run a command line; a UserError is one line on stderr and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        study, config = parse(arguments)
-        from results.report import report, summary  # which reads what the studies have written
-        if study == "report":
-            report(config.out or "results", "README.md" if Path(config.out or "results") == Path("results") else "")
-        else:
-            print(f"\n{summary(run_study(study, studies()[study], config))}")
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(usage())
+            return 0
+        command = choose("command", arguments[0], COMMANDS)
+        config = parse_command(command, arguments[1:])
+        if command == "report":
+            report(config.out or "results")
+            return 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
+        print(f"\n{summary(run_command(command, config))}")
     except UserError as error:
-        print(f"menas: {error}", file=sys.stderr)
+        print(f"menas: {' '.join(str(error).split())[:290]}", file=sys.stderr)
         return 2
     return 0
 
+
 if __name__ == "__main__":
-    from menas import main  # as others import it, so that there is one UserError
+    if hasattr(signal, "SIGPIPE"):  # | head ends it
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

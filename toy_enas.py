@@ -1,470 +1,374 @@
-"""An ENAS with one parameter, in which every quantity is known exactly, to see what the extra gradient is.
+"""An ENAS with one parameter, in which every quantity is known exactly: what the extra gradient is.
 
-    python toy_enas.py        # ten seconds: a table of exact | estimate | error, a figure, and one sentence
+    python toy_enas.py       # ten seconds: tables of exact | estimate | error, runs/toy_enas.png
 
-One logit theta chooses between two architectures, pi = (1 - p, p) with p = sigmoid(theta), which share a weight omega:
+One logit theta chooses between two architectures that share one weight omega: pi = (1 - p, p) with
+p = sigmoid(theta), and a = (1, 1.5), t = (2, 0), b = (1, 1.3), c = (0, .1) in
 
-    L_T(omega; m) = a_m / 2 (omega - t_m)^2,   L_V(omega; m) = b_m / 2 omega^2 + c_m
-    omega*(theta) = sum_m pi_m a_m t_m / sum_m pi_m a_m,   F(theta) = sum_m pi_m L_V(omega*; m)
-    dF/dtheta = p (1 - p) { L_V(omega*; 1) - L_V(omega*; 0)                             the direct term: all of ENAS
-                            + v [a_1 (t_1 - omega*) - a_0 (t_0 - omega*)] / sum_m pi_m a_m },    the response;
-    v = sum_m pi_m b_m omega*
+    L_T(omega; m) = a_m / 2 (omega - t_m)^2          L_V(omega; m) = b_m / 2 omega^2 + c_m
+    omega*(theta) = E_m a_m t_m / H,  H = E_m a_m    F(theta) = E_m L_V(omega*; m)
+    dF/dtheta = p (1 - p) { L_V(omega*; 1) - L_V(omega*; 0)                direct: all of ENAS
+                            - [a_1 (omega* - t_1) - a_0 (omega* - t_0)] v / H }       response
+    v = E_m b_m omega*
 
-F is a loss here: the controller descends. Architecture 1 scores a little worse at ANY omega (c_1 > c_0), but training
-on it makes omega good for everyone (t_1 = 0), while 0 spoils it (t_0 = 2). The direct term alone therefore always
-leads to architecture 0; F is best near 1.
-
-What is checked are the functions of menas.py, by their own interface. A row of cells is a mixture of architectures, so
-the row (1, 0) is an architecture and the row pi their mean over the policy. Where a clipped step or K-FAC would be
-trivial in one dimension, the weight is a linear layer W [2, 3] instead."""
+F is a loss: the controller descends. Architecture 1 scores a little worse at ANY omega (c_1 > c_0),
+but training on it makes omega good for everyone (t_1 = 0), while 0 spoils it (t_0 = 2). The direct
+term therefore leads to architecture 0, wherever it is evaluated, and F is best near 1.
+"""
+import argparse
 import itertools
 import math
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
+from torch.autograd.functional import jacobian
 
-from menas import (RESPONSE, Sample, Step, directional, extra_rewards, fresh, leave_one_out, look_ahead, neumann,
-                   policy_loss, remember)
-from results.report import table
+import menas
 
-DTYPE = torch.float64  # of the constants here, and torch's default while main runs
-PAIRS = [("none", "none"), ("momentum", "none"), ("recent", "none"), ("fresh", "none"), ("fresh", "unrolled"),
-         ("fresh", "neumann"), ("fresh", "sampled"), ("fresh", "kfac")]
-ONE = torch.eye(2, dtype=DTYPE)  # the two architectures as rows
+LR = 0.3              # of training
+THETA = -math.log(3)  # where gradients are compared: pi = (3/4, 1/4), so that this
+FOLD = [0, 0, 0, 1]   # fold is the whole policy, and g exact
+NOISE = [[1.0, 0.4], [0.4, 0.7]]
+TOLERANCE = 1e-8      # finite differences are right to 1e-10, all else to 1e-12
+DIRECT = [("none", "none"), ("momentum", "none"), ("recent", "none"), ("fresh", "none")]
+RESPONDING = [("fresh", "unrolled"), ("fresh", "sampled"), ("fresh", "neumann")]
+TERMS = {"none": 0, "unrolled": 1, "sampled": 1, "neumann": 8}  # of H^-1 v = lr v + ...
 
+# 1. Losses [2] of the two architectures under the shared weights w [D] ---------------------------
+def train(w):
+    """L_T(omega; m), w [1]."""
+    return torch.cat([(w - 2) ** 2 / 2, 1.5 * w ** 2 / 2])
 
-# 1. Problems: every loss is that of a linear layer W [out, in] -------------------------------------------------------
+def valid(w):
+    """L_V(omega; m), w [1]."""
+    return torch.cat([w ** 2 / 2, 1.3 * w ** 2 / 2 + 0.1])
 
-class Losses(NamedTuple):
-    """L(W; m) = 1/2 tr(noise W S_m W') - tr(noise W C_m') + c_m: mean of 1/2 (Wx - y)' noise (Wx - y) over m's data."""
-    s: torch.Tensor      # [M, in, in] mean of x x'
-    c: torch.Tensor      # [M, out, in] mean of y x'
-    const: torch.Tensor  # [M]
-    noise: torch.Tensor  # [out, out] inverse covariance of y given x
+def inputs(seed):
+    """x [2, 3, 8]: eight points for each architecture."""
+    return torch.sin(seed * torch.arange(48.0) ** 2).view(2, 3, 8)
 
+def layer(w, seed=1):
+    """Mean of 1/2 (W x - y)' NOISE (W x - y), W [2, 3].
 
-def losses(weights, cells, problem):
-    """[K] of mixtures [K, M], as menas.py calls it: (weights, cells, batch)."""
-    w = weights["w"]
-    nw = problem.noise @ w
-    each = 0.5 * ((nw.t() @ w) * problem.s).sum((1, 2)) - (nw * problem.c).sum((1, 2)) + problem.const
-    return cells @ each
+    With one weight a clipped step does not answer theta, and K-FAC is a division.
+    """
+    x = inputs(seed)
+    y = x[:, 1:].flip(2)
+    error = w.view(2, 3) @ x - y
+    weighted = torch.tensor(NOISE) @ error
+    return (error * weighted).sum((1, 2)) / 16
 
-
-def scalar(curvature, target, const):
-    """curvature_m / 2 (omega - target_m)^2 + const_m."""
-    a, t, c = (torch.tensor(x, dtype=DTYPE) for x in (curvature, target, const))
-    return Losses(a[:, None, None], (a * t)[:, None, None], c + a * t * t / 2, torch.ones(1, 1, dtype=DTYPE))
-
-
-def layer(seed, noise):
-    """A linear layer 3 -> 2 and two data sets of 8 points."""
-    draw = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(2, 8, size, generator=draw, dtype=DTYPE) for size in (3, 2))
-    const = 0.5 * torch.einsum("mno,op,mnp->mn", y, noise, y).mean(1)
-    return Losses(x.mT @ x / 8, y.mT @ x / 8, const, noise)
-
-
-TRAIN, VALID = scalar([1.0, 1.5], [2.0, 0.0], [0.0, 0.0]), scalar([1.0, 1.3], [0.0, 0.0], [0.0, 0.1])
-NOISE = torch.tensor([[1.0, 0.4], [0.4, 0.7]], dtype=DTYPE)
-LAYER_TRAIN, LAYER_VALID = layer(1, NOISE), layer(2, NOISE)
-
-
+# 2. Exact gradients ------------------------------------------------------------------------------
 def policy(theta):
     """pi [2]."""
-    theta = torch.as_tensor(theta)
-    return torch.stack([torch.sigmoid(-theta), torch.sigmoid(theta)])
+    p = torch.as_tensor(theta).sigmoid()
+    return torch.stack([1 - p, p])
 
+def optimum(theta):
+    """omega*(theta)."""
+    q, p = policy(theta)
+    return 2 * q / (q + 1.5 * p)
 
-def optimum(theta, train):
-    """omega*(theta): sum_m pi_m (W S_m - C_m) = 0."""
-    pi = policy(theta)[:, None, None]
-    return torch.linalg.solve((pi * train.s).sum(0), (pi * train.c).sum(0), left=False)
+def closed_form(theta):
+    """The two terms of dF/dtheta."""
+    q, p = policy(theta)
+    omega = optimum(theta)
+    direct = 0.15 * omega ** 2 + 0.1
+    pull = 1.5 * omega - (omega - 2)
+    v = (q + 1.3 * p) * omega
+    response = -pull * v / (q + 1.5 * p)
+    return p * q * direct, p * q * response
 
+def one_step(losses, w, step, theta):
+    """omega' = omega - lr g min(1, c / |g|), g = E_m xi_m grad L_T(omega; m), c = clip E_m xi_m.
 
-# 2. Exact gradients --------------------------------------------------------------------------------------------------
+    Training takes xi_m clip(g_m), so the step foreseen may be as long as clip times the mean rate.
+    """
+    share = policy(theta) * step.rates(torch.eye(2))
+    g = share @ jacobian(losses, w)
+    c = step.clip * share.sum()
+    return w - LR * g * (c / g.norm()).clamp(max=1)
 
-def one_step_objective(theta, w, train, valid, lr, clip):
-    """F_1(theta) = sum_m pi_m L_V(omega'; m), omega' = omega - lr g min(1, clip / |g|), g = sum_m pi_m grad L_T."""
-    pi = policy(theta)
-    g = torch.einsum("m,mij->ij", pi, train.noise @ (w @ train.s - train.c))
-    ahead = w - lr * g * torch.where(g.norm() > clip, clip / g.norm(), 1.0)
-    return losses({"w": ahead}, pi[None], valid)[0]
+def objective(scored, ahead, theta, inner):
+    """E_m L_V(ahead(inner); m) at inner = theta: F if ahead is the optimum, F_1 if one step."""
+    omega = ahead(inner).view(-1)
+    return policy(theta) @ scored(omega)
 
-
-def objective(theta, train, valid):
-    """F(theta) at the inner optimum."""
-    return losses({"w": optimum(theta, train)}, policy(theta)[None], valid)[0]
-
-
-def by_autograd(f, theta):
+def by_differences(f, eps=1e-5):
     """df/dtheta."""
-    theta = torch.tensor(theta, requires_grad=True)
-    return torch.autograd.grad(f(theta), theta)[0].item()
+    up = f(THETA + eps, THETA + eps)
+    down = f(THETA - eps, THETA - eps)
+    return (up - down) / (2 * eps)
 
+# 3. Estimators -----------------------------------------------------------------------------------
+def neumann(v, weights, g, step, cells, terms=TERMS["neumann"]):
+    """- <grad L_T(omega; m), u>, u = lr sum_{j < terms} (1 - lr H)^j v: many unclipped steps.
 
-def by_differences(f, theta, eps=1e-5):
-    """df/dtheta, central."""
-    return ((f(theta + eps) - f(theta - eps)) / (2 * eps)).item()
+    It tends to H^-1 v if lr times H's largest eigenvalue is below 2. The losses are quadratic here,
+    so lr H v = grad(omega + lr v) - grad(omega), exactly.
+    """
+    total = v
+    for _ in range(terms - 1):
+        moved, _ = menas.fresh(menas.plus(weights, v, step.lr), step)
+        v = menas.plus(menas.plus(v, g), moved, -1)
+        total = menas.plus(total, v)
+    return -step.lr * menas.directional(step, weights, cells, total)
 
+def kfac(v, weights, g, step, cells):
+    """- <grad L_T(omega; m), u>, u = (G (x) A)^-1 v = G^-1 V A^-1, V [2, 3] being v.
 
-def closed_form(theta, w, xi):
-    """Direct and response term of the scalar problem for one unclipped step; for xi = None at the inner optimum w."""
-    p, (a, b) = torch.sigmoid(torch.tensor(theta)).item(), (x.s.flatten().tolist() for x in (TRAIN, VALID))
-    pull = a[1] * (w - 0.0) - a[0] * (w - 2.0)                    # grad L_T(omega; 1) - grad L_T(omega; 0)
-    step = 1 / ((1 - p) * a[0] + p * a[1]) if xi is None else xi
-    ahead = w if xi is None else w - xi * ((1 - p) * a[0] * (w - 2.0) + p * a[1] * w)
-    direct = (b[1] - b[0]) / 2 * ahead ** 2 + 0.1                 # L_V(omega'; 1) - L_V(omega'; 0)
-    return p * (1 - p) * direct, p * (1 - p) * -step * ((1 - p) * b[0] + p * b[1]) * ahead * pull
+    G is the covariance of the output's gradient under the model's own distribution, A that of the
+    input (Martens & Grosse 2015). For a linear layer G (x) A = H.
+    """
+    squares = inputs(1) @ inputs(1).mT / 8               # [2, 3, 3]
+    a = torch.tensordot(step.cells.mean(0), squares, 1)  # over the fold
+    g_inverse = torch.tensor(NOISE).inverse()            # y ~ N(W x, NOISE^-1)
+    u = g_inverse @ v["w"].view(2, 3) @ a.inverse()
+    return -menas.directional(step, weights, cells, {"w": u.flatten()})
 
+def values(losses, sign, weights, cells):
+    """[K], and no state. A row of cells [2] is an architecture, or a mixture of both."""
+    return sign * cells @ losses(weights["w"]), None
 
-# 3. The estimators of menas.py ---------------------------------------------------------------------------------------
+def each(losses, weights, cells, v):
+    """|g_m| and <g_m, v>."""
+    g = cells @ jacobian(losses, weights["w"])  # [K, D]
+    return g.norm(dim=1), g @ v["w"]
 
-def estimate(look, respond, theta, w, train, valid, step):
-    """(direct, response) terms of dF/dtheta, scored architectures summed over the policy. Losses: so minus rewards."""
-    direct, response = extra_rewards(look, respond, {"w": w}, ONE, policy(theta)[None],
-                                     lambda weights, cells: -losses(weights, cells, valid), step)
-    slope = torch.sigmoid(torch.tensor(theta)) * torch.sigmoid(torch.tensor(-theta))           # d pi_1 / dtheta
-    return [(-slope * (reward[1] - reward[0])).item() for reward in (direct, response)]
+def a_step(losses, fold, **more):
+    """The next step of training, on these architectures."""
+    cells = torch.eye(2)[fold]
+    mixed = partial(values, losses, 1)
+    return menas.Step(mixed, cells, LR, each=partial(each, losses), **more)
 
+def scores(pair, scored, w, step, others):
+    """Reward and response of both architectures, summed [2]; a reward is minus a loss."""
+    rewards = partial(values, scored, -1)
+    found = menas.extra_rewards(*pair, {"w": w}, torch.eye(2), others, rewards, step)
+    return found[0] + found[1]
 
-def each(weights, cells, problem, v):
-    """|grad L(w; m)| and <grad L(w; m), v> of every row, as menas.sampled asks for them."""
-    g = torch.einsum("km,mij->kij", cells, problem.noise @ (weights["w"] @ problem.s - problem.c))
-    return g.flatten(1).norm(dim=1), (g * v["w"]).sum((1, 2))
+def estimate(pair, scored, w, step, theta=THETA):
+    """dF/dtheta = - E_m [ score_m dlog pi_m/dtheta ] = p (1 - p) (score_0 - score_1)."""
+    pi = policy(theta)
+    score = scores(pair, scored, w, step, pi[None])
+    return pi.prod() * (score[0] - score[1])
 
+# 4. Checks: (name, exact, estimate) --------------------------------------------------------------
+def faster(cells):
+    """Rates: a step on architecture 1 has four times the learning rate."""
+    return cells @ torch.tensor([1.0, 4.0])
 
-def a_step(theta, train, lr, clip=math.inf, past=()):
-    """The step whose fold is the whole policy, so g is exact."""
-    return Step(losses, train, policy(theta)[None], lr, clip, 0.0, past, each)
+def check_step(name, losses, scored, w, **more):
+    """dF_1/dtheta."""
+    step = a_step(losses, FOLD, **more)
+    ahead = partial(one_step, losses, w, step)
+    f = partial(objective, scored, ahead)
+    theta = torch.tensor(THETA)
+    direct, response = jacobian(f, (theta, theta))
+    got = estimate(("fresh", "unrolled"), scored, w, step)
+    yield f"{name}: unrolled, autograd", direct + response, got
+    yield f"{name}: unrolled, differences", by_differences(f), got
+    # the other response: what v sees of a step on architecture 1 alone, less one on 0 alone
+    v = policy(theta) @ jacobian(scored, ahead(theta))
+    moved = ahead(math.inf) - ahead(-math.inf)
+    response = policy(theta).prod() * (v @ moved)
+    got = estimate(("fresh", "sampled"), scored, w, step)
+    yield f"{name}: sampled, own steps", direct + response, got
 
+def check_steps():
+    """One weight; a layer where the clip binds (100 never does), rates are decided on, and both."""
+    w = torch.ones(6)
+    problem = (layer, partial(layer, seed=2), w)
+    yield from check_step("one weight", train, valid, w[:1], clip=100.0)
+    yield from check_step("layer, clip", *problem, clip=0.5)
+    yield from check_step("layer, rates", *problem, clip=100.0, rates=faster)
+    yield from check_step("layer, both", *problem, clip=0.5, rates=faster)
+    step = a_step(layer, [1], clip=0.25, rates=faster)
+    g, _ = menas.fresh({"w": w}, step)
+    ahead = menas.look_ahead({"w": w}, g, step)["w"]
+    yield "length of a step: rate 4, clip .25", LR * 4 * 0.25, (ahead - w).norm()
 
-def inverse_fisher(v, step, damping):
-    """u = (G (x) A + damping)^-1 v = Q_G [ (Q_G' v Q_A) / (l_G l_A' + damping) ] Q_A', with G = Q_G diag(l_G) Q_G' the
-    covariance of the output's gradient under the model's own distribution (the true Fisher) and A that of the input
-    (Martens & Grosse 2015); one input a sample, so there is no time to share over."""
-    g_values, g_basis = torch.linalg.eigh(step.batch.noise)      # y ~ N(Wx, noise^-1): the gradient's covariance
-    a_values, a_basis = torch.linalg.eigh((step.cells[0][:, None, None] * step.batch.s).sum(0))
-    inside = (g_basis.t() @ v["w"] @ a_basis) / (g_values[:, None] * a_values + damping)
-    return {"w": g_basis @ inside @ a_basis.t()}
+def check_inverse():
+    """The series makes u = [1 - (1 - lr H)^terms] H^-1 v, K-FAC all of H^-1 v; H dense."""
+    w = torch.arange(6.0)  # and v
+    hessians = jacobian(partial(jacobian, layer, create_graph=True), w)
+    h = torch.tensordot(policy(THETA), hessians, 1)
+    step = a_step(layer, FOLD)
+    g, _ = menas.fresh({"w": w}, step)
+    ways = {n: partial(neumann, terms=n) for n in (1, 4, 64)}
+    ways[1000] = kfac
+    for n, response in ways.items():
+        rest = torch.matrix_power(torch.eye(6) - LR * h, n) @ w
+        u = torch.linalg.solve(h, w - rest)
+        exact = -jacobian(layer, w) @ u
+        got = response({"w": w}, {"w": w}, g, step, torch.eye(2))
+        name = "K-FAC" if response is kfac else f"Neumann, terms: {n}"
+        yield f"layer, dense H: {name}", exact[1], got[1]
 
+def check_optimum():
+    """dF/dtheta: ENAS has the direct term, unrolled one term of the series; H = 9/8."""
+    direct, response = closed_form(THETA)
+    f = partial(objective, valid, optimum)
+    yield "omega*: closed form, differences of F", by_differences(f), direct + response
+    w = optimum(THETA).view(1)
+    step = a_step(train, FOLD)
+    for name, terms in TERMS.items():
+        exact = direct + response * (1 - (1 - LR * 9 / 8) ** terms)
+        yield f"omega*: fresh, {name}", exact, estimate(("fresh", name), valid, w, step)
 
-def kfac(v, weights, g, step, cells, damping=1e-12):
-    """- <grad L_T(omega; m), u>, u by K-FAC."""
-    return -directional(step, weights, cells, inverse_fisher(v, step, damping))
+# 5. Folds of one architecture --------------------------------------------------------------------
+def folds(pair, share=False):
+    """Scores [2, 2, 2] of each m: omega' made from fold i, v from fold j, or with share from i.
 
+    The past are a step on i and one on j, at another omega.
+    """
+    w = torch.ones(1)
+    found = torch.zeros(2, 2, 2)
+    for i, j in itertools.product((0, 1), repeat=2):
+        past = {}
+        for k in (i, j):
+            g, _ = menas.fresh({"w": w + 0.1}, a_step(train, [k]))
+            past = menas.remember(past, g)
+        step = a_step(train, [i], past=past)
+        others = torch.eye(2)[[i if share else j]]
+        found[i, j] = scores(pair, valid, w, step, others)
+    return found
 
-# 4. Checks: rows of (name, exact, estimate, error, tolerance) --------------------------------------------------------
-
-def compare(name, exact, got, tolerance=1e-7):
-    """A row of the table."""
-    return name, exact, got, abs(got - exact), tolerance
-
-
-def check_terms():
-    """Both terms against closed forms, autograd and finite differences, with and without a clipped step."""
-    theta, w, lr = -0.4, torch.tensor([[1.3]]), 0.3
-    direct, response = estimate("fresh", "unrolled", theta, w, TRAIN, VALID, a_step(theta, TRAIN, lr))
-    exact = closed_form(theta, w.item(), lr)
-    yield compare("direct term, one step, closed form", exact[0], direct)
-    yield compare("response term, one step, closed form", exact[1], response)
-    clipped = estimate("fresh", "unrolled", theta, w, TRAIN, VALID, a_step(theta, TRAIN, lr, 0.1))
-    yield compare("response, one weight, step clipped: none", 0.0, clipped[1])
-    p, clipped = torch.sigmoid(torch.tensor(theta)).item(), 0.1 * torch.tensor([-1.0, 1.0])   # of t_0 = 2, of t_1 = 0
-    slow = a_step(theta, TRAIN, lr, 0.1)
-    got = estimate("fresh", "sampled", theta, w, TRAIN, VALID, slow)[1]
-    ahead = look_ahead({"w": w}, fresh({"w": w}, slow), slow)["w"].item()
-    exact = -p * (1 - p) * lr * ((1 - p) * 1.0 + p * 1.3) * ahead * (clipped[1] - clipped[0]).item()
-    yield compare("response, one weight, sampled steps clipped", exact, got)
-    w = 3 * torch.eye(2, 3)
-    for label, clip in (("", 100.0), (", step clipped", 0.5)):
-        f = lambda x: one_step_objective(x, w, LAYER_TRAIN, LAYER_VALID, lr, clip)
-        whole = sum(estimate("fresh", "unrolled", theta, w, LAYER_TRAIN, LAYER_VALID,
-                             a_step(theta, LAYER_TRAIN, lr, clip)))
-        yield compare(f"both terms, layer{label}, autograd through the step", by_autograd(f, theta), whole)
-        yield compare(f"both terms, layer{label}, finite differences", by_differences(f, theta), whole)
-
-
-def at_the_optimum(respond, theta, train, valid, step):
-    """(direct, response) at omega*(theta), where the fold is the whole policy."""
-    return estimate("none", respond, theta, optimum(theta, train), train, valid, step)
-
-
-def check_implicit():
-    """The converged inner problem: Neumann's series from one term, which is unrolled, to H^-1 v; K-FAC at once."""
-    theta, lr = -0.4, 0.4
-    step, w = a_step(theta, TRAIN, lr), optimum(theta, TRAIN)
-    g, v = fresh({"w": w}, step), {"w": torch.tensor([[0.7]])}
-    one = [f(v, {"w": w}, g, step, ONE)[0].item() for f in (RESPONSE["unrolled"], partial(neumann, terms=1))]
-    yield compare("Neumann, 1 term: unrolled", *one)
-    exact = closed_form(theta, w.item(), None)
-    for terms in (1, 4, 16, 64):
-        RESPONSE["series"] = partial(neumann, terms=terms)  # forgotten below
-        direct, response = at_the_optimum("series", theta, TRAIN, VALID, step)
-        hessian = (policy(theta) * TRAIN.s.flatten()).sum().item()
-        yield compare(f"response at omega*, Neumann, {terms} term{'s' * (terms > 1)}",
-                      exact[1] * (1 - (1 - lr * hessian) ** terms), response)
-    yield compare("response at omega*, Neumann, 64 terms, implicit", exact[1], response)
-    yield compare("both terms at omega*, finite differences of F",
-                  by_differences(lambda x: objective(x, TRAIN, VALID), theta), direct + response, 1e-6)
-    step, f = a_step(theta, LAYER_TRAIN, 0.4), lambda x: objective(x, LAYER_TRAIN, LAYER_VALID)
-    whole = sum(at_the_optimum("kfac", theta, LAYER_TRAIN, LAYER_VALID, step))
-    yield compare("both terms at omega*, layer, K-FAC, autograd through W*", by_autograd(f, theta), whole)
-    del RESPONSE["series"]
-    pi, v = policy(theta)[:, None, None], torch.randn(2, 3, generator=torch.Generator().manual_seed(5))
-    hessian = torch.kron(NOISE, (pi * LAYER_TRAIN.s).sum(0))
-    u = inverse_fisher({"w": v}, step, 0.0)["w"]
-    yield compare("|K-FAC inverse - dense inverse Hessian|", 0.0, (hessian @ u.flatten() - v.flatten()).norm().item())
-
-
-def check_learning_rate():
-    """The decision is the step's own size xi_m, and nothing else: omega' = omega - sum_m pi_m xi_m grad L_T(omega).
-
-    Its xi_m stands inside the expectation, as a factor of the training loss; both choices score alike, so only the
-    response tells them apart. And it looks one step ahead only: for a horizon of one step a large rate looks good."""
-    theta, w, xi = 0.3, torch.tensor([[1.3]]), torch.tensor([0.05, 0.6])
-    train, valid = (x._replace(**{name: getattr(x, name)[:1] for name in ("s", "c", "const")}) for x in (TRAIN, VALID))
-    own = lambda weights, cells, batch: (cells @ xi) * losses(weights, torch.ones(1, 1), batch)
-    rewards = lambda weights, cells: -losses(weights, cells.sum(1, keepdim=True), valid)
-
-    def f(x):
-        ahead = w - (policy(x) @ xi) * (w @ train.s[0] - train.c[0])
-        return losses({"w": ahead}, torch.ones(1, 1), valid)[0]
-
-    step = Step(own, train, policy(theta)[None], 1.0)
-    slope = torch.sigmoid(torch.tensor(theta)) * torch.sigmoid(torch.tensor(-theta))
-    for look, respond in PAIRS[:1] + PAIRS[3:5]:
-        direct, response = extra_rewards(look, respond, {"w": w}, ONE, policy(theta)[None], rewards, step)
-        got = (-slope * (direct + response).diff()).item()
-        exact = by_autograd(f, theta) if respond == "unrolled" else 0.0
-        yield compare(f"learning rate as a decision, ({look}, {respond})", exact, got)
-
-
-# 5. Monte Carlo: each estimator against its own target ---------------------------------------------------------------
-
-def worlds(look, respond, theta, w, lr, share=False):
-    """All that the folds (one architecture each) can be: their probabilities [N], the architecture of g [N], rewards
-    [N, 2] of both architectures. For momentum and recent, the fold is the last two shared steps'."""
-    pi, found = policy(theta), []
-    for i, j in itertools.product(range(2), repeat=2):
-        if look in ("momentum", "recent"):
-            past = {}
-            for k in (i, j):
-                past = remember(past, fresh({"w": w + 0.1}, a_step(theta, TRAIN, lr)._replace(cells=ONE[[k]])))
-            step = a_step(theta, TRAIN, lr, past=past)
-        else:
-            step = a_step(theta, TRAIN, lr)._replace(cells=ONE[[i]])
-        direct, response = extra_rewards(look, respond, {"w": w}, ONE, ONE[[i if share else j]],
-                                         lambda weights, cells: -losses(weights, cells, VALID), step)
-        found.append((pi[i] * pi[j], i, direct + response))
-    probabilities, first, rewards = zip(*found)
-    return torch.stack(probabilities), torch.tensor(first), torch.stack(rewards)
-
-
-def monte_carlo(look, respond, theta, w, lr, draws=20000, k=4):
-    """(target, mean, standard error, variance) of dF/dtheta from policy_loss with K = 4, leave-one-out baseline."""
-    probabilities, _, rewards = worlds(look, respond, theta, w, lr)
-    slope = torch.sigmoid(torch.tensor(theta)) * torch.sigmoid(torch.tensor(-theta))
-    target = -(probabilities * slope * rewards.diff(dim=1)[:, 0]).sum().item()
-    draw = torch.Generator().manual_seed(PAIRS.index((look, respond)))
-    which = torch.multinomial(probabilities, draws, replacement=True, generator=draw)
-    m = (torch.rand(draws, k, generator=draw) < policy(theta)[1]).long()
-
-    def loss(logit, m, reward):
-        log_prob = torch.nn.functional.logsigmoid(logit * (2 * m - 1))
-        baseline, _ = leave_one_out(reward, None, None)
-        return policy_loss(Sample(m, log_prob, torch.zeros(k)), reward, baseline, 0.0)
-
-    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(torch.tensor(theta), m, rewards[which].gather(1, m))
-    return target, each.mean().item(), (each.std() / math.sqrt(draws)).item(), each.var().item()
-
-
-def check_monte_carlo():
-    """Rows of (estimator, own target, mean, standard error, variance, exact one-step gradient - target)."""
-    theta, w, lr = -0.4, torch.tensor([[1.3]]), 0.3
-    whole = by_autograd(lambda x: one_step_objective(x, w, TRAIN, VALID, lr, 1e9), theta)
-    for pair in PAIRS:
-        target, mean, error, variance = monte_carlo(*pair, theta, w, lr)
-        yield f"({', '.join(pair)})", target, mean, error, variance, target - whole
-
+def by_policy_loss(score):
+    """dF/dtheta from 4 architectures: the mean over all that they and the two folds can be."""
+    theta = torch.tensor(THETA, requires_grad=True)
+    mean = 0.0
+    for i, j, *m in itertools.product((0, 1), repeat=6):
+        sample = menas.Sample(m, policy(theta).log()[m], torch.zeros(4))
+        loss = menas.policy_loss(sample, score[i, j, m], 0.0)
+        mean += policy(THETA)[[i, j, *m]].prod() * loss
+    return torch.autograd.grad(mean, theta)[0]
 
 def check_folds():
-    """The bias of scoring the architecture that omega' was built on, and what is left of it with two folds."""
-    theta, w, lr = -0.4, torch.tensor([[1.3]]), 0.3
-    pi, (a, b) = policy(theta), (x.s.flatten().tolist() for x in (TRAIN, VALID))
-    score = torch.stack([-pi[1], pi[0]])                                            # d log pi_m / dtheta
-    slope = (pi[0] * pi[1]).item()
-    exact = sum(estimate("fresh", "unrolled", theta, w, TRAIN, VALID, a_step(theta, TRAIN, lr)))
-    probabilities, _, rewards = worlds("fresh", "unrolled", theta, w, lr)
-    disjoint = -(probabilities * slope * rewards.diff(dim=1)[:, 0]).sum().item()
-    _, first, rewards = worlds("fresh", "unrolled", theta, w, lr, share=True)
-    shared = -sum((probabilities[i] * score[m] * rewards[i, m]).item() for i, m in enumerate(first.tolist()))
-    pull = a[1] * w.item() - a[0] * (w.item() - 2.0)                                # grad L_T(omega; 1) - that of 0
-    variance = slope * (lr * pull) ** 2                                             # of omega' over a fold of one
-    curved = exact + slope * (b[1] - b[0]) / 2 * variance                             # b_m / 2 Var(omega') in each L_V
-    return exact, shared, disjoint, curved
+    """By hand: p (1 - p) { E[.15 omega'^2] + .1 - (g_1 - g_0) E[b] E[omega' u / v] }."""
+    pi = policy(THETA)
+    a = torch.tensor([1.0, 1.5])
+    b = torch.tensor([1.0, 1.3])
+    g = torch.tensor([-1.0, 1.5])    # at omega = 1
+    old = torch.tensor([-0.9, 1.65])  # at 1.1
+    zero = torch.zeros(2, 2)         # folds i, j
+    momentum = (0.9 * old[:, None] + old) / 1.9
+    along = {"none": zero, "momentum": momentum, "recent": zero + old, "fresh": zero + g[:, None]}
+    for look, respond in DIRECT + RESPONDING:
+        ahead = 1 - LR * along[look]
+        reach = (1 - (1 - LR * a) ** TERMS[respond]) / a
+        direct = 0.15 * pi @ ahead ** 2 @ pi + 0.1
+        response = -2.5 * (pi @ b) * ((pi * reach) @ ahead @ pi)
+        got = by_policy_loss(folds((look, respond)))
+        yield f"{look}, {respond}", pi.prod() * (direct + response), got
+    # scoring the architectures that omega' and v are made from is another matter
+    ahead = 1 - LR * g
+    own = b * ahead ** 2 / 2 - LR * g * b * ahead
+    score = folds(RESPONDING[0], share=True)
+    got = score[0, 0, 0] - score[1, 1, 1]
+    yield "the fold scores itself", pi.prod() * (own[1] + 0.1 - own[0]), pi.prod() * got
 
-
-# 6. The bilinear game x y: x descends, y ascends ---------------------------------------------------------------------
-# It is an ENAS: two architectures with s = (-1, 1), x = sum_m pi_m s_m, L_V(omega; m) = s_m omega = -L_T(omega; m).
-
-def player(x, y, look, respond, lr):
-    """d/dx of x omega'(x) by menas.py, for the player x who knows that y takes a step of ascent."""
-    s, pi = torch.tensor([-1.0, 1.0]), torch.stack([(1 - x) / 2, (1 + x) / 2])
-    linear = lambda sign: (lambda weights, cells, batch=None: sign * (cells @ s) * weights["w"].sum())
-    step = Step(linear(-1.0), None, pi[None], lr)
-    direct, response = extra_rewards(look, respond, {"w": y.reshape(1, 1)}, ONE, pi[None], linear(-1.0), step)
-    return -0.5 * (direct + response).diff()[0]
-
-
-def play(point, pair, lr, both, alternate):
-    """One step of both players."""
-    x, y = point
-    new_x = x - lr * player(x, y, *pair, lr)
-    seen = new_x if alternate else x
-    # The game is antisymmetric: y ascends x y as x descends it, with x's sign turned.
-    return torch.stack([new_x, y + lr * (-player(y, -seen, *pair, lr) if both else seen)])
-
-
-def radius(pair, both, alternate, lr=0.15):
-    """Spectral radius of a step, which is linear: its matrix from the unit vectors."""
-    matrix = torch.stack([play(e, pair, lr, both, alternate) for e in torch.eye(2)], 1)
-    return torch.linalg.eigvals(matrix).abs().max().item()
-
-
-def check_game(lr=0.15):
-    """Exact: complex eigenvalues, so the radius is sqrt(det). With k = 0, 1, 2 for plain, extrapolation, unrolled, a
-    player who looks ahead shrinks its own coordinate by 1 - k lr^2."""
-    for k, pair in enumerate((("none", "none"), ("fresh", "none"), ("fresh", "unrolled"))):
-        d = 1 - k * lr ** 2
-        for both, alternate, det in ((True, False, d * d + lr ** 2), (True, True, d * d), (False, False, d + lr ** 2),
-                                     (False, True, d)):
-            who, how = "both" if both else "one", "alternating" if alternate else "simultaneous"
-            yield compare(f"radius, {who} ({', '.join(pair)}), {how}", math.sqrt(det), radius(pair, both, alternate))
-
-
-# 7. Trajectories and the figure --------------------------------------------------------------------------------------
-
-def trajectory(look, respond, steps=250, lr=0.3, theta_lr=1.0):
-    """(theta, omega) [steps, 2]: a step of SGD, then one of the controller, gradients summed over the policy."""
-    theta, weights, past, found = 0.0, {"w": torch.tensor([[1.5]])}, {}, []
+# 6. Training -------------------------------------------------------------------------------------
+def trajectory(pair, steps):
+    """theta [steps]: by turns a step on omega and one on theta, both with the policy's mean."""
+    theta = 0.0
+    weights = {"w": torch.tensor([1.5])}
+    past = {}
+    found = []
     for _ in range(steps):
-        found.append((theta, weights["w"].item()))
-        step = a_step(theta, TRAIN, lr)
-        g = fresh(weights, step)
-        past = remember(past, g)
-        weights = look_ahead(weights, g, step)
-        theta -= theta_lr * sum(estimate(look, respond, theta, weights["w"], TRAIN, VALID, step._replace(past=past)))
-    return torch.tensor(found)
+        step = a_step(train, FOLD)._replace(cells=policy(theta)[None])
+        g, _ = menas.fresh(weights, step)
+        past = menas.remember(past, g)
+        weights = menas.look_ahead(weights, g, step)
+        step = step._replace(past=past)
+        theta -= estimate(pair, valid, weights["w"], step, theta).item()
+        found.append(theta)
+    return found
 
+def draw(path, ways):
+    """Left: F, and below it its derivative and the direct term; right: theta in training."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    panels = [["loss", "ways"], ["slope", "ways"]]
+    loss, right, slope = figure.subplot_mosaic(panels).values()
+    theta = torch.linspace(-5, 5, 201)
+    f = torch.stack([objective(valid, optimum, x, x) for x in theta])
+    direct, response = closed_form(theta)
+    loss.plot(theta, f, "k")
+    loss.set(ylabel=r"$F(\theta)$", xticklabels=[])
+    slope.axhline(0, color="gray", lw=1)
+    slope.plot(theta, direct, "tab:red", label="direct term only")
+    slope.plot(theta, direct + response, "tab:blue", label="with the response")
+    slope.set(ylabel=r"$dF/d\theta$", xlabel=r"logit $\theta$ (large: architecture 1)")
+    groups = {
+        "direct: none, momentum,\nrecent, fresh": (DIRECT, "tab:red"),
+        "unrolled, sampled": (RESPONDING[:2], "tab:blue"),
+        "neumann": (RESPONDING[2:], "tab:cyan"),
+    }
+    for label, (pairs, color) in groups.items():
+        lines = right.plot(torch.tensor([ways[pair] for pair in pairs]).T, color)
+        lines[0].set_label(label)
+    right.set(ylabel=r"$\theta$", xlabel="steps of training")
+    best = theta[f.argmin()].item()
+    right.axhline(best, color="gray", ls=":", label=r"best $\theta$")
+    slope.legend()
+    right.legend()
+    figure.savefig(path, dpi=150)
 
-def draw(path, paths):
-    """F with both gradients; the ways of the estimators; the game's fields and ways."""
-    figure, axes = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
-    ax, thetas = axes[0, 0], torch.linspace(-5, 5, 101)
-    f = torch.stack([objective(x, TRAIN, VALID) for x in thetas])
-    ax.plot(thetas, f, color="black", label="$F(\\theta)$")
-    for x in torch.linspace(-3.5, 3.5, 8).tolist():
-        y, terms = objective(x, TRAIN, VALID).item(), closed_form(x, optimum(x, TRAIN).item(), None)
-        for value, colour, lift in ((terms[0], "tab:red", .12), (sum(terms), "tab:blue", -.12)):
-            ax.annotate("", (x - math.copysign(.8, value), y + lift), (x, y + lift),
-                        arrowprops=dict(arrowstyle="-|>", color=colour, lw=2))
-    for colour, label in (("tab:red", "where the direct term leads"), ("tab:blue", "where direct + response leads")):
-        ax.plot([], [], color=colour, label=label)
-    ax.set(ylim=(-0.2, 2.2), xlabel="controller's logit $\\theta$   (left: architecture 0, right: 1)",
-           ylabel="validation loss", title="One logit, one weight: the direct term leads uphill")
-    ax.legend()
-    ax, colours = axes[0, 1], dict(zip(PAIRS, ("tab:red", "tab:orange", "tab:brown", "tab:pink", "tab:blue", "tab:cyan",
-                                                     "tab:purple", "tab:green")))
-    ax.plot(thetas, [optimum(x, TRAIN).item() for x in thetas], color="#bbbbbb", lw=5, label="$\\omega^*(\\theta)$")
-    for pair, points in paths.items():
-        style = dict(zip(PAIRS, ("-", "--", "-.", ":", "-", "--", "-.", ":")))[pair]
-        ax.plot(*points.t(), style, color=colours[pair], lw=2, label=f"({', '.join(pair)})")
-        ax.plot(*points[-1], "o", color=colours[pair])
-    ax.plot(*paths[PAIRS[0]][0], "ks", label="start")
-    best = thetas[f.argmin()]
-    ax.axvline(best.item(), color="black", lw=1, ls=":", label="best $\\theta$")
-    ax.set(xlabel="$\\theta$", ylabel="shared weight $\\omega$", title="Training: only the response turns right",
-           xlim=(-5, 5))
-    ax.legend(fontsize=8)
-    grid = torch.linspace(-1.5, 1.5, 9)
-    for ax, alternate in zip(axes[1], (False, True)):
-        for pair, name, colour in zip((("none", "none"), ("fresh", "none"), ("fresh", "unrolled")),
-                                      ("plain", "extrapolation", "unrolled"), ("tab:red", "tab:orange", "tab:blue")):
-            points = [torch.tensor([1.0, 0.0])]
-            for _ in range(60):
-                points.append(play(points[-1], pair, 0.15, True, alternate))
-            ax.plot(*torch.stack(points).t(), color=colour, marker=".", ms=3, lw=1,
-                    label=f"{name}: radius {radius(pair, True, alternate):.3f}")
-            if pair != ("fresh", "none"):
-                x, y = torch.meshgrid(grid, grid, indexing="xy")
-                move = torch.stack([play(torch.stack(p), pair, 0.15, True, alternate) - torch.stack(p)
-                                    for p in zip(x.flatten(), y.flatten())])
-                ax.quiver(x, y, move[:, 0], move[:, 1], color=colour, alpha=.35, width=.003)
-        ax.plot(0, 0, "k+", ms=10)
-        ax.set(xlabel="x (descends x y)", ylabel="y (ascends x y)", aspect="equal", xlim=(-1.8, 1.8), ylim=(-1.8, 1.8),
-               title=f"The game x y, {'alternating' if alternate else 'simultaneous'}, step .15, both look ahead")
-        ax.legend(fontsize=8, loc="upper right")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+# 7. Main -----------------------------------------------------------------------------------------
+def show(title, rows):
+    """Print a table; the names of the checks that fail, nan among them."""
+    lines = []
+    failed = []
+    for name, exact, got in rows:
+        error = abs(got - exact)
+        lines.append((name, f"{exact:.8f}", f"{got:.8f}", f"{error:.0e}"))
+        if not error <= TOLERANCE:
+            failed.append(name)
+    print(menas.table((title, "exact", "estimate", "error"), lines), "\n")
+    return failed
 
+def report(path, steps):
+    """Print and draw everything; the names of the checks that fail."""
+    failed = show("check", [*check_steps(), *check_inverse(), *check_optimum()])
+    failed += show("folds of one", check_folds())
+    ways = {pair: trajectory(pair, steps) for pair in DIRECT + RESPONDING}
+    print(f"probability of architecture 1 after {steps} steps:")
+    for pair, way in ways.items():
+        p = policy(way[-1])[1].item()
+        print(f"    {', '.join(pair)}: {p:.2f}")
+        if (p > 0.5) == (pair in DIRECT):
+            failed.append(f"the end of {', '.join(pair)}")
+    draw(path, ways)
+    return failed
 
-# 8. Main -------------------------------------------------------------------------------------------------------------
-
-def main(path="results/toy_enas.png"):
-    """Print every check and draw the figure, in float64; 1 if a check failed."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPE)
-    RESPONSE["kfac"] = kfac  # a new estimator is a function in a dictionary
+def main(arguments=None, steps=250):
+    """The exit code: 1 if a check failed, 2 for a wrong argument."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="runs/toy_enas.png", type=Path, help="the figure")
+    path = parser.parse_args(arguments).out
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--out {path} must end in .png, .pdf or .svg")
     try:
-        return check_all(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {path}: {error.strerror}")
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    menas.RESPONSE["neumann"] = neumann
+    try:
+        failed = report(path, steps)
     finally:
         torch.set_default_dtype(default)
-        del RESPONSE["kfac"]
-
-
-def check_all(path):
-    """The exit code."""
-    rows = [row for check in (check_terms, check_implicit, check_learning_rate, check_game) for row in check()]
-    failed = [row[0] for row in rows if not row[3] <= row[4]]
-    number = lambda x: f"{x:.9f}"
-    print(table(("check", "exact", "estimate", "error"),
-                [(name, number(exact), number(got), f"{error:.0e}") for name, exact, got, error, _ in rows]))
-    sampled = list(check_monte_carlo())
-    failed += [name for name, target, mean, error, *_ in sampled if not abs(mean - target) <= 3.5 * error]
-    print("\nMonte Carlo, 20,000 times 4 architectures; a fold of one architecture makes omega', another one v:\n")
-    print(table(("estimator", "its own target", "mean +- 95 %", "variance", "target - exact gradient of one step"),
-                [(name, number(target), f"{mean:.5f} +- {1.96 * error:.5f}", f"{variance:.4f}", f"{bias:+.5f}")
-                 for name, target, mean, error, variance, bias in sampled]))
-    exact, shared, disjoint, curved = check_folds()
-    print("\nThe fold that omega' is made from, (fresh, unrolled), enumerated:\n")
-    print(table(("which architectures are scored", "mean", "bias"),
-                [("the whole policy, omega' exact", number(exact), number(0.0)),
-                 ("the fold itself", number(shared), number(shared - exact)),
-                 ("others (two folds)", number(disjoint), number(disjoint - exact)),
-                 ("predicted for others: (b_1 - b_0) / 2 Var(omega')", number(curved), number(curved - exact))]))
-    if not (abs(disjoint - curved) <= 1e-7 and abs(shared - exact) > 3 * abs(disjoint - exact)):
-        failed.append("the bias of the folds")
-    paths = {pair: trajectory(*pair) for pair in PAIRS}
-    ends = {pair: torch.sigmoid(points[-1, 0]).item() for pair, points in paths.items()}
-    print("\nprobability of architecture 1 after 250 steps:",
-          ", ".join(f"({', '.join(pair)}) {p:.2f}" for pair, p in ends.items()))
-    failed += [str(pair) for pair, p in ends.items() if not (p > 0.5 if pair[1] != "none" else p < 0.5)]
-    draw(path, paths)
+        del menas.RESPONSE["neumann"]
     if failed:
         print(f"\nFAILED: {'; '.join(failed)}")
         return 1
-    print("\nShown: the direct term alone, wherever it is evaluated, trains the wrong architecture; with the response "
-          "it trains the\nright one, and is the exact gradient where the fold is the whole policy "
-          f"(all {len(rows)} checks and {len(sampled)} intervals hold; {path}).")
+    print("\nShown: the direct term alone trains the wrong architecture, wherever it is evaluated;")
+    print(f"with the response it trains the right one. Every check holds; figure: {path}")
     return 0
 
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

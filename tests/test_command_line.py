@@ -1,7 +1,12 @@
-"""Settings are flags, mistakes one clear line, runs leave records. Run: pytest tests/test_command_line.py"""
+"""Settings are flags, mistakes are one clear line, runs leave records.
+
+Run: pytest tests/test_command_line.py
+"""
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -10,271 +15,310 @@ import pytest
 import torch
 
 import menas
+from small import SMALL, quick, refused, rows_of, signals, words  # noqa: F401, some are fixtures
 
-SMOKE = ["--preset", "smoke", "--threads", "1"]
-
-
-def call(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command line."""
-    code = menas.main([str(word) for word in arguments])
-    return code, *capsys.readouterr()
-
-
-def refused(capsys, *arguments):
-    """The one line on stderr with which a command line is refused."""
-    code, _, err = call(capsys, *arguments)
-    assert code == 2
-    assert err.startswith("menas: ") and err.endswith("\n") and err.count("\n") == 1
-    return err
+SEARCH = [*"search --nodes 3 --epochs 1 --shared_steps 3 --controller_steps 1".split(),
+          "--derive_samples", "3", *SMALL]
+TRAIN = ["train", "--epochs", "1", *SMALL]
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory):
-    """The folder of a finished smoke search on the toy corpus."""
-    folder = tmp_path_factory.mktemp("runs") / "search"
-    assert menas.main(["search", *SMOKE, "--out", str(folder)]) == 0
+def runs(tmp_path_factory, words):
+    """A folder with a finished search of 3 highway nodes, and a training of two cells."""
+    folder = tmp_path_factory.mktemp("runs")
+    search = [*SEARCH, "--retrain", "0", "--data", str(words)]
+    assert menas.main([*search, "--out", str(folder / "search")]) == 0
+    train = [*TRAIN, "--cell", "tree,darts_v1@3", "--data", str(words)]
+    assert menas.main([*train, "--out", str(folder / "train")]) == 0
     return folder
 
 
-# flags: the oracle is the Config
+# help and flags: the oracle is Config and the presets
 
-def other_value(f):
-    """A value of a field's type that is not its default."""
-    if f.name == "preset":
-        return "smoke"
-    return f"{f.default}x" if f.type is str else not f.default if f.type is bool else f.type(f.default + 1)
-
-
-@pytest.mark.parametrize("f", fields(menas.Config), ids=lambda f: f.name)
-def test_every_field_is_a_flag(f):
-    study, config = menas.parse(["search", f"--{f.name}", str(other_value(f))])
-    assert study == "search" and getattr(config, f.name) == other_value(f)
-    assert type(getattr(config, f.name)) is f.type
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_alone_it_lists_the_commands(arguments, capsys):
+    assert menas.main(arguments) == 0
+    shown = capsys.readouterr().out
+    for name, (_, about, _) in menas.COMMANDS.items():
+        assert re.search(rf"^ +{name} +{re.escape(about)}$", shown, re.M)
 
 
-def test_help_explains_every_field(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "500")  # no word is broken at its hyphen
-    with pytest.raises(SystemExit) as done:
-        menas.main(["--help"])
-    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert done.value.code == 0
-    for f in fields(menas.Config):
-        assert f"--{f.name} " in shown
-        assert len(f.metadata["help"]) > 8 and f.metadata["help"] in shown
-    for study in menas.studies():
-        assert study in shown
+@pytest.mark.parametrize("command", menas.COMMANDS)
+def test_help_shows_the_settings_used_with_the_presets_defaults(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # no line is broken
+    for preset in menas.PRESETS:
+        with pytest.raises(SystemExit) as done:
+            menas.main([command, "--preset", preset, "--help"])
+        assert done.value.code == 0
+        shown, config = capsys.readouterr().out, menas.configure(command, preset)
+        assert re.findall(r"^ +--(\w+)", shown, re.M) == menas.settings_of(command)
+        for f in fields(menas.Config):
+            line = f"{f.metadata['help']} [{getattr(config, f.name)}]\n"
+            assert (line in shown) == (f.name in menas.settings_of(command))
 
 
-@pytest.mark.parametrize("words, expected", [([], False), (["--retrain"], True), (["--retrain", "true"], True),
-                                             (["--retrain", "FALSE"], False), (["--retrain=false"], False)])
-def test_a_yes_or_no_may_be_given_in_words(words, expected):
-    assert menas.parse(["search", "--preset", "smoke", *words])[1].retrain is expected
+def test_every_setting_is_used_and_explained():
+    used = [name for _, _, names in menas.COMMANDS.values() for name in names.split()]
+    assert set(used) == {f.name for f in fields(menas.Config)}
+    assert all(len(f.metadata["help"]) > 8 for f in fields(menas.Config))
 
 
-def test_flags_win_over_the_preset_and_the_study_over_all():
+@pytest.mark.parametrize("given, expected", [
+    ("", False), ("--memory", True), ("--memory true", True), ("--memory FALSE", False),
+    ("--memory=false", False)])
+def test_a_yes_or_no_may_be_given_in_words(given, expected):
+    assert menas.parse_command("search", ["--preset", "tiny", *given.split()]).memory is expected
+
+
+@pytest.mark.parametrize("command", [name for name in menas.COMMANDS if name != "report"])
+def test_flags_win_over_the_preset_and_the_command_over_all(command):
     for preset, parts in menas.PRESETS.items():
-        for study in menas.studies():
-            config = menas.parse([study, "--preset", preset, "--seed", "7", "--hidden", "123"])[1]
-            expected = {**parts["all"], **parts.get(study, {}), "preset": preset, "seed": 7, "hidden": 123}
-            assert config == replace(menas.Config(), **expected)
-            menas.check(config)
+        of_cells = command in ("compare", "ablate", "factors", "state", "capacity")
+        expected = parts["all"] | parts.get("studies", {}) if of_cells else parts["all"]
+        flag = "hidden" if "hidden" in menas.settings_of(command) else "derive_samples"
+        config = menas.parse_command(command, ["--preset", preset, f"--{flag}", "123"])
+        expected = expected | parts.get(command, {}) | {"preset": preset, flag: 123}
+        assert config == replace(menas.Config(), **expected)
+        menas.check(config)
 
 
-# mistakes: each with what the line must name
+# mistakes: each with what the line must name. ° stands for a space within an argument
 
-MISTAKES = [
-    ("", "study"),
-    ("serch", "'serch'|did you mean search?"),
-    ("search more", "'more'"),
-    ("search --hiden 5", "'--hiden'|did you mean --hidden?"),
-    ("search --hiden=5", "'--hiden=5'|did you mean --hidden?"),
-    ("search --hidden-dropout .1", "--hidden-dropout|did you mean --hidden_dropout?"),
-    ("search --seed", "--seed"),
-    ("search --hidden abc", "--hidden|'abc'"),
-    ("search --lr fast", "--lr|'fast'"),
-    ("search --retrain maybe", "--retrain|maybe"),
-    ("search --preset smok", "'smok'|did you mean smoke?"),
-    ("search --dtype float23", "'float23'|did you mean float32?"),
-    ("search --schedule cosin", "'cosin'|did you mean cosine?"),
-    ("search --state carried", "'carried'|did you mean carry?"),
-    ("search --reward ppl", "'ppl'|perplexity"),
-    ("search --baseline leave_on_out", "'leave_on_out'|did you mean leave_one_out?"),
-    ("search --controller untraind", "'untraind'|did you mean untrained?"),
-    ("search --activations tanh,rulu", "'rulu'|did you mean relu?"),
-    ("search --activations tanh,relu,tanh", "tanh"),
-    ("search --device gpu", "'gpu'|cpu"),
-    ("search --device coda", "'coda'|did you mean cuda?"),
-    ("search --device cpu:x", "'cpu:x'|did you mean cpu?"),
-    ("search --hidden 0", "--hidden 0"),
-    ("search --nodes -1", "--nodes -1"),
-    ("search --hidden_dropout 1.5", "--hidden_dropout 1.5"),
-    ("search --input_dropout -.1", "--input_dropout -0.1"),
-    ("search --data pbt", "'pbt'|did you mean ptb?"),
-    ("search --data no/such/folder", "'no/such/folder'"),
-    ("search --data TEXT --batch 5000", "batch 5000"),
-    ("train --data TEXT --cell enass", "'enass'|did you mean enas?"),
-    ("train --data TEXT --cell enas,tre", "'tre'|did you mean tree?"),
-    ("train --data TEXT --cell lstm,enas", "lstm"),
-    ("train --data TEXT --cell missing.json", "missing.json"),
-    ("train --data TEXT --cell enas,", "cell ''"),
-    ("train --data TEXT --cell TEXT", "TEXT"),
-    ("train --data TEXT --cell enas --weights nowhere", "nowhere"),
-]
+MISTAKES = {
+    "serch": "'serch', did you mean search?",
+    "search more": "'more'",
+    "search --hiden 5": "'--hiden', did you mean --hidden?",
+    "search --hiden=5": "did you mean --hidden?",
+    "search --hidden-dropout .1": "did you mean --hidden_dropout?",
+    "search --hidd 5": "'--hidd', did you mean --hidden?",
+    "search --cell enas": "'--cell'",
+    "train --fold 2": "'--fold'",
+    "bench --seed 3": "'--seed'",
+    "report --oot x": "did you mean --out?",
+    "report --lr 3": "'--lr'",
+    "search --seed": "--seed",
+    "search --hidden 4.5": "--hidden, '4.5'",
+    "search --lr fast": "--lr, 'fast'",
+    "search --memory maybe": "--memory, maybe",
+    "search --activations tanh,rulu": "'rulu', did you mean relu?",
+    "search --activations tanh,relu,tanh": "tanh,relu,tanh",
+    "search --operations highway,gat": "'gat', did you mean gate?",
+    "search --operations gate": "--operations gate",
+    "search --memory": "--memory, gate",
+    "search --min_nodes 9 --nodes 4": "--min_nodes 9, --nodes 4",
+    "search --widths 2,99 --hidden 4": "'99'",
+    "search --rates 3": "'3'",
+    "search --rates 1,2 --shared_samples 2": "--rates, --shared_samples 1",
+    "search --response unrolled": "--response unrolled, --lookahead fresh",
+    "search --lookahead fresh --controller uniform": "--lookahead fresh, uniform",
+    "search --anneal 5 --epochs 4": "--anneal 5",
+    "search --nodes 1 --activations tanh": "single architecture",
+    "search --device gpu": "gpu, --device cpu",
+    "search --device meta": "meta",
+    "search --out taken": "taken",
+    "search --data pbt": "'pbt', did you mean ptb?",
+    "search --data ~nobody1/x": "~nobody1",
+    "search --data words --batch 5000": "batch 5000",
+    "search --out words/train.txt": "words/train.txt",
+    "train --cell enass": "'enass', did you mean enas?",
+    "train --cell enas,tre": "'tre', did you mean tree?",
+    "train --cell lstm,enas": "lstm",
+    "train --cell lstm:lstm": "'lstm'",
+    "train --cell lstm:tre": "did you mean tree?",
+    "train --cell lstm:999999": "999999",
+    "train --cell lstm:²": "²",
+    "train --cell enas,": "''",
+    "train --cell words": "'words'",
+    "train --cell enas@x": "enas@x",
+    "train --cell 3-0-0": "3-0-0",
+    "train --cell 2-0-0-0-0-0-0-0-0": "2-0-0-0-0-0-0-0-0",
+    "train --cell 1-0-0-99-0-0-0-0-0": "99",
+    "train --cell 1-0-0-0-0-1-0-0-0": "1-0-0-0-0-1-0-0-0",
+    "train --cell 1-0-0-0-0-0-2-0-0": "memory",
+    "train --cell 0°0°5°1": "0 0 5 1",
+    "train --cell Genotype(recurrent=[('selu',°0)])": "selu",
+    "train --cell Genotype(recurrent=[('tanh',°7)])": "7",
+    "train --cell Genotype(\n[('selu',°0)])": "selu",
+    "train --supernet nowhere": "nowhere",
+    "compare": "--supernet",
+    "hidden --supernet nowhere": "nowhere",
+    "bench --hidden 8": "--hidden 8"}
 
 
-@pytest.mark.parametrize("line, names", MISTAKES, ids=[line for line, _ in MISTAKES])
-def test_a_mistake_is_one_line_that_names_it(line, names, capsys, tmp_path, text):
-    arguments = line.replace("TEXT", str(text)).split()
-    where = ["--out", tmp_path / "run"] if arguments and arguments[0] in menas.studies() else []
-    preset = [] if "--preset" in arguments or not where else ["--preset", "smoke"]
-    said = refused(capsys, *arguments, *preset, *where).replace(str(text), "TEXT")
-    for name in names.split("|"):
-        assert name in said
+@pytest.fixture
+def here(tmp_path, words, monkeypatch):
+    """A folder to work in, with the text in its folder 'words', so that paths are short."""
+    shutil.copytree(words, tmp_path / "words")
+    (tmp_path / "taken" / "config.json").mkdir(parents=True)  # nothing can be written there
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_that_names_it(line, here, capsys):
+    command, *given = [word.replace("°", " ") for word in line.split(" ")]
+    used = menas.settings_of(command) if command in menas.COMMANDS else []
+    first = {"preset": "smoke", "data": "words", "out": "run"}
+    before = [f"--{name}={value}" for name, value in first.items() if name in used]
+    said = refused(capsys, command, *(before if command != "report" else []), *given)
+    for part in MISTAKES[line].split(", "):
+        assert part in said
+
+
+@pytest.mark.parametrize("name", menas.CHOICES)
+def test_unknown_names_are_refused_with_the_nearest(name, capsys, here):
+    for right in menas.CHOICES[name]:
+        assert f"did you mean {right}?" in refused(capsys, "search", f"--{name}", f"{right}x")
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize("f", [f for f in fields(menas.Config) if f.type in (int, float)],
+                         ids=lambda f: f.name)
+def test_numbers_out_of_range_are_refused(f):
+    least, most = f.metadata["range"]
+    for value in (least - 1, most + 1, math.nan, math.inf, -math.inf):
+        with pytest.raises(menas.UserError, match=re.escape(f"--{f.name} {value}")):
+            menas.check(replace(menas.Config(), **{f.name: value}))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_where_there_is_none(capsys, tmp_path):
-    said = refused(capsys, "search", *SMOKE, "--device", "cuda:0", "--out", tmp_path / "run")
+def test_cuda_where_there_is_none(capsys, here):
+    said = refused(capsys, "search", "--device", "cuda:0")
     assert "CUDA" in said and "--device cpu" in said
 
 
-OUT_OF_RANGE = dict(nodes=0, hidden=-3, batch=0, bptt=0, epochs=0, shared_samples=0, controller_samples=0, replicas=0,
-                    derive_samples=0, eval_batch=0, patience=0, log_every=0, controller_hidden=0, word_dropout=1.0,
-                    output_dropout=-.5, hidden_dropout=math.nan, threads=-1, lstm_hidden=-1, shared_steps=-1,
-                    warm_epochs=-1, controller_steps=-1, init=-.1, lr=-1.0, controller_lr=-1.0, clip=0.0, plateau=0.0,
-                    weight_decay=-1.0, temperature=0.0, baseline_decay=1.5, activation_reg=-1.0, slowness_reg=-1.0)
+@pytest.mark.parametrize("command, wrong, right", [
+    ("train", "--cell chian", "--cell chain"), ("train", "--cell tree --batch 5000", "--cell tree"),
+    ("capacity", "--batch 5000", "--batch 8"), ("search", "--min_nodes 9", "--min_nodes 2"),
+    ("search", "--data nowhere", "--data words")])
+def test_a_mistake_does_not_claim_the_folder(command, wrong, right, capsys, here):
+    """The command without the mistake is not told that the folder holds another run."""
+    more = {"train": TRAIN, "search": [*SEARCH, "--retrain", "0"],
+            "capacity": ["capacity", "--derive_samples", "1", "--nodes", "2", *SMALL]}[command]
+    line = [*more, "--data", "words", "--out", "run"]
+    refused(capsys, *line, *wrong.split())
+    assert menas.main([*line, *right.split()]) == 0
 
 
-@pytest.mark.parametrize("name", OUT_OF_RANGE)
-def test_a_value_out_of_range_is_refused_before_any_work(name):
-    with pytest.raises(menas.UserError, match=f"--{name} "):
-        menas.check(replace(menas.Config(), **{name: OUT_OF_RANGE[name]}))
-
-
-@pytest.mark.parametrize("name", ["lr", "clip", "temperature"])
-def test_a_value_that_is_not_a_number_is_refused(name):
-    with pytest.raises(menas.UserError, match=f"--{name} nan"):
-        menas.check(replace(menas.Config(), **{name: math.nan}))
-
-
-def test_a_folder_that_cannot_be_made_is_named(capsys, text):
-    inside_a_file = text / "train.txt" / "run"
-    assert str(inside_a_file) in refused(capsys, "search", *SMOKE, "--out", inside_a_file)
-
-
-def test_a_mistake_does_not_claim_the_folder(capsys, tmp_path, text):
-    """The same command without the mistake must not be told that the folder holds another run."""
-    command = ["train", *SMOKE, "--data", text, "--epochs", "1", "--out", tmp_path / "run", "--cell"]
-    refused(capsys, *command, "chian")
-    assert call(capsys, *command, "chain")[0] == 0
-
-
-def test_a_report_without_records_is_one_line(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_report_without_records_is_one_line(capsys, here, runs):
+    (here / "empty").mkdir()
     assert "results" in refused(capsys, "report")
+    assert "empty" in refused(capsys, "report", "--out", "empty")
+    refused(capsys, "report", "--out", runs / "train")  # a run's own folder is none of records
+    assert not list((here / "empty").iterdir())
 
 
-def test_a_failed_download_is_one_line(capsys, tmp_path, monkeypatch):
+def test_a_failed_download_is_one_line(capsys, here, monkeypatch):
     def offline(*_, **__):
         raise menas.urllib.request.URLError("no route to host")
+
+    def folder(right=menas.ptb_folder):
+        return right(here / "cache")
     monkeypatch.setattr(menas.urllib.request, "urlopen", offline)
-    said = refused(capsys, "search", *SMOKE, "--data", "ptb", "--cache", tmp_path / "cache", "--out", tmp_path / "run")
-    assert "train.txt" in said and "no route to host" in said and "--data" in said
-    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(menas, "ptb_folder", folder)
+    said = refused(capsys, "search", *SMALL, "--data", "ptb", "--out", "run")
+    assert "train.txt" in said and "no route to host" in said and not (here / "cache").exists()
 
 
-def test_the_program_itself_exits_with_2(tmp_path):
-    command = [sys.executable, menas.__file__, "search", "--preset", "smok"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == "" and done.stderr.count("\n") == 1 and "did you mean smoke?" in done.stderr
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("arguments", [[], ["bench", "--help"]])
+def test_a_closed_pipe_ends_it_without_a_traceback(arguments):
+    """As `| head -1` closes it once it has its line."""
+    read, write = os.pipe()
+    os.close(read)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, menas.__file__, *arguments], stdout=write,
+                          stderr=subprocess.PIPE, env=buffered)
+    os.close(write)
+    assert done.stderr == b""
 
 
 # runs from end to end
 
-def record(folder):
-    return json.loads((folder / "result.json").read_text())
+def test_a_search_leaves_its_records(runs, words):
+    """Oracle: evaluate() of weights.pt and of the cells, on the whole validation split."""
+    folder, corpus = runs / "search", menas.load_corpus(menas.Config(data=str(words)))
+    record = json.loads((folder / "result.json").read_text())
+    assert {"commit", "versions", "machine", "seconds"} <= set(record)
+    given = [*SEARCH[1:], "--data", str(words), "--retrain", "0"]
+    expected = menas.parse_command("search", given)
+    names = [name for name in menas.settings_of("search") if name != "out"]
+    assert record["command"] == "search" and record["seed"] == 1
+    assert record["config"] == {name: getattr(expected, name) for name in names}
+    assert not list(folder.glob(".*"))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 3, 4]  # of 3 and 1
+    assert torch.load(folder / "controller.pt", weights_only=True)
+    weights = torch.load(folder / "weights.pt", weights_only=True)
+    assert [row["group"] for row in record["rows"]] == ["sampled"] * 3 + ["uniform"] * 3
+    for row in record["rows"]:
+        cell = menas.load_cell(menas.Config(), row["cell"])
+        loss = menas.evaluate(weights, menas.encode([cell]), corpus.valid).item()
+        assert row["valid"] == pytest.approx(min(loss, math.log(len(corpus.words))), rel=1e-5)
+        assert row["parameters"] == menas.recurrent_parameters(cell, 4)
+    losses = [row["valid"] for row in record["rows"]]
+    assert losses == sorted(losses[:3]) + sorted(losses[3:])
 
 
-def test_a_search_leaves_its_records(searched):
-    result = record(searched)
-    assert {"study", "config", "seed", "commit", "versions", "device", "seconds", "metrics"} <= set(result)
-    assert result["study"] == "search" and result["seed"] == 1
-    assert menas.Config(**result["config"]) == menas.configure("search", "smoke", threads=1, out=str(searched))
-    assert json.loads((searched / "config.json").read_text()) == {"study": "search", **result["config"]}
-    steps = [json.loads(line)["step"] for line in (searched / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == 2 * (20 + 5)
-    assert (searched / "cell.png").read_bytes().startswith(b"\x89PNG")
-    assert not [path.name for path in searched.iterdir() if path.name.startswith(".")]
+def test_a_training_leaves_its_records(runs, words):
+    """Oracle: evaluate() of weights.pt on each whole split."""
+    corpus, rows = menas.load_corpus(menas.Config(data=str(words))), rows_of(runs / "train")
+    weights = torch.load(runs / "train" / "weights.pt", weights_only=True)
+    cells = menas.encode([menas.CELLS["tree"], menas.CELLS["darts_v1"]])
+    assert [(row["cell"], row["seed"]) for row in rows] == [("tree", 1), ("darts_v1", 3)]
+    for split in menas.SPLITS:
+        losses = menas.evaluate(weights, cells, getattr(corpus, split))
+        losses = losses.clamp(max=math.log(len(corpus.words)))
+        assert [row[split] for row in rows] == pytest.approx(losses.tolist(), rel=1e-5)
 
 
-def test_the_metrics_of_a_search_are_those_of_its_cell_and_weights(searched):
-    """Oracle: evaluate() of weights.pt and cell.json, and the grammar's own floor."""
-    metrics, corpus = record(searched)["metrics"], menas.load_corpus(menas.Config(data="toy"))
-    assert json.loads((searched / "cell.json").read_text()) == metrics["best_cell"]
-    weights = torch.load(searched / "weights.pt", weights_only=True)
-    rows = menas.encode([menas.cell_from_json(metrics["best_cell"])])
-    loss = menas.evaluate(weights, rows, corpus.valid, menas.Config().eval_batch)
-    assert math.isclose(metrics["valid_perplexity"], math.exp(loss), rel_tol=1e-5)
-    assert metrics["floor_perplexity"] == corpus.floor["valid"] < metrics["valid_perplexity"] < len(corpus.words)
+def test_a_network_may_have_a_seed_of_its_own(runs, words, tmp_path):
+    """'darts_v1@3' is the network that --seed 3 trains, whatever is trained beside it."""
+    more = "--cell darts_v1 --seed 3 --perturb".split()
+    assert menas.main([*TRAIN, *more, "--data", str(words), "--out", str(tmp_path)]) == 0
+    alone, = rows_of(tmp_path)
+    assert alone["test"] == pytest.approx(rows_of(runs / "train")[1]["test"], rel=1e-5)
+    assert {"test, words", "test, noise"} <= set(alone)
 
 
-def test_a_finished_run_is_not_done_again(searched, capsys, monkeypatch):
-    monkeypatch.setattr(menas, "study_search", None)
-    contents = lambda: {path.name: path.read_bytes() for path in searched.iterdir()}
-    before = contents()
-    code, out, err = call(capsys, "search", *SMOKE, "--out", searched)
-    assert code == 0 and "already finished" in out and err == ""
-    assert contents() == before
+def test_a_searched_cell_trains_from_its_shared_weights(runs, words, tmp_path):
+    """Oracle: with next to no learning rate they are the search's, so the loss is, too."""
+    search = str(runs / "search")
+    more = ["--lr", "1e-9", "--cell", search, "--supernet", search, "--data", str(words)]
+    assert menas.main([*TRAIN, *more, "--out", str(tmp_path)]) == 0
+    row, = rows_of(tmp_path)
+    assert row["valid"] == pytest.approx(rows_of(runs / "search")[0]["valid"], rel=1e-4)
 
 
-def test_a_folder_belongs_to_one_seed_and_one_study(searched, capsys):
-    said = refused(capsys, "search", *SMOKE, "--seed", "2", "--out", searched)
-    assert "seed = 1, not 2" in said and str(searched) in said
-    assert "study = 'search', not 'train'" in refused(capsys, "train", *SMOKE, "--out", searched)
+@pytest.mark.parametrize("more", [
+    "--cell tree --hidden 8", "--cell lstm", "--cell tree", "--cell lstm_cell", "--data toy",
+    "--supernet RUNS/train", "--supernet damaged", "--supernet other"])
+def test_shared_weights_that_do_not_fit_are_refused(more, runs, here, capsys):
+    """They are those of 4 units, of cells of 3 highway nodes, and of another vocabulary."""
+    for name, content in (("damaged", b"no weights"), ("other", {"another": torch.zeros(3)})):
+        shutil.copytree(runs / "search", name)
+        menas.write_atomically(here / name / "weights.pt", content)
+    line = [*TRAIN, "--data", "words", "--out", "run", "--cell", runs / "search"]
+    more = more.replace("RUNS", str(runs)).split()
+    refused(capsys, *line, "--supernet", runs / "search", *more)
 
 
-def test_a_searched_cell_trains_from_scratch_and_from_the_shared_weights(searched, capsys, tmp_path):
-    """The shared weights are a head start of two rounds: after the same short training they are ahead."""
-    command = ["train", *SMOKE, "--epochs", "1", "--batch", "64", "--bptt", "35", "--lr", "1", "--cell", searched]
-    assert call(capsys, *command, "--out", tmp_path / "scratch")[0] == 0
-    assert call(capsys, *command, "--weights", searched, "--out", tmp_path / "shared")[0] == 0
-    scratch, shared = (record(tmp_path / name)["metrics"] for name in ("scratch", "shared"))
-    assert {"train_perplexity", "valid_perplexity", "test_perplexity", "parameters", "floor_perplexity"} <= set(shared)
-    assert shared["parameters"] == scratch["parameters"]
-    assert shared["floor_perplexity"] < shared["valid_perplexity"] < scratch["valid_perplexity"]
+def test_cells_by_every_name(runs):
+    """Oracle: the cell itself; of a folder the best cell of a search, the first of a training."""
+    config, row = menas.Config(nodes=4), rows_of(runs / "search")[0]["cell"]
+    cell = menas.decode(torch.tensor([int(x) for x in row.split("-")]))
+    genotype = "Genotype(recurrent=[('relu', 0), ('sigmoid', 1)], concat=range(1, 3))"
+    expected = {row: cell, str(runs / "search"): cell, str(runs / "train"): menas.CELLS["tree"],
+                "0 1 1 2": menas.arc("0 1 1 2"), genotype: menas.arc("0 1 1 2")}
+    for name, cell in expected.items():
+        assert menas.load_cell(config, name) == cell
+    some = [menas.load_cell(config, f"random:{seed}") for seed in (3, 3, 4)]
+    assert some[0] == some[1] != some[2]
 
 
-@pytest.mark.parametrize("words, names", [("--cell tree --hidden 8", "weights.pt|8"), ("--cell lstm", "lstm|--weights"),
-                                          ("--cell enas", "12 nodes|than 4")])
-def test_shared_weights_that_do_not_fit_are_refused(words, names, searched, capsys, tmp_path):
-    """They are those of 16 units and of cells of 4 nodes."""
-    said = refused(capsys, "train", *SMOKE, "--weights", searched, "--out", tmp_path / "run", *words.split())
-    for name in names.split("|"):
-        assert name in said
-
-
-@pytest.mark.parametrize("damage", ["not a file of torch", "", None])
-def test_damaged_shared_weights_are_refused(damage, searched, capsys, tmp_path):
-    path = tmp_path / "search" / "weights.pt"
-    path.parent.mkdir()
-    torch.save({"another": torch.zeros(3)}, path) if damage is None else path.write_text(damage)
-    said = refused(capsys, "train", *SMOKE, "--weights", path.parent, "--cell", searched, "--out", tmp_path / "run")
-    assert str(path) in said
-
-
-def test_a_run_without_a_found_cell_is_named(capsys, tmp_path, text):
-    command = ["train", *SMOKE, "--data", text, "--epochs", "1"]
-    assert call(capsys, *command, "--cell", "chain", "--out", tmp_path / "trained")[0] == 0
-    said = refused(capsys, *command, "--cell", tmp_path / "trained", "--out", tmp_path / "run")
-    assert str(tmp_path / "trained") in said
-
-
-def test_a_cell_file_written_by_hand_trains(capsys, tmp_path, text):
-    cell = {"nodes": [{"from": 1, "activation": "relu"}, {"from": "input", "activation": "tanh"}]}
-    (tmp_path / "mine.json").write_text(json.dumps(cell))
-    command = ["train", *SMOKE, "--data", text, "--epochs", "1", "--cell", tmp_path / "mine.json"]
-    assert call(capsys, *command, "--out", tmp_path / "run")[0] == 0
-    words = len(menas.load_corpus(menas.Config(data=str(text))).words)
-    assert record(tmp_path / "run")["metrics"]["parameters"] == 4 * 16 ** 2 + 2 * 16 ** 2 + 16 * words + words
+def test_a_row_may_be_longer_than_a_files_name(here):
+    """Oracle: the arc of the same 40 nodes."""
+    arc = " ".join(f"{i} 0" for i in range(39))
+    row = menas.row_name(menas.encode([menas.arc(arc)])[0])
+    assert menas.main([*TRAIN, "--data", "words", "--cell", f"{row}@1,{arc}", "--out", "run"]) == 0
+    one, other = rows_of(here / "run")
+    assert one["test"] == other["test"] and one["parameters"] == other["parameters"]

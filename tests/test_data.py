@@ -1,14 +1,13 @@
-"""Text comes in right: downloads, bad input, every token once, the toy grammar. Run: pytest tests/test_data.py"""
+"""Text comes in right: downloads, bad input, every token once, the toy grammar.
+
+Run: pytest tests/test_data.py
+"""
 import hashlib
-import http.client
-import itertools
 import math
 import random
 import re
-from contextlib import nullcontext
-from functools import lru_cache
-from pathlib import Path
-from types import SimpleNamespace
+from collections import Counter
+from itertools import chain, pairwise, product
 
 import pytest
 import torch
@@ -16,14 +15,6 @@ import torch
 import menas
 
 CONTENT = b" a b \n c \n"
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-def ptb_files():
-    """The folder of the real PTB files, or the test is skipped."""
-    beside, cache = Path(menas.__file__).resolve().parent.parent / "shared", Path("~/.cache/menas").expanduser()
-    found = [folder / "ptb" for folder in (beside, cache) if (folder / "ptb" / "train.txt").exists()]
-    return found[0] if found else pytest.skip("the PTB files are not here")
 
 
 def complaint(function, *arguments):
@@ -34,243 +25,164 @@ def complaint(function, *arguments):
     return str(caught.value)
 
 
-def corpus_of(folder, train, valid="a b\n", test="a b\n"):
-    """load_corpus() of three texts, str or bytes."""
-    for split, content in zip(menas.SPLITS, (train, valid, test)):
-        (folder / f"{split}.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
-    return menas.load_corpus(menas.Config(data=str(folder)))
+# Penn Treebank: the oracle is the file at the other end of a file:// address
 
-
-# Penn Treebank: counts as published with it, hashes as in PTB_SHA256
-
-def test_ptb_has_the_published_counts():
-    corpus = menas.load_corpus(menas.Config(data=str(ptb_files())))
-    counts = [len(tokens) for tokens in (corpus.train, corpus.valid, corpus.test)]
-    assert counts == [929_589, 73_760, 82_430]
-    assert len(corpus.words) == 10_000 and "<unk>" in corpus.words
-    assert corpus.floor == {}
-
-
-def test_ptb_files_in_the_cache_are_taken_without_a_download(monkeypatch):
-    folder = ptb_files()
-    monkeypatch.setattr(menas.urllib.request, "urlopen", None)
-    assert menas.ptb_folder(str(folder.parent)) == folder
-
-
-def test_a_file_with_a_wrong_hash_in_the_cache_is_refused_and_kept(tmp_path):
-    path = tmp_path / "ptb" / "train.txt"
-    path.parent.mkdir()
-    path.write_bytes(CONTENT)
-    assert str(path) in complaint(menas.ptb_folder, str(tmp_path))
-    assert path.read_bytes() == CONTENT
-
-
-# downloads: the oracle is the file at the other end of a file:// address
-
-def mirrors(folder, *contents):
-    """An address for each content; None is a file that does not exist."""
-    for i, content in enumerate(contents):
-        if content is not None:
-            (folder / f"mirror{i}-train.txt").write_bytes(content)
-    return tuple(f"{folder.as_uri()}/mirror{i}-{{}}.txt" for i in range(len(contents)))
-
-
-@pytest.fixture
-def train_only(monkeypatch):
-    """As if PTB were one file, of this content."""
-    monkeypatch.setattr(menas, "PTB_SHA256", {"train": SHA256})
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """PTB is one file, of this content; what is not a file:// address is not there."""
+    def opened(address, right=menas.urllib.request.urlopen, **how):
+        assert address.startswith("file://")
+        return right(address, **how)
+    monkeypatch.setattr(menas, "PTB_SHA256", {"train": hashlib.sha256(CONTENT).hexdigest()})
+    monkeypatch.setattr(menas.urllib.request, "urlopen", opened)
 
 
 def fetch(folder, *contents):
-    return menas.ptb_folder(folder / "cache", mirrors(folder, *contents))
+    """ptb_folder() with a mirror for each content; None is a file that does not exist."""
+    for i, content in enumerate(contents):
+        if content is not None:
+            (folder / f"mirror{i}-train.txt").write_bytes(content)
+    mirrors = tuple(f"{folder.as_uri()}/mirror{i}-{{}}.txt" for i in range(len(contents)))
+    return menas.ptb_folder(folder / "cache", mirrors)
 
 
-@pytest.mark.parametrize("bad", [[None], [b"an error page"], [None, b"", CONTENT + b"x"]], ids=str)
-def test_the_first_mirror_with_the_right_hash_wins(tmp_path, train_only, bad):
-    assert fetch(tmp_path, *bad, CONTENT, b"never asked") == tmp_path / "cache" / "ptb"
-    assert [path.name for path in (tmp_path / "cache" / "ptb").iterdir()] == ["train.txt"]
-    assert (tmp_path / "cache" / "ptb" / "train.txt").read_bytes() == CONTENT
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("cache/*")}
+
+
+@pytest.mark.parametrize("bad", [[], [None], [b"an error page"], [None, b"", CONTENT + b"x"]])
+def test_the_first_mirror_with_the_right_hash_wins(tmp_path, bad):
+    assert fetch(tmp_path, *bad, CONTENT, b"never asked") == tmp_path / "cache"
+    assert files(tmp_path) == {"train.txt": CONTENT}
+    assert fetch(tmp_path) == tmp_path / "cache"  # which needs no mirror now
 
 
 def test_a_failed_download_says_why_and_leaves_nothing(tmp_path):
     line = complaint(fetch, tmp_path, None, b"an error page")
     assert "train.txt" in line and "--data" in line
     assert "mirror0" in line and "mirror1-train.txt: wrong SHA-256" in line
-    assert not list(tmp_path.glob("cache/**/*.txt*"))
+    assert files(tmp_path) == {}
 
 
-def test_a_download_cut_off_in_the_middle_goes_on_to_the_next_mirror(tmp_path, monkeypatch, train_only):
-    def cut():
-        raise http.client.IncompleteRead(b"half")
-    answers = iter([SimpleNamespace(read=cut), SimpleNamespace(read=lambda: CONTENT)])
-    monkeypatch.setattr(menas.urllib.request, "urlopen", lambda *_, **__: nullcontext(next(answers)))
-    folder = menas.ptb_folder(tmp_path, ("http://one/{}", "http://two/{}"))
-    assert (folder / "train.txt").read_bytes() == CONTENT
-
-
-def test_a_download_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, train_only):
+def test_a_download_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(menas.os, "fsync", full)
     assert "No space left" in complaint(fetch, tmp_path, CONTENT)
-    assert not [path for path in tmp_path.glob("cache/**/*") if path.is_file()]
+    assert files(tmp_path) == {}
+
+
+def test_a_file_with_a_wrong_hash_is_refused_and_kept(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "train.txt").write_bytes(b"mine")
+    assert str(tmp_path / "cache" / "train.txt") in complaint(fetch, tmp_path, CONTENT)
+    assert files(tmp_path) == {"train.txt": b"mine"}
 
 
 # a folder of one's own
 
-def test_words_are_split_at_spaces_and_each_line_ends_in_eos(tmp_path):
-    corpus = corpus_of(tmp_path, " b  a\t\n\n \nc", "a\nb", "c a\r\n")
-    read = lambda tokens: " ".join(corpus.words[i] for i in tokens)
-    assert corpus.words == ["<eos>", "a", "b", "c"]
-    assert read(corpus.train) == "b a <eos> c <eos>"
-    assert read(corpus.valid) == "a <eos> b <eos>"
-    assert read(corpus.test) == "c a <eos>"
+def corpus_of(folder, train, valid="a b\n", test="a b\n"):
+    """load_corpus() of three texts, str or bytes."""
+    for split, content in zip(menas.SPLITS, (train, valid, test)):
+        content = content if isinstance(content, bytes) else content.encode()
+        (folder / f"{split}.txt").write_bytes(content)
+    return menas.load_corpus(menas.Config(data=str(folder)))
+
+
+@pytest.mark.parametrize("content, words", [
+    ("a b\nc\n", "a b <eos> c <eos>"), ("a b\nc", "a b <eos> c <eos>"),
+    (b"\xef\xbb\xbfa b\n", "a b <eos>"), ("a\r\nb\r\n", "a <eos> b <eos>"),
+    (" b  a\t\n\n \nc", "b a <eos> <eos> <eos> c <eos>"), ("a b\n\n", "a b <eos> <eos>"),
+    ("\n\n\n", "<eos> <eos> <eos>"), ("a\x0cé\n", "a é <eos>")], ids=repr)
+def test_words_are_split_at_spaces_and_every_line_ends_in_eos(tmp_path, content, words):
+    corpus = corpus_of(tmp_path, content, content, content)
+    assert corpus.words == sorted(set(words.split())) and corpus.floor == {}
+    for tokens in (corpus.train, corpus.valid, corpus.test):
+        assert " ".join(corpus.words[i] for i in tokens) == words
 
 
 def test_an_unknown_word_is_unk_where_the_training_text_has_it(tmp_path):
     corpus = corpus_of(tmp_path, "a <unk> b\n", "a new b\n")
     assert [corpus.words[i] for i in corpus.valid] == ["a", "<unk>", "b", "<eos>"]
-
-
-def test_an_unknown_word_without_unk_is_named(tmp_path):
     line = complaint(corpus_of, tmp_path, "a b\n", "a b\n", "a novel b\n")
     assert "'novel'" in line and "test.txt" in line
 
 
-@pytest.mark.parametrize("train, says", [("", "train.txt is refused: 0 tokens"),
-                                         ("\n \n", "train.txt is refused: 0 tokens"),
-                                         ("word\n", "train.txt is refused: 2 tokens"),
-                                         (b"ab\xff\n", "train.txt is refused: 'utf-8' codec can't")])
+@pytest.mark.parametrize("train, says", [("", "1 token"), ("word\n", "2 tokens"),
+                                         (b"ab\xff\n", "utf-8")])
 def test_bad_files_are_named(tmp_path, train, says):
-    assert says in complaint(corpus_of, tmp_path, train)
+    line = complaint(corpus_of, tmp_path, train)
+    assert str(tmp_path / "train.txt") in line and says in line
 
 
-def test_missing_folders_and_files_are_named(tmp_path):
-    load = lambda data: menas.load_corpus(menas.Config(data=str(data)))
-    assert str(tmp_path / "nowhere") in complaint(load, tmp_path / "nowhere")
-    assert "'pbt'" in (line := complaint(load, "pbt")) and "did you mean ptb?" in line
-    assert "train.txt" in complaint(load, tmp_path)
-
-
-def test_a_batch_larger_than_the_corpus_is_refused():
-    line = complaint(menas.Stream, torch.arange(60), 64, 35)
-    assert "batch 64" in line and "60 tokens" in line
+@pytest.mark.parametrize("name, says", [("nowhere", "nowhere"), ("pbt", "did you mean ptb?"),
+                                        ("file", "'file'"), (".", "train.txt")])
+def test_missing_folders_and_files_are_named(name, says, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    assert says in complaint(menas.load_corpus, menas.Config(data=name))
 
 
 # streams: the text is 0, 1, 2, ..., so that a token is its own position
 
-def epoch_of(stream):
-    """The segments of one epoch."""
-    segments = [stream.next()]
-    while not segments[-1].ends:
-        segments.append(stream.next())
-    return segments
-
-
-GRID = list(itertools.product((12, 50, 331), (1, 3, 6), (1, 7, 35), (False, True)))
-
-
-@pytest.mark.parametrize("count, batch, bptt, vary", GRID)
-def test_every_token_but_the_first_is_a_target_once_an_epoch(count, batch, bptt, vary):
-    stream = menas.Stream(torch.arange(count), batch, bptt, ("test",), vary)
-    for _ in range(2):
-        segments = epoch_of(stream)
-        inputs, targets = (torch.cat([s[i] for s in segments]) for i in (0, 1))          # [all steps, B]
-        real = targets >= 0
-        assert sorted(targets[real].tolist()) == list(range(1, count))
-        assert (inputs[real] == targets[real] - 1).all()
-        for column in range(batch):  # each stream reads on where it stopped, so that h can be carried
-            read = targets[real[:, column], column]
-            assert (read.diff() == 1).all()
-            assert real[:len(read), column].all()
-
-
-@pytest.mark.parametrize("vary", [False, True])
-def test_a_segment_knows_the_one_before(vary):
-    segments = epoch_of(menas.Stream(torch.arange(500), 3, 10, ("test",), vary))
-    assert segments[0].before is None
-    for one, two in itertools.pairwise(segments):
-        assert two.before.equal(one.inputs)
-
-
-def test_segments_of_fixed_length_have_one_shape():
-    segments = epoch_of(menas.Stream(torch.arange(331), 3, 35))
-    assert {s.inputs.shape for s in segments} == {s.targets.shape for s in segments} == {(35, 3)}
-
-
-def test_random_lengths_are_those_of_the_corrected_enas():
-    """Normal around 35 with sd 5, 5 % of the time around 17.5, at least 5 and at most 55: mean 34.1."""
-    stream = menas.Stream(torch.arange(40_000), 1, 35, ("test",), True)
-    lengths = torch.tensor([len(s.inputs) for s in epoch_of(stream)[:-1]], dtype=torch.float)
-    again = [len(s.inputs) for s in epoch_of(stream)[:-1]]
-    assert lengths.min() >= 5 and lengths.max() <= 55
-    assert abs(lengths.mean() - 34.1) < 0.7 and 5 < lengths.std() < 8  # of 1,170 draws: 4 standard errors
-    assert lengths.tolist()[:20] != again[:20]
-
-
-@pytest.mark.parametrize("vary", [False, True])
-def test_reading_goes_on_where_it_stopped(vary):
-    make = lambda: menas.Stream(torch.arange(300), 4, 7, ("test",), vary)
-    stream = make()
-    for _ in range(15):  # into the second epoch
-        stream.next()
-    resumed = make()
-    resumed.place = stream.place
-    for _ in range(30):
-        for mine, theirs in zip(resumed.next(), stream.next()):
-            assert mine is theirs or torch.equal(torch.as_tensor(mine), torch.as_tensor(theirs))
+@pytest.mark.parametrize("count, batch, bptt", list(product((12, 331), (1, 3, 6), (1, 7, 35))))
+def test_every_token_but_the_first_is_a_target_once_an_epoch(count, batch, bptt):
+    stream = menas.Stream(torch.arange(count), batch, bptt)
+    segments = [stream.segment(i) for i in range(len(stream))]
+    assert {x.shape for s in segments for x in s[:2]} == {(bptt, batch)}
+    inputs, targets = (torch.cat([s[i] for s in segments]) for i in (0, 1))  # [all steps, B]
+    real = targets >= 0
+    assert sorted(targets[real].tolist()) == list(range(1, count))
+    assert (inputs[real] == targets[real] - 1).all()
+    for column in range(batch):  # each reads on where it stopped, so that h can be carried
+        read = targets[real[:, column], column]
+        assert (read.diff() == 1).all() and real[:len(read), column].all()
+    assert segments[0].before is None and stream.segment(len(stream)).before is None
+    assert all(two.before.equal(one.inputs) for one, two in pairwise(segments))
 
 
 # the toy grammar
 
-corpus = lru_cache(menas.toy_corpus)
-
-
-def reachable_states(count):
-    """States met on a random walk that takes every move with the same probability, so that it also nests deep."""
-    random_, state, seen = random.Random(1), (0, (), "start"), set()
-    while len(seen) < count:
-        seen.add(state)
-        state = random_.choice(menas.toy_next(state))[2]
-    return seen
-
-
 def test_probabilities_of_the_next_word_sum_to_one():
-    states = reachable_states(400)
+    """In 400 states of a random walk that takes every move alike, so that it also nests deep."""
+    draw, state, states = random.Random(1), (0, (), "start"), set()
+    while len(states) < 400:
+        states.add(state)
+        state = draw.choice(menas.toy_next(state))[2]
     assert {phase for _, _, phase in states} == {"start", "noun", "verb", "adverb"}
     assert max(len(due) for _, due, _ in states) == menas.TOY_DEPTH
-    for state in states:
-        moves = menas.toy_next(state)
-        assert all(p > 0 for _, p, _ in moves)
-        assert math.isclose(sum(p for _, p, _ in moves), 1)
-        assert len({word for word, _, _ in moves}) == len(moves)  # so the words tell the state: no ambiguity
+    for moves in map(menas.toy_next, states):
+        assert all(p > 0 for _, p, _ in moves) and math.isclose(sum(p for _, p, _ in moves), 1)
+        assert len({word for word, _, _ in moves}) == len(moves)  # so the words tell the state
 
 
 def zipf(letter):
-    """The i-th word of a kind has a probability proportional to 1 / (i + 1)."""
-    weights = [1 / (i + 1) for i in range(menas.TOY_WORDS)]
-    return weights["abcdefghij".index(letter)] / sum(weights)
+    """The i-th word of a kind has a probability proportional to 1 / i."""
+    return 1 / ("abcdef".index(letter) + 1) / sum(1 / i for i in range(1, 7))
 
 
 def parse(words):
-    """[(word, its probability given all before)], by a pushdown parser written from the description of the grammar."""
+    """[(word, its probability given all before)], by a parser of the grammar's description."""
     topic, due, before, scored = "0", [], "<eos>", []
     for word in words:
-        p, kind = 1.0, word if word in ("that", "<eos>") else word[:-2] if word[0] in "nv" else word[:-1]
+        p, kind = 1.0, word if word in ("that", "<eos>") else re.match("n|v|adv", word)[0]
         if before not in ("<eos>", "that"):  # what may be left out here was, or was not
-            optional, chance = {"n": ("that", menas.TOY_NEST * (len(due) < menas.TOY_DEPTH)),
-                                "v": ("adv", menas.TOY_ADVERB), "adv": ("adv", 0)}[before]
+            nest = menas.TOY_NEST * (len(due) < menas.TOY_DEPTH)
+            optional, chance = {"n": ("that", nest), "v": ("adv", menas.TOY_ADVERB),
+                                "adv": ("adv", 0)}[before]
             p = chance if kind == optional else 1 - chance
         if kind == "n":
             assert before in ("<eos>", "that")
-            keeps = menas.TOY_TOPIC if word[1] == topic else (1 - menas.TOY_TOPIC) / (menas.TOY_CLASSES - 1)
-            p *= zipf(word[2]) * (1 / menas.TOY_CLASSES if due else keeps)
+            other = (1 - menas.TOY_TOPIC) / (menas.TOY_CLASSES - 1)
+            main = menas.TOY_TOPIC if word[1] == topic else other
+            p *= zipf(word[2]) * (1 / menas.TOY_CLASSES if due else main)
             topic = topic if due else word[1]
             due.append(word[1:])
         elif kind == "v":
             noun = due.pop()
             assert noun[0] == word[1], "a verb has its noun's class"
-            p *= menas.TOY_ECHO * (noun[1] == word[2]) + (1 - menas.TOY_ECHO) * zipf(word[2])
+            echo = menas.TOY_ECHO * (noun[1] == word[2])
+            p *= echo + (1 - menas.TOY_ECHO) * zipf(word[2])
         elif kind == "adv":
             p *= zipf(word[3])
         else:
@@ -281,34 +193,45 @@ def parse(words):
 
 
 @pytest.mark.parametrize("split", menas.SPLITS)
-def test_the_floor_is_the_perplexity_under_the_grammar(split):
-    texts, floor = corpus()
-    logs = [math.log(p) for _, p in parse(texts[split])]
-    assert math.isclose(floor[split], math.exp(-sum(logs[1:]) / len(logs[1:])), rel_tol=1e-12)
+def test_the_floor_is_the_loss_under_the_grammar(split):
+    corpus = menas.load_corpus(menas.Config(data="toy"))
+    logs = [math.log(p) for _, p in parse(menas.toy_corpus()[0][split])]
+    assert math.isclose(corpus.floor[split], -sum(logs[1:]) / len(logs[1:]), rel_tol=1e-12)
+    assert corpus.floor[split] < math.log(len(corpus.words))
 
 
 def test_every_verb_agrees_with_its_noun():
-    """Oracle: deletion from the inside out. Without its 'noun verb' pairs that agree, nothing of a sentence is left."""
-    for sentence in " ".join(corpus()[0]["valid"]).split(" <eos>"):
-        sentence, pairs = re.sub(r"adv\w ", "", sentence.strip() + " ").replace("that ", ""), 1
+    """Oracle: without its pairs that agree, from the inside out, nothing of a sentence is left."""
+    for sentence in " ".join(menas.toy_corpus()[0]["valid"]).split(" <eos>"):
+        sentence, pairs = re.sub(r"adv\w |that ", "", sentence.strip() + " "), 1
         while pairs:
             sentence, pairs = re.subn(r"n(\d)\w v\1\w ", "", sentence)
         assert sentence.strip() == ""
 
 
-def test_the_toy_corpus_is_the_same_every_time():
-    assert menas.toy_corpus((500, 100, 100)) == menas.toy_corpus((500, 100, 100))
+def test_words_come_as_often_as_the_grammar_says():
+    """Oracle: the marginals of its description."""
+    words = menas.toy_corpus()[0]["train"]
+    kinds = (r"n\d", r"v\d", "adv")
+    nouns, verbs, adverbs = ([word for word in words if re.match(kind, word)] for kind in kinds)
+    sentences = words.count("<eos>")
+    assert len(nouns) == len(verbs) == words.count("that") + sentences
+    assert len(adverbs) / len(verbs) == pytest.approx(menas.TOY_ADVERB, abs=.01)
+    deep = sum(menas.TOY_NEST ** depth for depth in range(menas.TOY_DEPTH))
+    assert len(nouns) / sentences == pytest.approx(deep, rel=.02)
+    for some in (nouns, verbs, adverbs):
+        shares = {letter: n / len(some) for letter, n in Counter(w[-1] for w in some).items()}
+        assert shares == pytest.approx({letter: zipf(letter) for letter in "abcdef"}, abs=.015)
+    topics = [noun[1] for before, noun in pairwise(words) if before == "<eos>"]
+    kept = [a == b for a, b in pairwise(topics)]
+    assert sum(kept) / len(kept) == pytest.approx(menas.TOY_TOPIC, abs=.01)
 
 
-def test_valid_and_test_have_no_word_that_train_lacks():
-    texts, _ = corpus()
-    assert set(texts["valid"]) | set(texts["test"]) <= set(texts["train"])
-    assert [text[-1] for text in texts.values()] == ["<eos>"] * 3  # whole sentences
+def test_the_toy_corpus_is_whole_sentences_and_the_same_everywhere():
+    """Oracle: the hash of the text that all records were made with."""
+    texts, _ = menas.toy_corpus()
     for split, size in zip(menas.SPLITS, (60_000, 6_000, 6_000)):
-        assert size <= len(texts[split]) < size + 200
-
-
-def test_the_corpus_carries_the_floor():
-    loaded = menas.load_corpus(menas.Config(data="toy"))
-    assert loaded.floor == corpus()[1]
-    assert 1 < loaded.floor["valid"] < len(loaded.words)
+        assert size <= len(texts[split]) < size + 200 and texts[split][-1] == "<eos>"
+        assert set(texts[split]) <= set(texts["train"])
+    content = " ".join(chain(*texts.values())).encode()
+    assert hashlib.sha256(content).hexdigest()[:12] == "fd0fec631b46"

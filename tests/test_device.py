@@ -1,111 +1,141 @@
-"""A step never waits for the host: a GPU's speed and graph capture need that. Run: pytest tests/test_device.py"""
+"""A step never waits for the host, as a GPU's speed needs. Run: pytest tests/test_device.py
+
+Oracle: the meta device, whose tensors have no values, and watchers of every operation."""
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from menas import REWARDS, BASELINES, Batch, Config, Controller, Segment, coefficient_table, draw_masks, \
-    LOOKAHEAD, RESPONSE, Search, configure, extra_rewards, load_corpus, lstm_weights, policy_loss, remember, score, \
-    search_space, shared_weights, train_step, worst_for_failures, zero_state
-
-import results.studies  # which has the task 'frozen'
+import menas
+from menas import (Batch, Config, Corpus, coefficient_table, game_of, lstm_weights, move, remember,
+                   rng, train_step, zero_state)
 
 META = torch.device("meta")
-CONFIG = Config(hidden=8, nodes=4, batch=3, bptt=5, activation_reg=1e-3, slowness_reg=1e-3, word_dropout=.1,
-                input_dropout=.1, hidden_dropout=.1, output_dropout=.1)
-WIDE = dict(operations="highway,glu,gate,sum", memory=True, widths="4,8", min_nodes=2)
+TEXT = torch.randint(20, (90,), generator=rng("text"))
+CORPUS = Corpus(TEXT, TEXT, TEXT, [str(i) for i in range(20)], {})
+DROPOUT = dict(word_dropout=.1, input_dropout=.1, hidden_dropout=.1, output_dropout=.1)
+SMALL = dict(hidden=8, nodes=2, batch=3, bptt=2, controller_samples=2, lr=1.0, **DROPOUT)
+WIDE = dict(operations="highway,glu,gate,sum", memory=True, widths="4,8", min_nodes=1)
 HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 class NoHost(TorchDispatchMode):
-    """Raises on a host read, on a shape that depends on data, and on an operand that lies on the CPU."""
+    """Raises on a host read of what is on the device, on a shape that depends on its values, and
+    where tensors of device and host meet; what the host draws, it may draw."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(name in str(function) for name in HOST_READS):
-            raise AssertionError(f"{function} makes the host wait")
         out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, kwargs, out)):
-            if isinstance(tensor, torch.Tensor) and tensor.device != META:
-                raise AssertionError(f"{function} has an operand on the CPU")
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        devices = {x.device for x in tensors}
+        reads = any(name in str(function) for name in HOST_READS)
+        if META in devices and (len(devices) > 1 or reads):
+            raise AssertionError(f"{function} makes the host wait")
         return out
 
 
-def to_meta(tensors):
-    return {name: tensor.to(META) for name, tensor in tensors.items()}
+class NoLists(TorchFunctionMode):
+    """Raises where a list is an index or becomes a tensor: the host copies it to the device and
+    waits, below what NoHost sees."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        indexes = function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+        if indexes and args[0].device == META:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(x, list) for x in index), f"{index} is copied to the device"
+        assert function is not torch.tensor or (kwargs or {}).get("device") != META
+        return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("state", ["carry", "zero", "warm"])
-@pytest.mark.parametrize("space", [{}, WIDE])
-def test_a_training_step_and_a_reward(dtype, state, space):
-    config = Config(**{**vars(CONFIG), "dtype": dtype, "state": state, **space})
-    weights = to_meta(shared_weights(config, 20))
-    masks = to_meta(draw_masks(config, 20, config.batch, [1], 0))
-    controller = Controller(search_space(config), config).to(META)
-    tokens = torch.zeros(5, 3, dtype=torch.long, device=META)
-    segment = Segment(tokens, tokens, tokens, False)
-    draws, carried = torch.rand(2, len(controller.decisions), device=META), torch.zeros(1, 3, 8, device=META)
-    lr = torch.full((1,), 1.0, device=META)
-    coefficient_table(getattr(torch, dtype), META)  # made once, by the first step
-    with NoHost():
-        sample = controller(draws)
-        losses, *_ = train_step(weights, sample.rows, Batch(tokens, tokens, carried, masks), lr, config)
-        scored, _ = score(config, weights, sample.rows, segment, carried)
-        rewards = worst_for_failures(REWARDS["perplexity"](scored))
-        for baseline in BASELINES.values():
-            value, _ = baseline(rewards, torch.zeros(2, device=META), 0.95)
-            policy_loss(sample, rewards, value, 0.1).backward(retain_graph=True)
-    assert losses.shape == scored.shape == (2,)
-
-
-@pytest.mark.parametrize("look, respond", [(look, "unrolled") for look in LOOKAHEAD] + [("fresh", x) for x in RESPONSE])
-def test_the_extra_gradient(look, respond, task="frozen"):
-    config = configure("search", "smoke", hidden=8, batch=3, bptt=5, nodes=4, hidden_dropout=.1, state="warm",
-                       task=task, dtype="bfloat16")
-    game = Search(config, load_corpus(config))
-    game.device = META
-    game.s.update(weights=to_meta(game.s["weights"]), state=to_meta(game.s["state"]))
-    game.s["past"] = remember({}, game.s["weights"])
-    for stream in game.streams.values():
-        stream.inputs, stream.targets = stream.inputs.to(META), stream.targets.to(META)
-    cells = game.controller.sample(6, 1).rows.to(META)
-    rewards, step = game.rewards_on(game.streams["valid"].next()), game.foresee(0.0, cells[4:])
+@pytest.fixture
+def prepared(monkeypatch):
+    """move() alone may bring something to the device, and what is made once is made."""
+    monkeypatch.setattr(menas, "move", lambda x, device: torch.empty(
+        x.shape, dtype=x.dtype, device=device))
     for dtype in (torch.float32, torch.bfloat16):
         coefficient_table(dtype, META)
-    with NoHost():
-        direct, response = extra_rewards(look, respond, game.s["weights"], cells[:3], cells[3:4], rewards, step)
-    assert direct.shape == response.shape == (3,)
 
 
-def test_a_training_step_of_the_lstm():
-    weights, tokens = to_meta(lstm_weights(CONFIG, 20, [1])), torch.zeros(5, 3, dtype=torch.long, device=META)
-    state = zero_state(weights, 3)
-    batch, lr = Batch(tokens, tokens, state, {}), torch.full((1,), 1.0, device=META)
-    with NoHost():
-        losses, *_ = train_step(weights, None, batch, lr, CONFIG)
-    assert losses.shape == (1,)
+def a_game(device, **settings):
+    """In the middle of the text, where a segment has one before it."""
+    game = game_of(Config(**SMALL | settings, device=device), CORPUS)
+    game.s["read"] = dict.fromkeys(game.s["read"], 1)
+    return game
 
 
-@pytest.mark.parametrize("mistake", [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x + torch.ones(2),
-                                     lambda x: 1 if x.sum() > 0 else 0])
-def test_the_watcher_sees_mistakes(mistake):
-    with pytest.raises(Exception), NoHost():
-        mistake(torch.zeros(2, device=META))
+@pytest.mark.parametrize("settings", [
+    dict(), dict(state="zero", dtype="bfloat16"), dict(WIDE, state="warm", shared_samples=2),
+    dict(lookahead="momentum", one_activation=True), dict(lookahead="recent"),
+    dict(WIDE, lookahead="fresh", response="unrolled", dtype="bfloat16"),
+    dict(lookahead="fresh", response="unrolled", reward_input="noise", rates="1,4"),
+    dict(lookahead="fresh", response="sampled", task="frozen", rates="1,4", state="warm")])
+def test_a_shared_and_a_controller_step(settings, prepared):
+    game = a_game("meta", **settings)
+    game.s["past"] = remember({}, game.s["weights"])
+    with NoHost(), NoLists():
+        game.shared_step(0.0)
+        game.controller_step(0.0)
+    assert game.s["sums"].device == META and game.s["counts"] == [1, 1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_a_training_step_of_the_lstm(prepared):
+    tokens = torch.zeros(2, 3, dtype=torch.long, device=META)
+    weights = {name: w.to(META) for name, w in lstm_weights(Config(**SMALL), 20, 6, [1, 2]).items()}
+    batch, lr = Batch(tokens, tokens, zero_state(weights, 3), {}), torch.ones(2, device=META)
+    with NoHost(), NoLists():
+        losses, *_ = train_step(weights, torch.zeros(2, 9, device=META), batch, lr, Config(**SMALL))
+    assert losses.shape == (2,)
+
+
+@pytest.mark.parametrize("mistake", [
+    lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x + torch.ones(2), lambda x: x[[0, 1]],
+    lambda x: 1 if x.sum() > 0 else 0, lambda x: torch.ones(2).to(META),
+    lambda x: torch.tensor([1], device=META)])
+def test_the_watchers_see_mistakes(mistake):
+    x = torch.zeros(2, device=META)
+    with pytest.raises(Exception), NoHost(), NoLists():
+        mistake(x)
+
+
+class Told:
+    """A tensor on the host that tells what was asked of it."""
+    device, asked = torch.device("cpu"), ()
+
+    def pin_memory(self):
+        self.asked += ("pinned",)
+        return self
+
+    def to(self, device, non_blocking=False):
+        return *self.asked, device.type, non_blocking
+
+
+def test_what_is_moved_to_a_gpu_is_pinned_and_not_waited_for():
+    assert move(Told(), torch.device("cuda")) == ("pinned", "cuda", True)
+    assert move(torch.ones(2), torch.device("cpu")).tolist() == [1, 1]
+
+
+@needs_cuda
+@pytest.mark.parametrize("settings", [{}, WIDE, dict(lookahead="fresh", response="sampled")])
+def test_a_gpu_step_never_synchronizes(settings):
+    """Oracle: CUDA's own check, once the first steps have made what is made once."""
+    game = a_game("cuda", **settings)
+    try:
+        for mode in ("default", "error"):
+            torch.cuda.set_sync_debug_mode(mode)
+            game.shared_step(0.0)
+            game.controller_step(0.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", .05)])
 @pytest.mark.parametrize("space", [{}, WIDE])
 def test_cuda_equals_cpu(dtype, tolerance, space):
-    """Oracle: the CPU, the same weights, masks and text; losses, and weights after a step of SGD."""
-    config, found = Config(**{**vars(CONFIG), "dtype": dtype, **space}), []
-    tokens = torch.randint(20, (2, 5, 3), generator=torch.Generator().manual_seed(0))
-    cells = Controller(search_space(config), config).sample(2, 1).rows
-    for device in ("cpu", "cuda"):
-        weights = {name: w.to(device) for name, w in shared_weights(config, 20).items()}
-        masks = {name: m.to(device) for name, m in draw_masks(config, 20, config.batch, [1], 0).items()}
-        batch = Batch(*tokens.to(device), torch.zeros(1, 3, 8, device=device), masks)
-        losses, *_ = train_step(weights, cells.to(device), batch, torch.full((1,), 1.0, device=device), config)
-        found.append({"losses": losses, **weights})
-    for name in found[0]:
-        assert (found[0][name] - found[1][name].cpu()).abs().max() < tolerance, name
+    """Oracle: the CPU, the same weights, masks and text; the weights after a step of SGD."""
+    games = [a_game(device, dtype=dtype, **space) for device in ("cpu", "cuda")]
+    for game in games:
+        game.shared_step(0.0)
+    for name, w in games[0].s["weights"].items():
+        assert (w - games[1].s["weights"][name].cpu()).abs().max() < tolerance

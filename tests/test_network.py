@@ -1,176 +1,350 @@
-"""The batched recurrence equals the plain reference, values and gradients. Run: pytest tests/test_network.py"""
-import random
+"""K architectures at once equal one naive network after the other, values and gradients, and
+torch's own LSTM. Run: pytest tests/test_network.py"""
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.autograd import grad, gradcheck
 
-from menas import (ACTIVATIONS, OUTPUTS, Batch, Cell, Config, CrossEntropy, Node, Recurrence, Workspace,
-                   coefficient_table, draw_masks, encode, inherit, lstm_weights, network, reference_losses,
-                   shared_weights, standalone_weights, structure)
+import menas
+from menas import CELLS, INPUT, Batch, Cell, Config, Node, encode, network, unroll
+from mutants import mutate
+from reference import (DROPOUT, EVERY_OPERATION, HIDDEN, NODES, STREAMS, WORDS, derivatives,
+                       distance, naive_network, random_cell, setting)
 
-WORDS, HIDDEN, STREAMS, NODES = 11, 6, 3, 5
-DROPOUT = Config(hidden=HIDDEN, nodes=NODES, init=.6, word_dropout=.2, input_dropout=.3, hidden_dropout=.3,
-                 output_dropout=.3)
-
-
-def random_cells(k, seed, nodes=NODES):
-    """Cells of mixed sizes, activations and outputs."""
-    draw = random.Random(seed)
-    node = lambda i: Node(draw.randint(1, i) if i else 0, draw.choice(list(ACTIVATIONS)))
-    return [Cell(tuple(node(i) for i in range(draw.randint(1, nodes))), draw.choice(OUTPUTS)) for _ in range(k)]
+F64 = torch.float64
 
 
-def setting(k, shared, steps, seed=0, dropout=True, size=1.0):
-    """Weights that require gradients, rows, and a batch, in float64."""
+def doubles(seed, *shapes):
+    """Random tensors in float64 with gradients."""
     draw = torch.Generator().manual_seed(seed)
-    rows = encode(random_cells(k, seed), NODES)
-    weights = shared_weights(DROPOUT, WORDS) if shared else standalone_weights(DROPOUT, WORDS, rows, range(k))
-    weights["bias"] = torch.randn(weights["bias"].shape, generator=draw)
-    weights = {name: w.double().requires_grad_() for name, w in weights.items()}
-    tokens = torch.randint(WORDS, (2, steps, STREAMS), generator=draw)
-    tokens[1, -1, 0] = -1
-    masks = draw_masks(DROPOUT, WORDS, STREAMS, [1] if shared else range(k), seed) if dropout else {}
-    state = (size * torch.randn(k, STREAMS, HIDDEN, generator=draw).double()).requires_grad_()
-    return weights, rows, Batch(tokens[0], tokens[1], state, {name: m.double() for name, m in masks.items()})
+    return [torch.randn(shape, generator=draw, dtype=F64).requires_grad_() for shape in shapes]
 
 
-def derivatives(losses, weights, batch, coefficients_):
-    inputs = [*weights.values(), batch.state]
-    return torch.autograd.grad((losses * coefficients_).sum(), inputs, allow_unused=True)
+def plain_batch(hidden=HIDDEN, steps=5):
+    """Some text, a state of 0, no masks."""
+    tokens = torch.arange(steps * STREAMS).view(steps, STREAMS) ** 2 % WORDS
+    return Batch(tokens, tokens.flip(0), torch.zeros(2, 1, STREAMS, hidden, dtype=F64), {})
 
 
+def in_double(weights):
+    return {name: w.double().requires_grad_() for name, w in weights.items()}
+
+
+# Against the naive network
+
+@pytest.mark.parametrize("kind", ["enas", "gated", "narrow"])
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("k", [1, 2, 7])
-@pytest.mark.parametrize("steps,dropout,size", [(1, True, 1.0), (5, True, 1.0), (9, False, 1.0), (4, True, 40.0)])
-def test_batched_equals_reference(k, shared, steps, dropout, size):
-    """Oracle: the plain loop, one architecture after the other; a large state reaches the bound on |h|."""
-    for seed in range(3):
-        weights, rows, batch = setting(k, shared, steps, seed, dropout, size)
-        factors = torch.linspace(-1, 2, k, dtype=torch.float64)
-        losses, state = network(weights, rows, batch, torch.float64)
-        expected, states = zip(*(reference_losses(weights, rows[i], batch, i) for i in range(k)))
-        assert (losses - torch.stack(expected)).abs().max() < 1e-10
-        assert (state - torch.stack([s[-1] for s in states])).abs().max() < 1e-10
-        fast = derivatives(losses, weights, batch, factors)
-        plain = derivatives(torch.stack(expected), weights, batch, factors)
-        for a, b in zip(fast, plain):
-            assert (a - (torch.zeros_like(a) if b is None else b)).abs().max() < 1e-10
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("masked, size", [(True, 1.0), (False, 40.0)])
+def test_the_network_is_the_naive_one(kind, shared, k, masked, size):
+    """Losses, states, and gradients of every weight and of the state; large states are bounded."""
+    for seed in range(2):
+        weights, cells, batch = setting(kind, shared, k, seed, masked=masked, size=size)
+        losses, states = network(weights, encode(cells), batch, F64)
+        naive = [naive_network(weights, cell, batch, i) for i, cell in enumerate(cells)]
+        wanted = torch.stack([loss for loss, _ in naive])
+        wanted_states = torch.stack([state for _, state in naive], 1)
+        assert distance([losses, states], [wanted, wanted_states]) < 1e-10
+        found = derivatives(losses, weights, batch)
+        assert distance(found, derivatives(wanted, weights, batch)) < 1e-10
 
 
-def test_gradcheck_of_the_recurrence():
-    """Oracle: finite differences of every input of the hand-written backward, with the bound on |h| active."""
-    weights, rows, batch = setting(3, True, 3, seed=4, size=20.0)
-    cell = structure(rows)
-    act = coefficient_table(torch.float64, rows.device)[cell.act][..., None, None].unbind(2)
-    draw = torch.Generator().manual_seed(1)
-    make = lambda *shape: torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
-    w, xw, mask = make(NODES, 3, HIDDEN, 2 * HIDDEN), make(1, 1, 3, STREAMS, 2 * HIDDEN), batch.masks["hidden"]
-    run = lambda xw, h, w: Recurrence.apply(True, xw, h, h.detach(), w, mask, [0], cell, *act)[0]
-    assert torch.autograd.gradcheck(run, (xw, batch.state.detach().requires_grad_(), w))
+def both_recurrences(size, k=4):
+    """[h, its derivatives] of FastRecurrence and of the plain one."""
+    weights, _, batch = setting("enas", True, k, steps=6, size=size)
+    rows = encode([random_cell(seed, False) for seed in range(k)])
+    results = []
+    for recurrence in (menas.fast_recurrence, menas.plain_recurrence):
+        h, _ = unroll(weights, rows, batch, F64, recurrence)
+        results.append([h, *derivatives(h, weights, batch)])
+    return results
 
 
-def test_gradcheck_of_the_cross_entropy():
-    draw = torch.Generator().manual_seed(1)
-    make = lambda *shape: torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
-    targets = torch.tensor([0, 3, -1, 2, 1, 1, 0])
-    run = lambda h, decoder, bias: CrossEntropy.apply(True, h, decoder, bias, targets, 2, 4)
-    assert torch.autograd.gradcheck(run, (make(2, 7, 4), make(2, 5, 4), make(2, 5)))
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_fast_recurrence_is_the_plain_one(k):
+    """Values and gradients with masks, within the bound of 25 and at it."""
+    for size in (1.0, 40.0):
+        fast, plain = both_recurrences(size, k)
+        assert distance(fast, plain) < 1e-10
+        longest = plain[0].norm(dim=-1).max().item()
+        assert longest == pytest.approx(25) if size > 1 else longest < 25
 
 
-@pytest.mark.parametrize("words,rows", [(1500, 1200), (5000, 1200), (200, 6000), (10, 3)])
-def test_chunks_and_blocks_of_the_cross_entropy(words, rows):
-    """Oracle: torch's cross entropy; sizes at which chunks, blocks and the end of the rows do not coincide."""
-    draw = torch.Generator().manual_seed(1)
-    h, decoder, bias = (torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_()
-                        for shape in ((1, rows, 4), (1, words, 4), (1, words)))
-    targets = torch.randint(words, (rows,), generator=draw)
-    loss = torch.nn.functional.cross_entropy(h[0] @ decoder[0].t() + bias[0], targets)
-    mine = CrossEntropy.apply(True, h, decoder, bias, targets)
-    for a, b in zip(torch.autograd.grad(mine.sum(), (h, decoder, bias)), torch.autograd.grad(loss, (h, decoder, bias))):
-        assert (a - b).abs().max() < 1e-12
-    assert abs(mine.item() - loss.item()) < 1e-12
+@pytest.mark.parametrize("function, right, wrong", [
+    ("local_derivatives", "y.sub_(p)", "y"), ("local_derivatives", ".add_(constant)", ""),
+    ("local_derivatives", "torch.sub(1, c, out=keep)", "keep.copy_(c)"),
+    ("bound_backward", "value=-1", "value=0"), ("FastRecurrence", "dp.mul_(mask)", "pass"),
+    ("FastRecurrence", "read_by(i) * mask[:, None]", "read_by(i)"),
+    ("FastRecurrence", "dh.copy_(values[0])", "pass")])
+def test_a_wrong_backward_is_found(monkeypatch, function, right, wrong):
+    """Mutants: no -p in the gate's; no constant in act'; c for 1 - c; the bound's factor constant,
+    as in ENAS-pytorch; masks dropped from dp, from dW; no gradient through time."""
+    mutate(monkeypatch, function, (right, wrong))
+    assert distance(*both_recurrences(40.0)) > 1e-4
 
 
-def test_two_forwards_before_either_backward():
-    """Oracle: each alone. Buffers are reused, but never by two graphs that are alive at once."""
-    settings = [setting(2, False, 4, seed) for seed in (0, 1)]
-    alone = [derivatives(network(w, rows, b, torch.float64)[0], w, b, 1.0) for w, rows, b in settings]
-    losses = [network(w, rows, b, torch.float64)[0] for w, rows, b in settings]
+def slope_error(run, *inputs, eps=1e-6):
+    """Of autograd's slope of run along a random direction, against finite differences."""
+    directions = doubles(8, *(x.shape for x in inputs))
+    out = run(*inputs)
+    factors = torch.linspace(-1, 1, out.numel(), dtype=F64).view(out.shape)
+    slopes = grad((out * factors).sum(), inputs)
+    ahead = run(*(x + eps * d for x, d in zip(inputs, directions)))
+    back = run(*(x - eps * d for x, d in zip(inputs, directions)))
+    slope = sum((g * d).sum() for g, d in zip(slopes, directions))
+    return (slope - ((ahead - back) * factors).sum() / (2 * eps)).abs().item()
+
+
+def small_cells(gated):
+    return menas.parse(encode([random_cell(seed, gated, 3) for seed in (6, 9)], 3))
+
+
+@pytest.mark.parametrize("size", [1.0, 20.0])
+def test_the_fast_recurrence_has_the_slope_of_finite_differences(size):
+    """By weights, input and state; of size 20 it is bounded."""
+    mask = torch.tensor([1.0, 0.0, 1.25], dtype=F64).expand(2, 2, 3)
+
+    def run(w, xw, h):
+        return menas.fast_recurrence(small_cells(False), w, xw, size * h, None, mask)[0]
+    assert slope_error(run, *doubles(1, (3, 2, 3, 6), (2, 1, 2, 2, 6), (2, 2, 3))) < 1e-6
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("size", [0.0, 1.0, 20.0])
+def test_the_plain_recurrence_is_differentiable_twice(gated, size):
+    """Oracle: finite differences of its gradients; from a state of 0, too, and without a memory."""
+    w, xw, h = doubles(1, (3, 2, 3, 6), (2, 3, 3, 1, 6), (2, 1, 3))
+    memory = torch.zeros(2, 1, 3, dtype=F64)
+
+    def gradient(*inputs):
+        w, xw, h = inputs
+        states, _ = menas.plain_recurrence(small_cells(gated), w, xw, size * h, memory)
+        first = grad(states.square().sum(), inputs, create_graph=True)
+        return torch.cat([g.flatten() for g in first])
+    assert slope_error(gradient, w, xw, h) < 1e-4
+
+
+def test_two_passes_alive_at_once():
+    """Oracle: each alone. Whatever stands in buffers that are used again does not matter."""
+    settings = [setting("enas", False, 5, 0)]
+    shape = settings[0][0]["nodes"].shape
+    settings.append(next(x for x in (setting("enas", False, 5, seed) for seed in range(1, 99))
+                         if x[0]["nodes"].shape == shape))
+    alone = [derivatives(network(w, encode(cells), b, F64)[0], w, b) for w, cells, b in settings]
+    for buffer in menas.FREE:
+        buffer.fill_(math.nan)
+    losses = [network(w, encode(cells), b, F64)[0] for w, cells, b in settings]
     with torch.no_grad():
-        network(*settings[0], torch.float64)
-    together = [derivatives(loss, w, b, 1.0) for loss, (w, rows, b) in zip(losses, settings)]
-    assert all(torch.equal(a, b) for first, second in zip(alone, together) for a, b in zip(first, second))
+        network(settings[0][0], encode(settings[0][1]), settings[0][2], F64)
+    together = [derivatives(loss, w, b) for loss, (w, _, b) in zip(losses, settings)]
+    assert all(distance(a, b) == 0 for a, b in zip(alone, together))
 
 
-def test_buffers_are_reused():
-    Workspace.free.clear()
-    weights, rows, batch = setting(2, False, 4)
-    for _ in range(3):
-        network(weights, rows, batch, torch.float64)[0].sum().backward()
-    assert len(Workspace.free) == 3  # slots, gates, keep: not nine
+def test_a_second_backward_is_refused():
+    """The first one uses its buffers up: the second would be silently wrong."""
+    weights, cells, batch = setting("enas", True, 2)
+    h, _ = unroll(weights, encode(cells), batch, F64)
+    h.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError):
+        h.sum().backward()
 
 
-def test_a_second_backward_is_the_first_again():
-    """The first one used its buffers up; the second computes them anew."""
-    weights, rows, batch = setting(2, True, 4)
-    losses, _ = network(weights, rows, batch, torch.float64)
-    first, second = (torch.autograd.grad(losses.sum(), weights["edges"], retain_graph=True)[0] for _ in range(2))
-    assert torch.equal(first, second)
-
-
-def test_scoring_without_a_graph_gives_the_same_losses():
-    weights, rows, batch = setting(7, True, 6)
-    with torch.no_grad():
-        scored = network(weights, rows, batch, torch.float64)
-    for a, b in zip(scored, network(weights, rows, batch, torch.float64)):
-        assert (a - b).abs().max() < 1e-14
-
-
-def test_inherited_weights_compute_what_the_shared_ones_do():
-    weights, rows, batch = setting(7, True, 4)
-    own = inherit({name: w.detach() for name, w in weights.items()}, rows)
-    expected = network(weights, rows, batch, torch.float64)[0].detach()
-    assert torch.equal(network(own, rows, batch, torch.float64)[0], expected)
-
-
-def test_a_broken_network_leaves_the_others_alone():
-    """Oracle: the same batch without the NaN."""
-    weights, rows, batch = setting(3, False, 4, dropout=False)
-    expected = network(weights, rows, batch, torch.float64)[0].detach()
-    gradient = torch.autograd.grad(network(weights, rows, batch, torch.float64)[0].sum(), weights["edges"])[0]
-    with torch.no_grad():
-        weights["edges"][1] = float("nan")
-    losses, _ = network(weights, rows, batch, torch.float64)
-    assert losses.isnan().tolist() == [False, True, False]
-    after = torch.autograd.grad(losses.sum(), weights["edges"])[0]
-    for i in (0, 2):
-        assert losses[i] == expected[i] and torch.equal(after[i], gradient[i])
-
-
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, .05)])
 def test_low_precision_is_near(dtype, tolerance):
-    """Oracle: float64; losses and the direction of the gradient."""
-    weights, rows, batch = setting(4, True, 8, dropout=False)
-    exact = network(weights, rows, batch, torch.float64)[0]
+    """Oracle: float64; the losses, and the direction of the gradient."""
+    weights, cells, batch = setting("enas", True, 4, steps=8, masked=False)
+    exact, _ = network(weights, encode(cells), batch, F64)
     low = {name: w.detach().float().requires_grad_() for name, w in weights.items()}
-    losses = network(low, rows, batch._replace(state=batch.state.detach().float()), dtype)[0]
-    assert (losses - exact).abs().max() < tolerance
-    gradient = lambda losses, weights: torch.autograd.grad(losses.sum(), weights["edges"])[0].double().flatten()
-    a, b = gradient(losses, low), gradient(exact, weights)
-    assert torch.cosine_similarity(a, b, 0) > 1 - tolerance
+    batch = batch._replace(state=batch.state.detach().float())
+    losses, _ = network(low, encode(cells), batch, dtype)
+    assert distance([losses], [exact]) < tolerance
+    slope = grad(losses.sum(), low["edges"])[0].double().flatten()
+    exact_slope = grad(exact.sum(), weights["edges"])[0].flatten()
+    assert torch.cosine_similarity(slope, exact_slope, 0) > 1 - tolerance
 
 
-def test_lstm_is_torch_lstm():
-    """Oracle: torch.nn.LSTM with the same weights, and the loss of torch's cross entropy."""
-    config = Config(hidden=HIDDEN, lstm_hidden=8, init=.5)
-    weights = lstm_weights(config, WORDS, [3, 4])
-    tokens = torch.randint(WORDS, (5, STREAMS), generator=torch.Generator().manual_seed(0))
-    losses, state = network(weights, None, Batch(tokens, tokens, torch.zeros(1, STREAMS, 16), {}))
-    for i in range(2):
-        lstm = torch.nn.LSTM(HIDDEN, 8)
-        lstm.load_state_dict({name: w[i] for name, w in weights.items() if name.endswith("l0")})
-        out, (h, c) = lstm(weights["embedding"][i][tokens])
-        logits = out @ weights["project"][i] @ weights["embedding"][i].t()
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-        assert torch.allclose(losses[i], expected, atol=1e-6)
-        assert torch.allclose(state[i], torch.cat([h[0], c[0]], -1), atol=1e-6)
+# The loss
+
+def softmax_distance(rows=11, words=6, chunk=4):
+    """From F.cross_entropy: two losses and the gradients of their difference, with ignored rows."""
+    h, decoder, bias = doubles(rows, (2, rows, 3), (2, words, 3), (2, words))
+    targets = torch.arange(rows) % words
+    targets[::2] = -1
+    factors = torch.tensor([2.0, -3.0], dtype=F64)
+    mine = menas.SoftmaxLoss.apply(True, h, decoder, bias, targets, chunk)
+    logits = h @ decoder.transpose(1, 2) + bias[:, None]
+    wanted = torch.stack([F.cross_entropy(x, targets, ignore_index=-1) for x in logits])
+    both = [[x, *grad(x @ factors, (h, decoder, bias))] for x in (mine, wanted)]
+    return distance(*both)
+
+
+@pytest.mark.parametrize("rows, words, chunk", [(11, 6, 4), (12, 6, 4), (1200, 50, 512)])
+def test_softmax_loss_is_torchs_cross_entropy(rows, words, chunk):
+    assert softmax_distance(rows, words, chunk) < 1e-12
+
+
+@pytest.mark.parametrize("right, wrong", [
+    ("full_like(y, -1,", "full_like(y, 1,"), (".mul_(part)", ""), ("dh * grad.to(dh.dtype)", "dh"),
+    ("targets >= 0", "targets > -9")])
+def test_a_wrong_softmax_loss_is_found(monkeypatch, right, wrong):
+    """Mutants: the target's sign; rows not weighed; not scaled; a mean over ignored rows, too."""
+    mutate(monkeypatch, "SoftmaxLoss", (right, wrong))
+    assert softmax_distance() > 1e-3
+
+
+def test_gradcheck_of_the_softmax_loss_and_bfloat16_is_near():
+    """Oracle: finite differences of all inputs; then float64."""
+    inputs = doubles(1, (2, 7, 4), (2, 5, 4), (2, 5))
+    targets = torch.tensor([0, 3, -1, 2, 1, 1, 0])
+
+    def run(*inputs):
+        return menas.SoftmaxLoss.apply(True, *inputs, targets, 2)
+    assert gradcheck(run, inputs)
+    h, decoder, bias = (x.detach().float().requires_grad_() for x in inputs)
+    near, exact = run(h.bfloat16(), decoder, bias), run(*inputs)
+    assert near.dtype == torch.float32
+    slopes = [grad(x.sum(), some) for x, some in ((near, (h, decoder, bias)), (exact, inputs))]
+    assert distance([near, *slopes[0]], [exact, *slopes[1]]) < .03
+
+
+# LSTMs: the oracle is torch.nn.LSTM
+
+def quarters(lstm_cell, order=(1, 0, 1, 3), halves=(0, 0, 1, 0)):
+    """A cell's weights [nodes, H, 2H] as torch's [4H, H]: input, forget, candidate, output gate."""
+    return torch.cat([lstm_cell[i].chunk(2, -1)[half].T for i, half in zip(order, halves)])
+
+
+def test_the_lstm_of_four_nodes_is_torchs():
+    """Outputs, both states, and the gradient of each weight."""
+    cells, config = [CELLS["lstm_cell"]], Config(hidden=HIDDEN)
+    weights = in_double(menas.standalone_weights(config, WORDS, cells, [1]))
+    lstm = torch.nn.LSTM(HIDDEN, HIDDEN, bias=False).double()
+    ours = [weights["inputs"], weights["nodes"]]
+    theirs = [lstm.weight_ih_l0, lstm.weight_hh_l0]
+    with torch.no_grad():
+        for parameter, w in zip(theirs, ours):
+            parameter.copy_(quarters(w[0]))
+    batch = plain_batch(steps=9)._replace(state=doubles(1, (2, 1, STREAMS, HIDDEN))[0])
+    out, state = unroll(weights, encode(cells), batch, F64)
+    wanted, (h, c) = lstm(weights["embedding"][0][batch.inputs], tuple(batch.state.contiguous()))
+    assert distance([out[0], state], [wanted, torch.stack([h, c])]) < 1e-12
+    more = [weights["embedding"], batch.state]
+    a = grad((out[0] * wanted.detach()).sum(), ours + more)
+    b = grad((wanted * wanted.detach()).sum(), theirs + more)
+    assert distance([*map(quarters, (a[0][0], a[1][0])), *a[2:]], b) < 1e-12
+
+
+@pytest.mark.parametrize("units", [HIDDEN, 3])
+def test_unroll_lstm_is_torchs(units):
+    """K networks with masks, projected if of other units: losses, states, and all gradients."""
+    config = Config(hidden=HIDDEN, **DROPOUT)
+    weights = in_double(menas.lstm_weights(config, WORDS, units, [3, 4]))
+    masks = menas.draw_masks(config, WORDS, STREAMS, [3, 4], 0)
+    batch = plain_batch()._replace(state=doubles(1, (2, 2, STREAMS, units))[0], masks=masks)
+    losses, state = network(weights, None, batch, F64)
+    wanted, states = [], []
+    for k in range(2):
+        own = {name: w[k] for name, w in weights.items()}
+        lstm = torch.nn.LSTM(HIDDEN, units).double()
+        parameters = {name: own[name.removesuffix("_l0")] for name, _ in lstm.named_parameters()}
+        x = own["embedding"][batch.inputs] * masks["word"][k][batch.inputs][..., None]
+        inputs = x * masks["input"][k], tuple(batch.state[:, k:k + 1])
+        out, last = torch.func.functional_call(lstm, parameters, inputs)
+        out = out @ own["project"] if units != HIDDEN else out
+        logits = (out * masks["output"][k]) @ own["embedding"].T + own["bias"]
+        wanted.append(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()))
+        states.append(torch.cat(last))
+    assert distance([losses, state], [torch.stack(wanted), torch.stack(states, 1)]) < 1e-12
+    assert distance(*(grad(sum(x), list(weights.values())) for x in (losses, wanted))) < 1e-12
+
+
+# One among others
+
+@pytest.mark.parametrize("kind", ["enas", "gated", "narrow"])
+def test_each_of_a_batch_is_as_if_alone_and_padding_changes_nothing(kind):
+    """Oracle: a batch of one, of fewer nodes; under shared and under inherited and own weights."""
+    weights, cells, batch = setting(kind, True, 5)
+    rows = encode(cells, NODES)
+    together, _ = network(weights, rows, batch, F64)
+    inherited, _ = network(menas.inherit(weights, rows), rows, batch, F64)
+    assert distance([inherited], [together]) < 1e-12
+    config, plain = Config(hidden=HIDDEN, nodes=NODES), plain_batch()
+    own = in_double(menas.standalone_weights(config, WORDS, cells, range(5)))
+    among, _ = network(own, encode(cells), plain, F64)
+    for k, cell in enumerate(cells):
+        one = batch._replace(state=batch.state[:, k:k + 1])
+        assert distance([network(weights, encode([cell]), one, F64)[0][0]], [together[k]]) < 1e-12
+        small = in_double(menas.standalone_weights(config, WORDS, [cell], [k]))
+        assert distance([network(small, encode([cell]), plain, F64)[0][0]], [among[k]]) < 1e-12
+
+
+@pytest.mark.parametrize("name, operations", [
+    ("darts_v1", "highway"), ("darts_v1", EVERY_OPERATION), ("lstm_cell", EVERY_OPERATION)])
+def test_a_width_is_the_network_of_that_size(name, operations):
+    """Oracle: the top-left blocks of the weights, as the weights of a network with fewer units."""
+    d = 3
+    config = Config(hidden=HIDDEN, nodes=9, operations=operations, widths=f"{d},{HIDDEN}")
+    weights = in_double(menas.shared_weights(config, WORDS))
+    small = {key: torch.cat([half[..., :d, :d] for half in w.chunk(2, -1)], -1)
+             for key, w in weights.items() if key not in ("embedding", "bias")}
+    small |= {"embedding": weights["embedding"][:, :d], "bias": weights["bias"]}
+    rows = encode([CELLS[name]._replace(width=d), CELLS[name]])
+    narrow, _ = network(weights, rows, plain_batch(), F64)
+    wanted, _ = network(small, encode([CELLS[name]]), plain_batch(d), F64)
+    assert distance([narrow[0]], [wanted[0]]) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["enas", "gated"])
+def test_a_broken_network_leaves_the_others_alone(kind):
+    """Oracle: the same batch without the nan."""
+    weights, cells, batch = setting(kind, False, 3, seed=1, masked=False)
+    losses, gradients = [], []
+    for value in (1.0, math.nan):
+        changed = {key: w.detach().clone().requires_grad_() for key, w in weights.items()}
+        changed["nodes"].data[1] *= value
+        losses.append(network(changed, encode(cells), batch, F64)[0])
+        gradients.append(grad(losses[-1].sum(), changed["nodes"])[0])
+    assert losses[1].isnan().tolist() == [False, True, False]
+    assert all(torch.equal(a[::2], b[::2]) for a, b in (losses, gradients))
+
+
+# Draws
+
+def test_dropout_masks_are_functions_of_seed_name_and_step():
+    """One a segment, 0 or 1 / (1 - rate); the same when drawn alone, none for a rate of 0."""
+    rates = dict(word_dropout=.2, input_dropout=.5, hidden_dropout=.5, output_dropout=0.0)
+    masks, later, second = (menas.draw_masks(Config(hidden=50, **rates), 400, 8, seeds, step)
+                            for seeds, step in (([1, 2], 3), ([1, 2], 4), ([2], 3)))
+    shapes = {"word": (2, 400), "input": (2, 8, 50), "hidden": (2, 8, 50)}
+    assert {name: tuple(mask.shape) for name, mask in masks.items()} == shapes
+    for name, mask in masks.items():
+        assert mask.unique().tolist() == pytest.approx([0, 1 / (1 - rates[f"{name}_dropout"])])
+        assert mask.mean().item() == pytest.approx(1, abs=.2)
+        assert torch.equal(second[name][0], mask[1])
+        assert not torch.equal(mask[0], mask[1]) and not torch.equal(mask, later[name])
+    assert not torch.equal(masks["input"], masks["hidden"])
+
+
+@pytest.mark.parametrize("width, units", [(0, 32), (4, 4)])
+def test_initial_weights_keep_the_variance(width, units):
+    """Uniform in +- sqrt(3 / units), so of variance 1 / units, for the units that a network has."""
+    cell = Cell((Node(INPUT), Node(1)), width=width)
+    drawn = menas.standalone_weights(Config(hidden=32), WORDS, [cell], [1])["nodes"]
+    assert drawn.var().item() == pytest.approx(1 / units, rel=.1)
+    assert drawn.abs().max() <= math.sqrt(3 / units)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["enas", "gated"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_cuda_equals_the_cpu(kind, k):
+    """Losses and all gradients in float64."""
+    weights, cells, batch = setting(kind, True, k)
+    masks = {name: mask.cuda() for name, mask in batch.masks.items()}
+    there = Batch(batch.inputs.cuda(), batch.targets.cuda(), batch.state.cuda(), masks)
+    moved = {name: w.cuda() for name, w in weights.items()}
+    results = [network(moved, encode(cells).cuda(), there, F64)[0].cpu(),
+               network(weights, encode(cells), batch, F64)[0]]
+    assert distance(*([x, *derivatives(x, weights, batch)] for x in results)) < 1e-9

@@ -1,163 +1,190 @@
-"""The README shows what the committed records give. Run: pytest tests/test_report.py"""
+"""The report says what the records say: who is compared with whom, over what, and how surely.
+Run: pytest tests/test_report.py
+"""
 import json
-import os
-import re
-import shlex
-import shutil
-import subprocess
-from dataclasses import asdict
-from pathlib import Path
+from statistics import mean, median
 
 import pytest
+import torch
 from matplotlib.figure import Figure
+from mutants import mutate
 
-from menas import WHEREABOUTS, Config, UserError, cell_from_json, main, parse, studies
-from results.plots import draw_intervals, table
-from results.report import label, report, summary
-from results.stats import t_test, welch
-
-ROOT = Path(__file__).parent.parent
+import menas
+from menas import CELLS, draw_cell, load_records, report, slots_read
 
 
-def test_the_readme_is_what_the_records_give(tmp_path):
-    """Oracle: the report, made again from copies."""
-    ignore = shutil.ignore_patterns("*.pt", "lock", "tensorboard")
-    shutil.copytree(ROOT / "results", tmp_path / "results", ignore=ignore)
-    shutil.copy(ROOT / "README.md", tmp_path)
-    report(tmp_path / "results", tmp_path / "README.md")
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text()
-    assert (tmp_path / "results/curves.png").stat().st_size > 10_000
+def save(out, place, rows, seed=None, metrics=()):
+    """A record in the folder OUT/PLACE, whose last part is its seed."""
+    folder = out / place
+    folder.mkdir(parents=True, exist_ok=True)
+    record = dict(command="search", seed=seed or int(folder.name), seconds=60.0,
+                  machine="an abacus", rows=rows)
+    (folder / "result.json").write_text(json.dumps(record))
+    if metrics:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
 
 
-def test_every_table_of_the_readme_has_records():
-    marks = re.findall(r"<!-- (\w+) (\w+) -->", (ROOT / "README.md").read_text())
-    records = [json.loads(path.read_text()) for path in (ROOT / "results").glob("*/result.json")]
-    assert marks and set(marks) <= {(r["study"], label(r)) for r in records}
+def lines_of(made):
+    """Of a table: {group: its other columns, by their headers}."""
+    lines = [[x.strip() for x in line.strip("|").split("|")] for line in made.splitlines()]
+    assert len({len(line) for line in made.splitlines()}) == 1
+    return {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
 
 
-def test_records_say_where_they_come_from():
-    for path in (ROOT / "results").glob("*/result.json"):
-        record = json.loads(path.read_text())
-        assert {"study", "config", "seed", "commit", "versions", "device", "seconds", "metrics"} <= set(record)
-        assert record["commit"] and record["seconds"] > 0
-        assert str(ROOT) not in path.read_text()
+def test_records_are_found_where_they_belong(tmp_path):
+    """Studies with and without arms; parts of other runs, and what a user has, are left out."""
+    rows = [dict(group=group, valid=1.0) for group in ("sampled", "uniform", "floor")]
+    for place in ("compare/1", "compare/2", "extra/plain/1", "extra/fresh/1", "extra-slow/plain/1"):
+        save(tmp_path, place, rows)
+    for place in ("compare/1/cells 0", "extra/plain/1/cells 0", "capacity/1/lstm 4 0", "mine/1",
+                  "mine/arm/1", "compare", "search/a/b/1", "."):
+        save(tmp_path, place, rows, seed=1)
+    found = load_records(tmp_path)
+    assert {study: len(records) for study, records in found.items()} == {
+        "compare": 2, "extra": 2, "extra-slow": 1}
+    rows = {study: [(row["unit"], row["group"]) for record in records for row in record["rows"]]
+            for study, records in found.items()}
+    assert rows["compare"] == [(seed, group) for seed in "12" for group in ("sampled", "uniform")]
+    assert rows["extra"] == [("1", "fresh"), ("1", "plain")]
+    assert rows["extra-slow"] == [("1", "plain")]
 
 
-def test_the_readmes_links_exist():
-    for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / link).exists(), link
+def test_a_run_in_its_default_folder_is_found(tmp_path):
+    """RUNS/COMMAND/PRESET-SEED, of which README says: report --out runs."""
+    save(tmp_path, "search/tiny-3", [dict(group="sampled", valid=1.0)], seed=3)
+    (record,) = load_records(tmp_path)["search"]
+    assert [row["unit"] for row in record["rows"]] in (["3"], ["tiny-3"])
 
 
-def test_found_cells_in_the_records_are_cells():
-    for path in (ROOT / "results").glob("*/cell.json"):
-        assert cell_from_json(json.loads(path.read_text())).nodes
+def check_comparison(monkeypatch):
+    """By hand: six seeds, of which each has two rows of 'a' and one of the others. A mean is that
+    of the seeds' means; a difference is of pairs, except with 'c', which has other seeds; p is that
+    of the flips or deals, times four."""
+    def interval(a, b, paired):  # of six pairs; of deals it would be slow
+        gaps = [y - x for x, y in zip(a, b)]
+        return [min(gaps), max(gaps)] if paired else None
+
+    monkeypatch.setattr(menas, "interval", interval)
+    rows = []
+    for seed in range(6):
+        rows += [dict(group="a", unit=seed, x=seed ** 2 + y) for y in (0, 2)]
+        rows += [dict(group="b", unit=5 - seed, x=5 + (5 - seed) ** 2 + (5 - seed) % 2)]
+        rows += [dict(group="c", unit=seed + 9, x=99 + seed), dict(group="d", unit=seed, x=None)]
+    rows += [dict(group="e", unit=seed, x=3.0 + 18 * seed) for seed in range(2)]
+    rows += [dict(group="f", unit=0, x=3.0), dict(group="a", unit=0, x=7), dict(group="z", unit=1)]
+    lines = lines_of(menas.comparison(rows, "x", first="a"))
+    assert list(lines) == ["a", "b", "c", "e", "f"]
+    values = [row["x"] for row in rows if row["group"] == "a"]
+    average = mean([3, 2, 5, 10, 17, 26])
+    assert [lines["a"][name] for name in ("seeds", "rows", "difference")] == ["6", "13", ""]
+    assert float(lines["a"]["x"]) == pytest.approx(average, abs=1e-3)
+    assert float(lines["a"]["median"]) == median(values)
+    assert [lines["b"][name] for name in ("difference", "95 %", "p, corrected")] == [
+        "+4.167", "+2.000 to +5.000", f"{4 * 2 / 64:.3f}"]
+    assert float(lines["c"]["difference"]) == pytest.approx(101.5 - average, abs=1e-3)
+    assert 0 < float(lines["c"]["p, corrected"]) < .03 and lines["c"]["95 %"] == "-"
+    assert (lines["e"]["difference"], lines["e"]["p, corrected"]) == ("+1.500", "1.000")
+    assert lines["f"]["difference"] == "" and float(lines["f"]["x"]) == 3
+    lines = lines_of(menas.comparison(rows, "x", first="b"))
+    assert list(lines) == ["b", "a", "c", "e", "f"] and lines["a"]["difference"] == "-4.167"
 
 
-def test_other_records_leave_the_readme_alone(tmp_path, monkeypatch):
-    """The smoke pass reports its own folder, whose tables have the same names."""
-    shutil.copytree(ROOT / "results/cost", tmp_path / "smoke/cost", ignore=shutil.ignore_patterns("lock"))
-    (tmp_path / "README.md").write_text("<!-- cost toy -->\n<!-- end -->")
+def test_a_comparison(monkeypatch):
+    check_comparison(monkeypatch)
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("comparison", "(len(groups) - 1) * ", ""),
+    ("comparison", "[units[unit] for unit in base]", "b"),
+    ("comparison", "paired = units.keys() == base.keys()", "paired = False"),
+    ("comparison", "mean(b) - mean(a)", "mean(a) - mean(b)"),
+    ("comparison", "p_value(a, b", "p_value(each, [*base.values()]"),
+    ("by_unit", "row['unit'], []", "len(found[row['group']]), []")])  # every row counts
+def test_a_wrong_comparison_fails_the_same_check(name, old, new, monkeypatch):
+    mutate(monkeypatch, name, (old, new))
+    with pytest.raises(AssertionError):
+        check_comparison(monkeypatch)
+
+
+def results(out):
+    """Of every kind that there may be: several seeds, a single one, some without metrics.jsonl,
+    networks that have all failed."""
+    for seed in "123":
+        groups = ("trained", "untrained", "LSTM")
+        rows = [dict(group=group, test=2 + .1 * i + .01 * int(seed), shared=3.0 if i < 2 else None)
+                for i, group in enumerate(groups)]
+        save(out, f"compare/{seed}", rows)
+    metrics = [dict(step=1, loss=2.0), dict(step=2, reward=8.0, entropy=1.0)]
+    save(out, "search/1", [dict(group="sampled", valid=2.0)], metrics=metrics)
+    save(out, "robust/plain/1", [dict(group="sampled", valid=2.0)])  # nothing that it is about
+    for seed, lost in (("1", None), ("2", 11.0)):
+        metrics = [dict(step=1, valid_perplexity=[x], networks=[0]) for x in (9.0, lost)]
+        row = dict(group="network", valid=2.5, test=2.5)
+        save(out, f"train/enas/{seed}", [row], metrics=metrics)
+    best = dict(group="best", round=0, valid=2.0, cell=menas.name_of(CELLS["lstm_cell"]))
+    save(out, "progress/1", [best, dict(group="activation of 0", round=0, choice=1, share=.5)])
+
+
+def test_the_page_is_made_again_byte_for_byte(tmp_path, capsys):
+    """With its figures, beside the records; nothing else is written."""
+    results(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
+    report(tmp_path)
+    page = (tmp_path / "README.md").read_bytes()
+    report(tmp_path)
+    after = {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
+    assert after[tmp_path / "README.md"] == page and before.items() <= after.items()
+    studies = {"compare", "progress", "robust", "search", "train"}
+    made = {path.name for path in after.keys() - before.keys()}
+    assert made == {f"{study}.png" for study in studies} | {
+        "README.md", "progress-choices.png", "progress-choices.gif"}
+    assert all(f"]({study}.png)" in page.decode() for study in studies)
+
+
+def test_a_user_sees_the_projects_own_beside(tmp_path, monkeypatch, capsys):
+    """Both are compared with the same group, though it is not the first of the folder."""
     monkeypatch.chdir(tmp_path)
-    assert main(["report", "--out", "smoke"]) == 0
-    assert (tmp_path / "README.md").read_text() == "<!-- cost toy -->\n<!-- end -->"
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **how: None)
+    for out, shift in (("runs", 0.0), ("results", 5.0)):
+        for arm, valid in (("fresh", 1.0), ("plain", 1.5)):
+            for seed in "12":
+                rows = [dict(group="sampled", valid=valid + shift + .1 * int(seed))]
+                save(tmp_path / out, f"extra/{arm}/{seed}", rows)
+    report("runs")
+    tables = [part for part in capsys.readouterr().out.split("\n\n") if part.startswith("| ")]
+    mine, theirs = [lines_of(made) for made in tables]
+    assert [line["valid"] for line in (*mine.values(), *theirs.values())] == [
+        "1.650", "1.150", "6.650", "6.150"]
+    assert mine["fresh"]["difference"] == theirs["fresh"]["difference"] == "-0.500"
 
 
-def test_table_is_markdown_and_aligned():
-    made = table(("a", "long name"), [(1234, 1.5), ("x", "y")]).splitlines()
-    assert made == ["| a     | long name |", "| ----- | --------- |", "| 1,234 | 1.50      |", "| x     | y         |"]
+def test_every_unit_is_drawn_in_its_groups_row():
+    """Oracle: the values, from the axes; a density's area is 1."""
+    rows = [dict(group=group, unit=unit, x=float(10 * i + unit))
+            for i, group in enumerate("abc") for unit in range(3)]
+    _, (axes, other) = menas.figure_of(2)
+    menas.dots(axes, rows, "x")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
+    small = [line.get_data() for line in axes.lines if line.get_marker() == "."]
+    drawn = {(x, y) for line in small for x, y in zip(*line)}
+    assert drawn == {(row["x"], "abc".index(row["group"])) for row in rows}
+    wide = [dict(group="a", x=x) for x in torch.randn(200, generator=menas.rng("x")).tolist()]
+    menas.densities(other, wide + [dict(group="b", x=x) for x in (-9.0, 9.0, 9.0, 9.0, 9.0)], "x")
+    x, y = other.lines[0].get_data()
+    assert torch.trapezoid(torch.tensor(y), torch.tensor(x)) == pytest.approx(1, abs=.02)
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_a_gain_is_also_compared_with_its_control(seeds):
-    """By hand: of .3, .1 is the control's. The first arm has no difference, and of one seed nothing can be said."""
-    losses = lambda gain: [2.0 - gain + .01 * i * (gain > 0) for i in range(seeds)]
-    gains = {"no choice": 0, "rates, zero": .1, "rates, sampled": .3, "rates, unrolled": .1}
-    arms = {arm: {"expected": losses(gain), "rate": [0.0] * seeds} for arm, gain in gains.items()}
-    made = summary({"study": "optimizer", "config": {"task": "none"}, "metrics": {"arms": arms}})
-    rows = [[x.strip() for x in line.split("|")[1:-1]] for line in made.splitlines()]
-    shown = {row[1]: row[3].split(" ")[0] for row in rows if row[0] == "F"}
-    assert shown == {"no choice": "", "rates, zero": "-0.090", "rates, sampled": "-0.290", "rates, unrolled": "-0.090",
-                     "rates, sampled, minus rates, zero": "-0.200", "rates, unrolled, minus rates, zero": ""} or (
-        seeds == 1 and {*shown.values()} == {""})
-    assert "nan" not in made
-
-
-def test_no_records_is_one_clear_line(tmp_path, monkeypatch, capsys):
-    with pytest.raises(UserError):
-        report(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    assert main(["report"]) == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_the_readmes_snippet_runs(tmp_path, monkeypatch):
-    """A found cell in one's own code, after a small search under the folder's name in the README."""
-    monkeypatch.chdir(tmp_path)
-    assert main(["search", "--preset", "smoke", "--hidden", "32", "--retrain", "--out", "runs/search-tiny-1"]) == 0
-    names = {}
-    exec(re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1], names)
-    assert names["losses"].shape == (1,) and names["state"].shape == (1, 8, 32)
-
-
-def test_the_quick_start_shows_its_record():
-    """Oracle: what a finished `python menas.py search` prints, made again from the committed record of one."""
-    record = json.loads((ROOT / "results/tiny-search/result.json").read_text())
-    assert summary(record) in (ROOT / "README.md").read_text()
-
-
-def commands(**environment):
-    """The arguments of every command that experiments.sh would run."""
-    shown = subprocess.run([ROOT / "experiments.sh"], env={**os.environ, "LAUNCH": "echo", **environment}, check=True,
-                           capture_output=True, text=True).stdout
-    return [shlex.split(line)[2:] for line in shown.splitlines() if line.startswith("python menas.py")]
-
-
-def test_a_finished_study_of_experiments_is_skipped():
-    """Oracle: the settings in the records; a line of experiments.sh that differs from its record would stop there."""
-    found = 0
-    for words in commands():
-        if (path := ROOT / words[-1] / "config.json").exists():
-            found += 1
-            study, config = parse(words)
-            theirs = {**asdict(Config()), **json.loads(path.read_text())}
-            mine = {"study": study, **asdict(config)}
-            assert {k: v for k, v in mine.items() if k not in WHEREABOUTS and theirs.get(k) != v} == {}, path
-    assert found > 10
-
-
-def test_experiments_runs_every_study_in_all_ways():
-    """Each study has a line, in small, too; with PARTS a study's sub-runs are shared out before it, twice."""
-    for environment in ({}, {"SMOKE": "1"}, {"PRESET": "paper"}):
-        assert {words[0] for words in commands(**environment)} == {*studies(), "report"}
-        for words in commands(**environment):
-            assert words[0] == "report" or parse(words)
-    parts = [words for words in commands(PARTS="3") if words[0] == "factors"]
-    assert sorted(words[words.index("--part") + 1] for words in parts if "--part" in words) == [
-        f"{i}/3" for i in (1, 2, 3) for _ in range(4)]  # two stages, two corpora
-    assert sum("--part" not in words for words in parts) == 2
-
-
-def test_a_row_of_a_figure_has_one_name(tmp_path, monkeypatch):
-    """Panels whose names differ, as those of two corpora may: each value stands in the row of its own name."""
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
-    draw_intervals(tmp_path / "x.png", [("toy", "nats", {"first": [0.0, 0.1], "third": [3.0, 3.1]}),
-                                        ("ptb", "nats", {"first": [0.0], "second": [2.0], "third": [3.0]})])
-    labels = [text.get_text() for text in drawn[0].axes[0].get_yticklabels()]
-    assert labels == ["first", "second", "third"]
-    for axes in drawn[0].axes:
-        points = {(x, y) for line in axes.lines if line.get_marker() == "." for x, y in zip(*line.get_data())}
-        assert all(labels[int(y)] == {0: "first", 2: "second", 3: "third"}[int(x)] for x, y in points)
-
-
-def test_the_readme_on_three_seeds_of_the_cell_found():
-    """Section 4's intervals and p, from the records that they are said to come from."""
-    found, blind = ([n["test_perplexity"] for n in json.loads(
-        (ROOT / "results" / name / "result.json").read_text())["metrics"]["networks"]]
-        for name in ("ptb-found", "ptb-random-1"))
-    mean, half, p, _ = welch(blind, found)
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert "found is at {:.1f} +- {:.1f} on the test split (three seeds)".format(*t_test(found)[:2]) in text
-    assert "(`--cell random:1`) at {:.1f} +- {:.1f}, ".format(*t_test(blind)[:2]) in text
-    assert f"better by {mean:.1f} +- {half:.1f} (Welch's t-test of three and three values" in text
-    assert f"p = {p:.2f}".replace("0.", ".") in text and len(found) == len(blind) == 3
-    assert f"seeds of a cell differ by up to {max(max(x) - min(x) for x in (found, blind)):.1f}" in text
+@pytest.mark.parametrize("name", CELLS)
+def test_a_picture_has_all_nodes_and_arrows(name, tmp_path):
+    """Counted: a box a node, and one each for the input, the memory and h; an arrow a slot read,
+    dashed where it is a second one, and from every leaf."""
+    cell = CELLS[name]
+    axes = draw_cell(cell)
+    axes.figure.savefig(tmp_path / "cell.png")
+    boxes = [text for text in axes.texts if text.get_bbox_patch()]
+    styles = [text.arrow_patch.get_linestyle() for text in axes.texts if not text.get_bbox_patch()]
+    slots = [slots_read(node) for node in cell.nodes]
+    assert len(boxes) == len(cell.nodes) + 2 + (cell.memory > 0)
+    assert [styles.count(style) for style in ("-", "--", ":")] == [
+        len(slots), sum(len(some) - 1 for some in slots), len(menas.leaves(cell))]
+    assert len({text.get_position() for text in boxes}) == len(boxes)

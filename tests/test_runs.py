@@ -1,305 +1,335 @@
-"""A run killed at any instant ends as if undisturbed; one folder, one run. Run: pytest tests/test_runs.py"""
+"""A run killed at any instant ends as if undisturbed; one folder, one run.
+
+Run: pytest tests/test_runs.py
+"""
+import gc
 import json
+import math
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import menas
+from menas import commit
+from small import SMALL, quick, refused, rows_of, signals, words  # noqa: F401, some are fixtures
 
-# Options that bring every kind of state into the checkpoint: masks, lengths, a baseline's memory, averages, seeds.
-SEARCH = "search --preset smoke --epochs 5 --log_every 5 --random_bptt --hidden_dropout .1 " \
-         "--baseline moving_average".split()
-TRAIN = "train --preset smoke --epochs 8 --log_every 3 --cell random:1,random:2 --replicas 2 --hidden_dropout .1 " \
-        "--average --schedule cosine --plateau 2 --patience 2".split()
-PATIENCE = 120  # seconds after which a test gives up waiting
-
-
-def command(study, text, folder, checkpoint_seconds=0):
-    return [*study, "--device", "cpu", "--threads", "1", "--data", str(text), "--out", str(folder),
-            "--checkpoint_seconds", str(checkpoint_seconds)]
-
-
-def call(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command line in this process."""
-    return menas.main(list(arguments)), *capsys.readouterr()
+RUNS = {
+    # with gradients remembered, and with trainings in folders of its own
+    "search": "--nodes 2 --shared_steps 4 --controller_steps 2 --controller_samples 2 --epochs 2 "
+              "--lookahead recent --derive_samples 3 --hidden_dropout .1 --retrain 1",
+    # a network stops before the others, weights are averaged, learning rates fall
+    "train": "--nodes 2 --cell random:1@2,random:2,random:1@5 --epochs 4 --average --patience 1 "
+             "--lr 10 --schedule plateau --hidden_dropout .1",
+    "capacity": "--nodes 2 --epochs 1 --derive_samples 1",
+    "progress": "--nodes 2 --shared_steps 2 --controller_steps 2 --epochs 2 --derive_samples 2"}
 
 
-def start(arguments):
-    """The same in a process of its own."""
-    return subprocess.Popen([sys.executable, menas.__file__, *arguments], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE)
+def command(name, words, folder, *more):
+    return [name, *RUNS[name].split(), *SMALL, "--data", str(words), "--out", str(folder), *more]
 
 
 def outcome(folder):
-    """What must not depend on kills: the metrics of the result and the bytes of metrics.jsonl."""
-    return json.loads((folder / "result.json").read_text())["metrics"], (folder / "metrics.jsonl").read_bytes()
+    """What kills must not change: all rows of result.json, all bytes of metrics.jsonl."""
+    found = {path: rows_of(path.parent) for path in folder.rglob("result.json")}
+    found |= {path: path.read_bytes() for path in folder.rglob("metrics.jsonl")}
+    return {path.relative_to(folder): content for path, content in found.items()}
 
 
-def wait_until(happens, process):
-    """Until happens() or the process has ended."""
-    deadline = time.time() + PATIENCE
-    while process.poll() is None and not happens():
-        assert time.time() < deadline
-        time.sleep(.005)
-
-
-def checkpoint_of(folder):
-    """Changes with every checkpoint written."""
-    try:
-        found = (folder / "checkpoint.pt").stat()
-    except FileNotFoundError:  # none yet
-        return None
-    return found.st_mtime_ns, found.st_ino
+def contents(folder):
+    """All files but config.json, which knows where the folder is."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "config.json"]
+    return {path: path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, text):
-    """Folders of a search and a training that nobody disturbed."""
-    folders = {}
-    for study in (SEARCH, TRAIN):
-        folders[study[0]] = tmp_path_factory.mktemp("undisturbed") / study[0]
-        assert menas.main(command(study, text, folders[study[0]])) == 0
-    return folders
+def undisturbed(tmp_path_factory, words):
+    """name -> the folder of a run that nobody disturbed, made once."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    def made(name):
+        if not (folder / name).exists():
+            assert menas.main(command(name, words, folder / name)) == 0
+        return folder / name
+    return made
 
 
-# killed: the oracle is the run that was not
-
-@pytest.mark.parametrize("study", [SEARCH, TRAIN], ids=["search", "train"])
-def test_three_kills_change_nothing(study, undisturbed, text, tmp_path, capsys):
-    draw, arguments, killed = random.Random(study[0]), command(study, text, tmp_path / "run"), 0
-    for _ in range(3):
-        before = checkpoint_of(tmp_path / "run") if (tmp_path / "run").exists() else None
-        process = start(arguments)
-        wait_until(lambda: checkpoint_of(tmp_path / "run") not in (None, before), process)  # it is at work
-        time.sleep(draw.uniform(0, .3))
-        killed += process.poll() is None
-        process.kill()
-        process.communicate()
-    assert killed > 0
-    code, _, err = call(capsys, *arguments)
-    assert code == 0 and err == ""
-    assert outcome(tmp_path / "run") == outcome(undisturbed[study[0]])
+def half_done(undisturbed, folder, name="search"):
+    """A run as it was before it finished: every record and checkpoint, but no result."""
+    shutil.copytree(undisturbed(name), folder / "run")
+    (folder / "run" / "result.json").unlink()
+    return folder / "run"
 
 
-def test_sigterm_saves_and_leaves(undisturbed, text, tmp_path, capsys):
-    """With no checkpoint due for an hour, the one that is there is the one SIGTERM asked for."""
-    process = start(command(SEARCH, text, tmp_path / "run", 3600))
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, process)
-    assert process.poll() is None and checkpoint_of(tmp_path / "run") is None
-    process.terminate()
-    asked = time.time()
-    assert process.communicate(timeout=PATIENCE)[1] == b"" and process.returncode == 128 + signal.SIGTERM
-    assert time.time() - asked < 5
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["state"]
-    assert saved["step"] >= 5 and not (tmp_path / "run" / "result.json").exists()
-    assert call(capsys, *command(SEARCH, text, tmp_path / "run"))[0] == 0
-    assert outcome(tmp_path / "run") == outcome(undisturbed["search"])
+# killed: the oracle is the run that was not. Each command runs in a process that dies of SIGKILL as
+# it writes its first file, then in one that dies at its fourth, and so on, until one lives on.
+
+MORTAL = """
+import json, os, signal, sys
+import torch, menas
+torch.optim.Adam([torch.zeros(1)])  # which is slow the first time, so not in each child
+sys.path.insert(0, "tests")
+from small import QUICK
+vars(menas).update(QUICK)
+runs = json.loads(sys.argv[1])
+real = os.fsync
+for name, arguments in runs.items():
+    deaths, code = 0, None
+    while code != 0:
+        child = os.fork()
+        if not child:
+            left = [3 * deaths]
+            def fsync(file):
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+            os.fsync = fsync
+            os._exit(menas.main(arguments))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, -signal.SIGKILL), code
+        deaths += code != 0
+    print(json.dumps({name: deaths}), file=sys.stderr)
+"""
 
 
-def copy_of(folder, tmp_path):
-    """A finished run as it was just before it finished: every record and checkpoint, but no result."""
-    shutil.copytree(folder, tmp_path / "run")
-    (tmp_path / "run" / "result.json").unlink()
-    return tmp_path / "run"
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, words):
+    """The folder of all runs, each killed many times, and {run: times}."""
+    folder = tmp_path_factory.mktemp("killed")
+    runs = {name: command(name, words, folder / name) for name in RUNS}
+    done = subprocess.run([sys.executable, "-c", MORTAL, json.dumps(runs)], capture_output=True,
+                          text=True, cwd=Path(menas.__file__).parent)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines()]  # and no other complaint
+    return folder, {name: deaths for line in lines for name, deaths in line.items()}
 
 
-def test_sigterm_while_deriving_leaves_too(undisturbed, text, tmp_path, monkeypatch):
-    """Not after hours of scoring, and not ignored because retraining comes next."""
-    asked = []
+@pytest.mark.parametrize("name", RUNS)
+def test_kills_change_nothing(name, killed, undisturbed):
+    folder, deaths = killed
+    expected = outcome(undisturbed(name))
+    assert deaths[name] >= 3 and outcome(folder / name) == expected
+    assert len(expected) > 2 or name in ("train", "progress")  # those of trainings within
 
-    def derive(*arguments, original=menas.derive):
-        if not asked:
-            asked.append(signal.raise_signal(signal.SIGTERM))
-        return original(*arguments)
-    monkeypatch.setattr(menas, "derive", derive)
-    folder = copy_of(undisturbed["search"], tmp_path)
+
+# stopped
+
+def stopped(arguments):
+    """The exit code of a command that is asked to stop, whose lock is gone with its last frame."""
     with pytest.raises(SystemExit) as left:
-        menas.main(command(SEARCH, text, folder))
-    assert left.value.code == 128 + signal.SIGTERM
-    assert not (folder / "result.json").exists()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handler is gone with the run
+        menas.main(arguments)
+    code = left.value.code
+    del left
+    gc.collect()
+    menas.STOP.clear()
+    return code
 
 
-def test_sigterm_in_a_part_stops_the_whole(tmp_path):
-    """Asked for when a study's sub-run has nothing more to obey: that one finishes, the study does not go on."""
-    config = menas.configure("search", "smoke", out=str(tmp_path))
+def asked(monkeypatch, at, *numbers):
+    """The process sends itself signals in the n-th step of SGD."""
+    steps = []
 
-    def part(_, run):
+    def step(*arguments, right=menas.train_step):
+        steps.append(arguments)
+        for number in numbers if len(steps) == at else ():
+            signal.raise_signal(number)
+        return right(*arguments)
+    monkeypatch.setattr(menas, "CHECKPOINT_SECONDS", 3600)
+    monkeypatch.setattr(menas, "train_step", step)
+
+
+@pytest.mark.parametrize("name, step, where, number", [
+    ("search", 7, ".", signal.SIGTERM), ("search", 10, "*cells 0", signal.SIGTERM),
+    ("train", 4, ".", signal.SIGINT)])
+def test_asked_to_stop_it_saves_and_leaves(name, step, where, number, undisturbed, words, tmp_path,
+                                           monkeypatch):
+    """Between two lines; no checkpoint is due, so the one there is was asked for."""
+    arguments = command(name, words, tmp_path)
+    with monkeypatch.context() as patch:
+        asked(patch, step, number)
+        assert stopped(arguments) == 128 + number
+    checkpoint, = tmp_path.glob(f"{where}/checkpoint.pt")
+    assert torch.load(checkpoint, weights_only=True)["state"]["step"] > 0
+    assert not (tmp_path / "result.json").exists()
+    with open(checkpoint.with_name("metrics.jsonl"), "a") as file:
+        file.write('{"step": 1000, "torn')  # as a disk may leave it
+    assert menas.main(arguments) == 0
+    assert outcome(tmp_path) == outcome(undisturbed(name))
+
+
+def test_asked_twice_it_leaves_at_once(words, tmp_path, monkeypatch):
+    asked(monkeypatch, 2, signal.SIGTERM, signal.SIGTERM)
+    assert stopped(command("search", words, tmp_path)) == 128 + signal.SIGTERM
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_asked_while_deriving_it_leaves_too(words, tmp_path, monkeypatch):
+    """Not ignored because trainings come next."""
+    def derive(*arguments, right=menas.derive):
         signal.raise_signal(signal.SIGTERM)
-        return {"done": True}
-
-    def whole(_, run):
-        menas.run_study("train", part, menas.replace(config, out=str(tmp_path / "part")))
-        run.obey()
-
-    with pytest.raises(SystemExit) as left:
-        menas.run_study("search", whole, config)
-    assert left.value.code == 128 + signal.SIGTERM
-    assert (tmp_path / "part/result.json").exists() and not (tmp_path / "result.json").exists()
+        return right(*arguments)
+    monkeypatch.setattr(menas, "derive", derive)
+    assert stopped(command("search", words, tmp_path)) == 128 + signal.SIGTERM
+    assert not list(tmp_path.glob("*/"))
 
 
-@pytest.mark.parametrize("moved", [False, True])
-def test_a_search_goes_on_with_its_retraining(moved, text, tmp_path, capsys):
-    """Oracle: the same run, undisturbed. It stopped between the found cell's training and the LSTM's."""
-    arguments = [*SEARCH[:3], "--epochs", "1", "--retrain"]
-    assert call(capsys, *command(arguments, text, tmp_path / "run"))[0] == 0
-    expected = outcome(tmp_path / "run"), outcome(tmp_path / "run" / "lstm")
-    folder = shutil.move(tmp_path / "run", tmp_path / "moved") if moved else tmp_path / "run"
-    for path in (folder / "result.json", folder / "lstm" / "result.json"):
-        path.unlink()
-    finished = (folder / "found" / "result.json").stat().st_mtime_ns
-    assert call(capsys, *command(arguments, text, folder))[0] == 0
-    assert (outcome(folder), outcome(folder / "lstm")) == expected
-    assert (folder / "found" / "result.json").stat().st_mtime_ns == finished
-
-
-# bad checkpoints
+# a checkpoint is whole, of these settings, and no older than the metrics
 
 def truncated(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def empty(path):
-    path.write_bytes(b"")
-
-
-def text_file(path):
+def a_text(path):
     path.write_text("these are not the weights you are looking for\n")
 
 
-def foreign(path):
+def other_tensors(path):
     torch.save({"weights": torch.zeros(3)}, path)
 
 
-def of_another_study(path):
-    saved = torch.load(path, weights_only=True)
-    torch.save({**saved, "format": saved["format"].replace("search", "train")}, path)
+def with_shorter_metrics(path):
+    os.truncate(path.with_name("metrics.jsonl"), 50)
 
 
-def of_another_format(path):
-    saved = torch.load(path, weights_only=True)
-    torch.save({**saved, "format": saved["format"].replace("2", "1")}, path)
+def without_metrics(path):
+    path.with_name("metrics.jsonl").unlink()
 
 
-DAMAGE = [truncated, empty, text_file, foreign, of_another_study, of_another_format]
-
-
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)
-def test_a_bad_checkpoint_is_refused_and_nothing_lost(damage, undisturbed, text, tmp_path, capsys):
-    """Deleted, as the refusal says, the run starts again. Oracle: the run that nobody disturbed."""
-    folder = copy_of(undisturbed["search"], tmp_path)
-    damage(folder / "checkpoint.pt")
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    code, _, err = call(capsys, *command(SEARCH, text, folder))
-    assert code == 2 and err.count("\n") == 1
+@pytest.mark.parametrize("damage", [
+    truncated, a_text, other_tensors, with_shorter_metrics, without_metrics, "--seed 2", "--lr 4.0",
+    "--data COPY"])
+def test_a_bad_checkpoint_is_refused_and_nothing_lost(damage, undisturbed, words, tmp_path, capsys,
+                                                      monkeypatch):
+    """Also one of other settings. Deleted, as the refusal says, the run starts again."""
+    monkeypatch.chdir(tmp_path)  # so that the line is short
+    folder = half_done(undisturbed, Path())
+    if isinstance(damage, str):
+        shutil.copytree(words, "COPY")
+        other = command("search", words, "other", "--retrain", "0", *damage.split())
+        assert menas.main(other) == 0
+        shutil.copy("other/checkpoint.pt", folder)
+    else:
+        damage(folder / "checkpoint.pt")
+    before, arguments = contents(folder), command("search", words, folder)
+    err = refused(capsys, *arguments)
     assert f"{folder / 'checkpoint.pt'} is refused" in err and "delete it to start again" in err
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
-    (folder / "checkpoint.pt").unlink()
-    assert call(capsys, *command(SEARCH, text, folder))[0] == 0
-    assert outcome(folder) == outcome(undisturbed["search"])
+    assert contents(folder) == before
+    if damage is truncated:
+        (folder / "checkpoint.pt").unlink()
+        assert menas.main(arguments) == 0
+        assert outcome(folder) == outcome(undisturbed("search"))
 
 
 # one folder, one run
 
-def config_in(folder):
-    return menas.configure("search", "smoke", out=str(folder))
+@pytest.mark.parametrize("more", ["--seed 2", "--lr 4.0", "--bptt 11"])
+@pytest.mark.parametrize("name, finished", [("search", True), ("search", False),
+                                            ("capacity", True)])
+def test_other_settings_are_refused_by_name(name, finished, more, undisturbed, words, tmp_path,
+                                            capsys):
+    """Also of a study, whose own folder has no metrics."""
+    folder = undisturbed(name) if finished else half_done(undisturbed, tmp_path)
+    err = refused(capsys, *command(name, words, folder, *more.split()))
+    flag, value = more[2:].split()
+    assert f"{flag} = " in err and value in err and "--out" in err
 
 
-def test_two_runs_in_one_folder_are_refused(text, tmp_path, capsys):
-    arguments = command(SEARCH[:3], text, tmp_path / "run")
-    with menas.Run("search", config_in(tmp_path / "run")):
-        code, _, err = call(capsys, *arguments)
-    assert code == 2 and err.count("\n") == 1
-    assert "another run" in err and str(tmp_path / "run") in err
+def test_a_folder_belongs_to_one_command(undisturbed, words, capsys):
+    err = refused(capsys, *command("train", words, undisturbed("search")))
+    assert "'search'" in err and "'train'" in err
 
 
-def test_a_killed_run_frees_its_folder(tmp_path):
-    """Oracle: the operating system's lock, held by a forked process until SIGKILL."""
-    ready, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            with menas.Run("search", config_in(tmp_path)):
-                os.write(write, b"!")
-                time.sleep(PATIENCE)
-        finally:
-            os._exit(1)
-    os.read(ready, 1)
-    with pytest.raises(menas.UserError, match="another run"):
-        menas.Run("search", config_in(tmp_path)).__enter__()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    with menas.Run("search", config_in(tmp_path)):
-        pass
-
-
-def test_a_config_that_is_not_one_is_named(tmp_path, capsys, text):
-    (tmp_path / "config.json").write_text("[]")
-    code, _, err = call(capsys, *command(SEARCH[:3], text, tmp_path))
-    assert code == 2 and err.count("\n") == 1 and str(tmp_path / "config.json") in err
-    assert (tmp_path / "config.json").read_text() == "[]"
-
-
-@pytest.mark.parametrize("done", [True, False])
-def test_an_edited_cell_is_another_training(done, tmp_path, capsys, text, monkeypatch):
-    """Neither a finished nor an interrupted training is taken for that of what the file holds now."""
-    cell = menas.cell_to_json(menas.CELLS["tree"]._replace(nodes=menas.CELLS["tree"].nodes[:4]))
-    menas.write_json(tmp_path / "mine.json", cell)
-    train = command(["train", "--cell", f"{tmp_path / 'mine.json'}@3"], text, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        if not done:
-            patch.setattr(menas.Run, "obey", lambda self: sys.exit(143) if self.good else None)
-            with pytest.raises(SystemExit):
-                menas.main(train)
-    assert call(capsys, *train)[0] == 0  # finishes it, or finds it finished
-    if not done:
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_text_or_cell_that_changed_in_place_is_refused(finished, undisturbed, words, tmp_path,
+                                                         capsys):
+    """Neither finished nor interrupted is a training taken for that of what the files hold now."""
+    text, search = shutil.copytree(words, tmp_path / "text"), tmp_path / "search"
+    shutil.copytree(undisturbed("search"), search)
+    train = command("train", text, tmp_path / "run", "--epochs", "1", "--cell", str(search))
+    assert menas.main(train) == 0
+    if not finished:
         (tmp_path / "run" / "result.json").unlink()
-    cell["nodes"][1]["activation"] = "identity" if cell["nodes"][1]["activation"] != "identity" else "relu"
-    menas.write_json(tmp_path / "mine.json", cell)
-    code, _, err = call(capsys, *train)
-    assert code == 2 and "cells' files" in err and "another --out" in err
+    result = json.loads((search / "result.json").read_text())
+    menas.write_json(search / "result.json", result | {"rows": result["rows"][1:]})
+    assert "inputs" in refused(capsys, *train)
+    menas.write_json(search / "result.json", result)
+    assert menas.main(train) == 0
+    with open(text / "test.txt", "a") as file:
+        file.write("<unk>\n")
+    assert "inputs" in refused(capsys, *train)
+
+
+def test_two_runs_in_one_folder_are_refused(words, tmp_path, capsys):
+    run = menas.Run("search", menas.configure("search", "smoke", out=str(tmp_path)))
+    run.open()
+    assert "another run" in refused(capsys, *command("capacity", words, tmp_path))
+    del run  # which frees the folder
+    assert menas.main(command("capacity", words, tmp_path)) == 0
+
+
+@pytest.mark.parametrize("name", ["search", "capacity"])
+def test_a_finished_run_is_found_wherever_it_is(name, undisturbed, words, tmp_path, capsys,
+                                                monkeypatch):
+    """Nothing is done again, and no record changes."""
+    folder = shutil.copytree(undisturbed(name), tmp_path / "elsewhere")
+    before = contents(folder)
+    monkeypatch.setattr(menas, "network", None)
+    assert menas.main(command(name, words, folder)) == 0
+    assert "already finished" in capsys.readouterr().out and contents(folder) == before
+
+
+def test_a_search_goes_on_with_its_trainings(undisturbed, words, tmp_path):
+    """It stopped between the found cell's training and the LSTM's, and was moved since."""
+    folder = half_done(undisturbed, tmp_path)
+    lstm, = folder.glob("*lstm*")
+    shutil.rmtree(lstm)
+    cell, = folder.glob("*/result.json")
+    done = cell.stat().st_mtime_ns
+    assert menas.main(command("search", words, folder)) == 0
+    assert outcome(folder) == outcome(undisturbed("search")) and cell.stat().st_mtime_ns == done
 
 
 # records
 
-@pytest.mark.parametrize("content", ["text, not bytes", None])
-def test_a_file_that_cannot_be_written_leaves_the_old_one_alone(content, tmp_path):
-    (tmp_path / "file").write_bytes(b"old")
-    with pytest.raises(TypeError):
-        menas.write_atomically(tmp_path / "file", content)
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+def test_what_is_no_number_is_null(tmp_path):
+    value = {"a": [math.nan, {"b": (math.inf, -math.inf, 1.5)}], "NaN": "-Infinity, NaN", "c": True}
+    menas.write_json(tmp_path / "x.json", value)
+    found = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert found == value | {"a": [None, {"b": [None, None, 1.5]}]}
 
 
-def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
+def test_metrics_are_strict_json_also_where_all_networks_fail(words, tmp_path, monkeypatch):
+    """They count as guessing."""
+    def broken(*arguments, right=menas.standalone_weights):
+        return {name: w * math.nan for name, w in right(*arguments).items()}
+    monkeypatch.setattr(menas, "standalone_weights", broken)
+    assert menas.main(command("train", words, tmp_path)) == 0
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    guess = math.log(len(menas.load_corpus(menas.Config(data=str(words))).words))
+    assert [(row["failed"], row["test"]) for row in rows_of(tmp_path)] == [(1, guess)] * 3
+
+
+@pytest.mark.parametrize("content", ["text, not bytes", None, b"new"])
+def test_what_cannot_be_written_leaves_the_old_file_alone(content, tmp_path, monkeypatch):
+    """Neither a wrong content nor a full disk leaves a trace."""
     def full(_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(menas.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     (tmp_path / "file").write_bytes(b"old")
-    with pytest.raises(OSError):
-        menas.write_atomically(tmp_path / "file", b"new")
+    with pytest.raises((TypeError, OSError)):
+        menas.write_atomically(tmp_path / "file", content)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
-
-
-def test_the_metrics_have_a_line_for_every_stretch_of_steps_and_no_times(undisturbed):
-    """5 rounds of 20 shared and 5 controller steps, a line every 5: those of each phase are in its own lines."""
-    lines = [json.loads(line) for line in (undisturbed["search"] / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(5, 126, 5))
-    for line in lines:
-        assert ("reward" in line) == (line["step"] % 25 == 0) != ("loss" in line)
-        assert not {"seconds", "time"} & set(line)
 
 
 def test_the_commit_is_empty_without_git_and_outside_a_repository(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(menas, "__file__", str(tmp_path / "menas.py"))
-        assert menas.commit() == ""
+        assert commit() == ""
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert menas.commit() == ""
+    assert commit() == ""

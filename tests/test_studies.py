@@ -1,148 +1,672 @@
-"""The studies of the extra gradient, their statistics, and the constructed task. Run: pytest tests/test_studies.py"""
+"""Every study measures what it says: in a small made-up world its answer is known, and wrong
+versions of the study fail the very check that it passes. Run: pytest tests/test_studies.py
+"""
+import copy
 import json
+import math
+import zlib
+from collections import Counter, namedtuple
 from dataclasses import replace
+from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
+from mutants import mutate
 
 import menas
-from menas import Batch, Search, configure, load_corpus, main, run_study
-from results import studies
-from results.report import differences, followed, report, summary
-from results.stats import t_test
-from results.studies import STUDIES, arms_of, chosen, conditional, frozen, reward_error
+from menas import (CELLS, IDENTITY, RELU, SIGMOID, TANH, Cell, Node, decode, encode, evaluate,
+                   load_corpus)
 
-TINY = dict(hidden=8, nodes=3, epochs=1, shared_steps=4, controller_steps=2, controller_samples=3, derive_samples=3,
-            log_every=2, replicas=2, batch=8, settle=1)
+SMALL = dict(hidden=4, nodes=3, batch=4, bptt=10, controller_samples=4, seed=3)
+DROPOUT = dict.fromkeys(("word_dropout", "input_dropout", "hidden_dropout", "output_dropout"), .3)
+World = namedtuple("World", "patch folder search data")  # folders: to write to, of a search, a text
 
 
-def test_extra_pairs_seeds_and_is_made_again(tmp_path, text):
-    """Arms of a seed share everything but the estimator; the plain one is the very search of that seed."""
-    config = configure("extra", "smoke", **TINY, data=str(text), retrain=False, out=str(tmp_path))
-    record = run_study("extra", STUDIES["extra"], config)
-    arms = record["metrics"]["arms"]
-    assert set(arms) == set(arms_of("extra", config)) and all(len(found["expected"]) == 2 for found in arms.values())
-    alone = replace(config, seed=2, replicas=1, out=str(tmp_path / "alone"))
-    run_study("search", menas.study_search, alone)
-    perplexities = [row[-1] for row in json.loads((tmp_path / "alone/derived.json").read_text())["cells"]]
-    guess = len(load_corpus(config).words)
-    expected = torch.tensor(perplexities, dtype=torch.float64).clamp(max=guess).log().mean().item()
-    assert arms["none, none"]["expected"][1] == pytest.approx(expected)
-    assert "fresh, unrolled" in summary(record)
-    assert differences(record, "expected")["none, none"] == [0.0, 0.0] and not differences(record, "scratch")
-    steps = [json.loads(line)["step"] for line in (tmp_path / "none, none, 4x steps, 1/metrics.jsonl").open()]
-    assert steps[-1] == 2 * 4 + 4 * 2  # shared steps of both rounds, controller steps of the first
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folders of a search and of its text, 12 words that are unevenly frequent."""
+    folder = tmp_path_factory.mktemp("finished")
+    words = torch.randint(12, (6, 100), generator=menas.rng("words")).sort(0).values
+    for split, lines in (("train", words), ("valid", words[:2, :30]), ("test", words[3:5, :30])):
+        text = "\n".join(" ".join(f"w{x}" for x in line) for line in lines.tolist())
+        (folder / f"{split}.txt").write_text(text)
+    out = folder / "search"
+    given = SMALL | dict(data=str(folder), out=str(out), shared_steps=10, retrain=0)
+    menas.run_command("search", menas.configure("search", "smoke", **given, derive_samples=30))
+    return out, folder
 
 
-def test_similarity_of_the_step_to_come(tmp_path):
-    """The next gradient against itself is 1 on the same samples; the plain one has no predicted change."""
-    config = configure("similarity", "smoke", **{**TINY, "shared_steps": 12}, out=str(tmp_path))
-    for seed in run_study("similarity", STUDIES["similarity"], config)["metrics"]["seeds"]:
-        assert seed["the next one itself"][0] == pytest.approx(1, abs=1e-4)
-        assert seed["none, none"][2] == 0 and all(abs(x) <= 1.0001 for values in seed.values() for x in values)
+@pytest.fixture
+def world(monkeypatch, tmp_path, finished):
+    return World(monkeypatch, tmp_path, *finished)
 
 
-def test_a_lookahead_that_takes_the_real_step_predicts_it():
-    """Oracle: the shared step itself. Foreseen on the architectures, segment and masks that it then takes, the gradient
-    at omega' is that at omega_(t+1)."""
-    config = configure("similarity", "smoke", **TINY, shared_samples=2)
-    game = Search(config, load_corpus(config))
-    rewards, sample = game.rewards_on(game.streams["valid"].next()), game.controller.sample(3, 5)
-    with torch.no_grad():
-        cells = game.controller.sample(2, *game.key("shared")).rows
-    step = game.foresee(0.0, cells)  # the first segments of both streams are the same text
-    masks = game.masks(0)
-    step = step._replace(losses=lambda w, c, segment: menas.network(
-        w, c, Batch(segment.inputs, segment.targets, torch.zeros(1, 8, 8), masks))[0])
-    ahead = menas.extra_rewards("fresh", "none", game.s["weights"], sample.rows, None, rewards, step)[0]
-    game.shared_step(0.0)
-    assert torch.allclose(ahead, rewards(game.s["weights"], sample.rows).detach(), atol=1e-4)
+def settings(world, study, **more):
+    folders = dict(data=str(world.data), supernet=str(world.search), out=str(world.folder / study))
+    return menas.configure(study, "smoke", **SMALL | folders | more)
 
 
-def test_frozen_cells_train_nothing():
-    """Oracle: the weights, which a step on frozen cells leaves as they are but for the decay."""
-    config = configure("search", "smoke", **TINY, task="frozen", weight_decay=0.0, shared_samples=4)
-    game = Search(config, load_corpus(config))
-    before = {name: w.clone() for name, w in game.s["weights"].items()}
-    rows = game.controller.sample(4, 1).rows
-    game.controller.sample = lambda k, *key: menas.Sample(rows, torch.zeros(4), torch.zeros(4))
-    for act, moves in (("relu", False), ("tanh", True)):
-        rows[:, -1] = list(menas.ACTIVATIONS).index(act)
-        assert bool(frozen(rows)[0].any()) == moves
-        game.shared_step(0.0)
-        assert any(not torch.equal(w, before[name]) for name, w in game.s["weights"].items()) == moves
+def measure(world, study, **more):
+    """The rows of a study; not by COMMANDS, which would not see a mutant."""
+    config = settings(world, study, **more)
+    run = menas.Run(study, config)
+    run.folder.mkdir(exist_ok=True)
+    return vars(menas)[f"study_{study}"](config, run)
 
 
-@pytest.mark.parametrize("study", ["similarity", "cost"])
-def test_the_commands_run(tmp_path, study, capsys):
-    settings = [x for name, value in TINY.items() for x in (f"--{name}", str(value))]
-    assert main([study, "--preset", "smoke", *settings, "--retrain", "false", "--out", str(tmp_path / "run")]) == 0
-    assert "fresh, unrolled" in capsys.readouterr().out
-    report(str(tmp_path), str(tmp_path / "none.md"))
+def any_number(text):
+    """From 0 to 1, of every text another."""
+    return zlib.crc32(str(text).encode()) / 2 ** 32
 
 
-def test_a_similarity_that_would_measure_nothing_is_refused(tmp_path, capsys):
-    command = ["similarity", "--preset", "smoke", "--shared_steps", "2", "--epochs", "1", "--out", str(tmp_path)]
-    assert main(command) == 2 and "nothing would be measured" in capsys.readouterr().err
+def cell_of(row):
+    return menas.load_cell(None, row["cell"])
 
 
-@pytest.mark.parametrize("study", ["spaces", "optimizer", "anneal"])
-def test_arms_differ_in_what_they_say(study):
-    """Every arm is a search that the settings allow; the first is the plain one."""
-    for preset in ("smoke", "tiny"):
-        config = configure(study, preset)
-        arms = arms_of(study, config)
-        assert len(arms) > 1 and next(iter(arms.values())) == {}
-        for settings in arms.values():
-            menas.check(replace(config, **settings))
-            menas.search_space(replace(config, **settings))
+def fake_trainings(world, loss=lambda name, seed, config: any_number((name, seed))):
+    """Training takes no time and ends at a known loss; the configs that it will be asked for."""
+    configs = []
+
+    def run_command(command, config):
+        configs.append(config)
+        rows = []
+        for entry in config.cell.split(","):
+            name, seed = entry.split("@")
+            losses = dict.fromkeys(menas.SPLITS, loss(name, int(seed), config))
+            rows.append(dict(group="network", cell=name, seed=int(seed), **losses))
+        return {"rows": rows + [dict(group="floor", test=0.0)]}
+
+    world.patch.setattr(menas, "run_command", run_command)
+    return configs
 
 
-def test_what_a_search_ends_with():
-    """The best entry of derived.json, which is sorted; after annealing the most frequent."""
-    derived = [[1, 0, 2.0], [1, 1, 3.0], [1, 1, 3.0]]
-    assert chosen(configure("anneal"), derived) == [1, 0, 2.0]
-    assert chosen(configure("anneal", anneal=1), derived) == [1, 1, 3.0]
+# Populations
+
+def check_train_rows(world):
+    """Every row gets the result of its own cell and seed, in its place, and keeps its labels."""
+    configs, config = fake_trainings(world), settings(world, "compare")
+    drawn = menas.uniform_rows(menas.search_space(config), 12, "cells")
+    names = [menas.row_name(row) for row in drawn]
+    names += ["lstm", "lstm:5", "lstm_cell", "lstm:enas"] * 2
+    rows = [dict(group=f"group {i}", cell=name) for i, name in enumerate(names)]
+    rows[3]["seed"] = rows[15]["seed"] = 77
+    world.patch.setattr(menas, "AT_ONCE", 4)
+    made = menas.train_rows(config, menas.Run("compare", config), copy.deepcopy(rows))
+    for row, labels in zip(made, rows):
+        assert row.items() >= labels.items()
+        assert row["test"] == any_number((row["cell"], row["seed"]))
+        where, = [config for config in configs if Path(config.out).name == row["folder"]]
+        assert f"{row['cell']}@{row['seed']}" in where.cell.split(",")
+    assert len({row["seed"] for row in made}) == len(rows) - 1
+    batches = [[entry.split("@")[0] for entry in config.cell.split(",")] for config in configs]
+    trained = sum(batches, [])
+    assert Counter(trained) == Counter(names)
+    assert [name for name in trained if name in names[:12]] != names[:12]
+    for batch in batches:
+        assert len(batch) <= 4 and len({menas.lstm_units(config, name) for name in batch}) == 1
+    assert not any(config.supernet for config in configs)
 
 
-def test_a_controller_that_is_asked_follows():
-    """On targets between those that it was trained on; a correlation of 0 is what one that does not listen has."""
-    config = configure("conditional", "tiny", nodes=4, min_nodes=2, entropy=.05)
-    found = conditional(config, "parameters", 300)
-    correlation, error, blind = followed(found)
-    assert correlation > .5 and error < blind
+def test_what_is_worse_than_guessing_counts_as_that(world):
+    """A network that diverges, on every split."""
+    row, = measure(world, "train", cell="random:1", lr=1e6, clip=1e6, epochs=1, supernet="")
+    guess = math.log(len(load_corpus(settings(world, "train")).words))
+    assert [row[split] for split in menas.SPLITS] == [guess] * 3
+    assert [menas.no_worse(loss, 2.0) for loss in (1.9, 2.1, math.nan)] == [1.9, 2.0, 2.0]
 
 
-def test_the_reward_under_a_policy_for_the_state(tmp_path, text, monkeypatch):
-    """Oracle: with segments as long as the split and one stream, every policy's reward is the evaluation itself."""
-    config = configure("state", "smoke", **{**TINY, "data": str(text)}, out=str(tmp_path / "run"))
-    run_study("search", menas.study_search, config)
-    corpus = load_corpus(config)
-    whole = replace(config, batch=1, bptt=len(corpus.valid), eval_batch=1)
-    for bias, tau in reward_error(whole, tmp_path / "run", corpus, k=5, at_least=1).values():
-        assert abs(bias) < 1e-5 and tau == 1
-    short = reward_error(config, tmp_path / "run", corpus, k=5, at_least=1)
-    assert len({round(bias, 6) for bias, _ in short.values()}) == 3  # now they differ
-    monkeypatch.setattr(studies, "evaluate", lambda *args, **more: menas.evaluate(*args, **more) - 1)
-    for bias, _ in reward_error(whole, tmp_path / "run", corpus, k=5, at_least=1).values():
-        assert bias == pytest.approx(1, abs=1e-5)  # what is seen is worse
+def check_compare(world):
+    """Sources that can be told apart by their first activation; shared losses by evaluation."""
+    mark = menas.column(0, "activation")
+    searched, weights, found = menas.supernet(settings(world, "compare"))
+
+    class Marked(menas.Controller):
+        def forward(self, *given, **more):
+            sample = super().forward(*given, **more)
+            sample.rows[:, mark] = IDENTITY if self.bound > 0 else TANH
+            return sample
+        load_state_dict = None  # it is untrained
+
+    found["sampled"][:, mark] = RELU
+    found["uniform"][:, mark] = SIGMOID
+    world.patch.setattr(menas, "supernet", lambda config: (searched, weights, found))
+    world.patch.setattr(menas, "Controller", Marked)
+    fake_trainings(world)
+    rows, corpus = measure(world, "compare", derive_samples=20), load_corpus(searched)
+    for group, act in (("trained", RELU), ("untrained", IDENTITY), ("uniform", SIGMOID)):
+        some = [row for row in rows if row["group"] == group]
+        cells = [cell_of(row) for row in some]
+        assert {cell.nodes[0].activation for cell in cells} == {act}
+        assert len(set(cells)) == len(cells) == min(20, some[0]["distinct"])
+        losses = evaluate(weights, encode(cells), corpus.valid)
+        losses = losses.clamp(max=math.log(len(corpus.words))).tolist()
+        assert [row["shared"] for row in some] == pytest.approx(losses, abs=1e-5)
+    assert rows[0]["distinct"] == len(set(map(tuple, found["sampled"].tolist()))) < rows[0]["of"]
+    assert [row["cell"] for row in rows[-2:]] == ["lstm", "lstm:" + rows[0]["cell"]]
+    assert all(row["test"] == any_number((row["cell"], row["seed"])) for row in rows)
 
 
-@pytest.mark.parametrize("study", ["spaces", "optimizer", "anneal", "state", "conditional"])
-def test_the_wider_spaces_studies_run(tmp_path, study, text):
-    tiny = {**TINY, "nodes": 4, "replicas": 1, "derive_samples": 2, "retrain_epochs": 1, "retrain_cells": 1}
-    tiny = {"controller_steps": 3} if study == "conditional" else tiny
-    settings = [x for name, value in {**tiny, "data": text}.items() for x in (f"--{name}", str(value))]
-    assert main([study, "--preset", "smoke", *settings, "--out", str(tmp_path / "run")]) == 0
-    report(str(tmp_path), str(tmp_path / "none.md"))
-    figure, = tmp_path.glob(f"{study}*.png")
-    assert figure.stat().st_size > 5000
+def naive_without(cell, i):
+    """By names of nodes: i's readers read what it read. Reads and activations of what is left."""
+    reads = {j: node.read - 1 for j, node in enumerate(cell.nodes)}
+    left = {j: reads[i] if read == i else read for j, read in reads.items() if j != i}
+    number = {-1: -1} | {j: new for new, j in enumerate(left)}
+    return [(number[read] + 1, cell.nodes[j].activation) for j, read in left.items()]
 
 
-def test_a_study_of_gradients_wants_a_controller_that_has_one(tmp_path, capsys):
-    assert main(["cost", "--preset", "smoke", "--controller", "uniform", "--out", str(tmp_path)]) == 2
-    assert "does not learn" in capsys.readouterr().err
+def is_change(kind, cell, new):
+    """Is it the cell with one change of that kind?"""
+    differ = [(i, a, b) for i, (a, b) in enumerate(zip(cell.nodes, new.nodes)) if a != b]
+    if kind == "itself":
+        return cell == new
+    if kind == "a node removed":
+        plain = [(node.read, node.activation) for node in new.nodes]
+        return plain in [naive_without(cell, i) for i in range(1, len(cell.nodes))]
+    if kind.startswith("only "):
+        act = list(menas.ACTIVATIONS).index(kind.removeprefix("only "))
+        return [node._replace(activation=act) for node in cell.nodes] == list(new.nodes)
+    (i, a, b), = differ
+    if kind == "a connection added":
+        return b == a._replace(second=b.second) and b.second in {*range(1, i + 1)} - {a.read}
+    return kind == "an activation changed" and b == a._replace(activation=b.activation)
 
 
-def test_differences_that_are_all_alike():
-    assert t_test([480000.0] * 3, 8)[0] == 480000.0
+def check_ablate(world):
+    """Each row is its source's cell with one change; all changes of darts_v2 counted by hand."""
+    found = menas.variants(CELLS["darts_v2"])
+    assert [len(several) for several in found.values()] == [8, 36 - 8, 27, 1, 1, 1, 1]
+    for kind, several in found.items():
+        assert len(set(several)) == len(several)
+        assert all(is_change(kind, CELLS["darts_v2"], new) for new in several)
+    fake_trainings(world)
+    rows = measure(world, "ablate", derive_samples=3)
+    itself = {row["source"]: cell_of(row) for row in rows if row["group"] == "itself"}
+    best, *_ = json.loads((world.search / "result.json").read_text())["rows"]
+    assert itself["searched"] == cell_of(best) and itself["darts_v2"] == CELLS["darts_v2"]
+    assert len({row["cell"] for row in rows if row["source"] == "darts_v2"}) == 1 + 3 * 3 + 4
+    for row in rows:
+        assert is_change(row["group"], itself[row["source"]], cell_of(row))
+        assert row["test"] == any_number((row["cell"], row["seed"]))
+
+
+def check_factors(world):
+    """Searched cells are chains of relu, random ones stars of sigmoid; the loss is a number of the
+    connections plus one of the activations."""
+    def rows_of(reads, act):
+        return encode([Cell(tuple(Node(read, activation=act) for read in reads))] * 5)
+
+    def loss(name, seed, config):
+        nodes = menas.load_cell(None, name).nodes
+        return any_number([n.read for n in nodes]) + any_number({n.activation for n in nodes})
+
+    found = {"sampled": rows_of((0, 1, 2), RELU)}
+    world.patch.setattr(menas, "supernet", lambda config: (config, None, found))
+    world.patch.setattr(menas, "uniform_rows", lambda *_: rows_of((0, 1, 1), SIGMOID))
+    fake_trainings(world, loss)
+    rows = measure(world, "factors", derive_samples=2)
+    for row in rows:
+        reads = {"searched": [0, 1, 2], "random": [0, 1, 1]}[row["connections"]]
+        act = {"searched": RELU, "random": SIGMOID, "tanh": TANH}[row["activations"]]
+        assert row["test"] == any_number(reads) + any_number({act})
+    groups = Counter((row["group"], row["connections"], row["activations"]) for row in rows)
+    assert len(groups) == len({group for group, *_ in groups}) == 6 and {*groups.values()} == {2}
+
+
+def check_capacity(world):
+    """Cells whose best learning rate is known; the text that is learnt is what is judged, and
+    nothing is dropped, decayed or averaged."""
+    def best_rate(name):
+        return (1.0, 0.25, 4.0)[int(3 * any_number(name))]
+
+    configs = fake_trainings(world, lambda name, _, config: abs(config.lr - 2 * best_rate(name)))
+    world.patch.setattr(menas, "CAPACITY_WORDS", 50)
+    rows = measure(world, "capacity", lr=2.0, average=True, weight_decay=.1, **DROPOUT)
+    corpus = load_corpus(settings(world, "capacity"))
+    text = [corpus.words[i] for i in corpus.train[:50]]
+    for config in configs:
+        learnt = load_corpus(config)
+        assert [learnt.words[i] for i in learnt.train[:50]] == text
+        assert learnt.train.tolist() == learnt.valid.tolist() == learnt.test.tolist()
+        assert not any(getattr(config, name) for name in (*DROPOUT, "weight_decay", "average"))
+    plain = {row["seed"]: cell_of(row) for row in rows if row["group"] == "as it is"}
+    assert len(rows) == 6 * len(plain) == 12
+    for row in rows:
+        kind, cell, new = row["group"], plain[row["seed"]], cell_of(row)
+        assert (row["rate"], row["train"]) == (best_rate(row["cell"]), 0.0)
+        assert (row["paths"], row["depth"]) == (len(menas.leaves(cell)), menas.depth(cell))
+        assert kind == "half the width" or is_change(kind.replace("as it is", "itself"), cell, new)
+        assert new.nodes == cell.nodes and new.width == 2 or kind != "half the width"
+
+
+def test_measures_of_a_cell():
+    """By hand: a chain, a tree of twelve nodes with six leaves, and the four nodes of an LSTM."""
+    cells = [CELLS[name] for name in ("chain", "tree", "lstm_cell")]
+    assert [menas.path_count(cell) for cell in cells] == [1, 6, 4]
+    assert [menas.depth(cell) for cell in cells] == [12, 4, 3]
+    assert [menas.nodes_with_tanh(cell) for cell in cells] == [12, 12, 3]
+
+
+def check_train(world):
+    """Oracle: evaluation on each split. Of the perturbations one drops every word, as weights of 0
+    for the input do, the other does nothing."""
+    def mask(kind):
+        return lambda inputs, words, hidden, *key: {"word": kind(1, words)}
+
+    world.patch.setitem(menas.INPUTS, "words", mask(torch.zeros))
+    world.patch.setitem(menas.INPUTS, "noise", mask(torch.ones))
+    row, = measure(world, "train", cell="random:1", supernet="", perturb=True)
+    config = settings(world, "train")
+    weights = torch.load(world.folder / "train/weights.pt", weights_only=True)
+    cells, corpus = encode([menas.load_cell(config, "random:1")]), load_corpus(config)
+    losses = [evaluate(weights, cells, getattr(corpus, split)).item() for split in menas.SPLITS]
+    assert [row[split] for split in menas.SPLITS] == pytest.approx(losses, abs=1e-5)
+    assert row["test, noise"] == pytest.approx(row["test"], abs=1e-6)
+    weights["input"] = torch.zeros_like(weights["input"])
+    blind = evaluate(weights, cells, corpus.test).item()
+    assert row["test, words"] == pytest.approx(blind, abs=1e-5) != row["test"]
+
+
+# Measurements
+
+def check_similarity(world):
+    """A look ahead that knows the very step to come has the next gradient, cosine 1 on the same
+    samples; the plain one, one with a response, and those on other samples have not."""
+    games, foresee = [], menas.Anticipation.foresee
+    texts, rewards_on = [], menas.Search.rewards_on
+    samples, gradient = [], menas.policy_gradient
+
+    def watched(game, *more):
+        games.append(game)
+        return foresee(game, *more)
+
+    def noted(game, segment):
+        texts.append(segment.inputs.tolist())
+        return rewards_on(game, segment)
+
+    def noted_too(controller, sample, rewards):
+        samples.append(sample.rows.tolist())
+        return gradient(controller, sample, rewards)
+
+    def clairvoyant(weights, step):
+        game, kept = games[-1], games[-1].s
+        game.s = copy.deepcopy(kept)
+        g = menas.Search.shared_step(game, 0.0)
+        game.s = kept
+        return g, None
+
+    world.patch.setattr(menas.Anticipation, "foresee", watched)
+    world.patch.setattr(menas.Search, "rewards_on", noted)
+    world.patch.setattr(menas, "policy_gradient", noted_too)
+    world.patch.setitem(menas.LOOKAHEAD, "fresh", clairvoyant)
+    world.patch.setitem(menas.RESPONSE, "unrolled", lambda *given: 100.0 * torch.arange(4))
+    rows = measure(world, "similarity", epochs=1, shared_steps=10, warm_epochs=1, lr=20.0, fold=2)
+    same = {row["group"]: row["same samples"] for row in rows}
+    assert same["fresh, none"] == pytest.approx(1, abs=1e-4) == same["the next one itself"]
+    rest = ("none, none", "momentum, none", "fresh, unrolled")
+    assert max([same[name] for name in rest] + [row["other samples"] for row in rows]) < .999
+    assert len(rows) == len(menas.ESTIMATORS) + 1 == len(same)
+    assert len(texts) == 2 and texts[0] != texts[1]
+    *those, same_ones, other_ones = samples
+    assert all(sample == same_ones != other_ones for sample in those)
+
+
+def check_cost(world):
+    """A clock and gradients of a size that is known of every arm, but for an accident in the first
+    draw, whose time a median forgets."""
+    now, draws = [0.0], Counter()
+
+    def rewarded(game, sample, progress):
+        arm = f"{game.config.lookahead}, {game.config.response}, fold {game.config.fold}"
+        draws[arm] += 1
+        now[0] += any_number(arm) * (1 if sum(draws.values()) > 1 else 1000)
+        return torch.tensor([any_number(arm), draws[arm]]), torch.zeros(2)
+
+    def gradient(controller, sample, rewards):
+        return rewards[0] * torch.randn(50, generator=menas.rng("draw", rewards[1].item()))
+
+    world.patch.setattr(menas, "clock", lambda device: now[0])
+    world.patch.setattr(menas.Anticipation, "rewarded", rewarded)
+    world.patch.setattr(menas, "policy_gradient", gradient)
+    rows = measure(world, "cost", shared_steps=1, controller_steps=5)
+    assert {row["group"] for row in rows} == {*draws} and len(rows) == 3 + 3 * 3
+    for row in rows:
+        size = any_number(row["group"])
+        times = size / any_number("none, none, fold 1")
+        assert (row["ms"], row["cost"]) == pytest.approx((1e3 * size, times))
+        assert row["noise"] == pytest.approx(times ** 2, rel=1e-4)
+
+
+def check_bench(world):
+    """A network that takes 2 seconds as torch.nn.LSTM, 3 by the fast path, 12 by the plain loop,
+    and three times that where gradients, and masks, are wanted."""
+    now = [0.0]
+
+    def network(weights, rows, batch, dtype=None, recurrence=None):
+        assert bool(batch.masks) == torch.is_grad_enabled()
+        kind = "lstm" if "weight_hh" in weights else recurrence
+        seconds = {"lstm": 2, menas.plain_recurrence: 12, menas.fast_recurrence: 3}[kind]
+        now[0] += seconds * (3 if torch.is_grad_enabled() else 1)
+        return sum(w.sum() for w in weights.values())[None], None
+
+    world.patch.setattr(menas, "clock", lambda device: now[0])
+    world.patch.setattr(menas, "network", network)
+    world.patch.setattr(menas, "BENCHES", [(4, 2, 9, 2, "float32"), (64, 2, 9, 1, "float32")])
+    found = [(row["ms"], row["speedup"]) for row in measure(world, "bench")]
+    expected = [(36e3, 1), (6e3, 6), (9e3, 4), (12e3, 1), (2e3, 6), (3e3, 4)]
+    assert found == [pytest.approx(pair) for pair in expected]
+
+
+def mean_context(tokens, streams, warm):
+    """Words that a prediction has seen on average, in so many streams that have each read so many
+    words of the one before."""
+    length = math.ceil((tokens - 1) / streams)
+    return mean(at % length + 1 + warm * (at >= length) for at in range(tokens - 1))
+
+
+def check_state(world):
+    """A loss that falls by a thousandth with every word read, whoever reads it, so that the error
+    under each policy is known; in segments that start with word 0 the order is turned round."""
+    def own(rows):
+        return torch.tensor([any_number(menas.row_name(row)) for row in rows])
+
+    def unroll(weights, rows, batch, dtype=None):
+        return None, batch.state.expand(-1, len(rows), -1, -1) + len(batch.inputs)
+
+    def network(weights, rows, batch, dtype=None):
+        assert weights is mine or "edges" not in weights
+        scored, losses = batch.targets >= 0, own(rows)
+        read = batch.state[0, 0, :, 0] + torch.arange(1, len(scored) + 1)[:, None]
+        if len(scored) == 10 and batch.inputs[0, 0] == 0:
+            losses = 2 * losses.median() - losses
+        losses = losses - (read * scored).sum() / scored.sum().clamp(min=1) / 1000
+        return losses, unroll(weights, rows, batch)[1]
+
+    def train_rows(config, run, rows):
+        torch.save({"embedding": torch.zeros(5, 4)}, run.folder / "weights.pt")
+        return [row | {"folder": "."} for row in rows]
+
+    def load_corpus(config):
+        texts = [torch.randint(5, (n,), generator=menas.rng("text", n)) for n in (901, 301, 201)]
+        return menas.Corpus(*texts, [*"abcde"], {})
+
+    searched, mine, _ = menas.supernet(settings(world, "state"))
+    searched = replace(searched, batch=1, bptt=10)
+    cells = menas.uniform_rows(menas.search_space(searched), 9, "cells")
+    for fake in (unroll, network, train_rows, load_corpus):
+        world.patch.setattr(menas, fake.__name__, fake)
+    world.patch.setattr(menas, "supernet", lambda config: (searched, mine, None))
+    world.patch.setattr(menas, "uniform_rows", lambda decisions, k, *key: cells[:k])
+    rows = measure(world, "state", derive_samples=9)
+    turned = mean((load_corpus(None).valid[:300:10] == 0).tolist())
+    for row, context in zip(rows, (150.5, 5.5, 5.5 + 10 * 29 / 30)):  # carry, zero, warm
+        bias = (mean_context(301, 4, 70) - context) / 1000
+        assert (row["bias"], row["tau"]) == pytest.approx((bias, 1 - 2 * turned), abs=1e-5)
+    for row, words in zip(rows[3:], menas.CONTEXTS * 2, strict=True):
+        read = mean_context(301, 300 // words, words)
+        loss = own(encode([CELLS["enas"]])).item() - read / 1000
+        assert row["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def check_reading_itself(world):
+    """Oracle: the evaluation of the whole split, where an architecture reads all of it itself."""
+    searched, weights, _ = menas.supernet(settings(world, "state"))
+    corpus = load_corpus(searched)
+    rows = menas.uniform_rows(menas.search_space(searched), 9, "cells")
+    whole = evaluate(weights, rows, corpus.valid)
+    for state in menas.STATES:
+        config = replace(searched, batch=1, bptt=len(corpus.valid), state=state)
+        game = menas.Search(config, corpus)
+        game.s["weights"] = weights
+        assert menas.reward_error(game, rows, whole, 1) == pytest.approx((0, 1), abs=1e-5)
+
+
+def check_hidden(world):
+    """States made by hand: the trained controller's are first all decisions, one-hot, then nothing
+    but the loss; the untrained one's are noise."""
+    saved = torch.load(world.search / "controller.pt", weights_only=True)
+    valid = load_corpus(settings(world, "hidden")).valid
+
+    def score(weights, rows, tokens, config):
+        assert torch.equal(tokens, valid)
+        relus = [sum(node.activation == RELU for node in decode(row).nodes) for row in rows]
+        return torch.tensor(relus) / 10
+
+    def study(states):
+        def final_states(controller, rows):
+            mine = controller.state_dict()
+            if all(torch.equal(x, saved[name]) for name, x in mine.items()):
+                return states(rows)
+            assert torch.equal(controller.start, menas.Controller(controller.decisions, 3).start)
+            return torch.randn(len(rows), 5, generator=menas.rng("noise"))
+        world.patch.setattr(menas, "final_states", final_states)
+        return measure(world, "hidden", derive_samples=20, seed=4)
+
+    world.patch.setattr(menas, "score", score)
+    blind, knowing = study(lambda rows: torch.nn.functional.one_hot(rows, 4).flatten(1).float())
+    assert (blind.pop("group"), knowing.pop("group")) == ("untrained", "trained")
+    assert max(blind.values()) < .2 and blind["distance with loss"] > -.2
+    assert knowing["distance with decisions"] == pytest.approx(1)
+    assert min(x for name, x in knowing.items() if name.startswith("probe")) > .7
+    knowing = study(lambda rows: score(None, rows, valid, None)[:, None])[1]
+    assert knowing["distance with loss"] == pytest.approx(1) and knowing["probe for loss"] > .99
+    assert knowing["probe for paths"] < .2
+
+
+def test_the_final_state_has_seen_every_decision():
+    """Oracle: the walk written out, an LSTM cell fed with one embedding after the other."""
+    decisions = menas.search_space(menas.configure("search", "smoke", nodes=4))
+    controller, rows = menas.Controller(decisions, 2), menas.uniform_rows(decisions, 6, "states")
+    x, state = controller.start.expand(6, -1), None
+    for f, i in enumerate(controller.free):
+        state = controller.lstm(x, state)
+        values = rows[:, decisions[i].columns[0]].tolist()
+        x = controller.embed[f][[decisions[i].choices.index(value) for value in values]]
+    state = controller.lstm(x, state)
+    assert torch.allclose(menas.final_states(controller, rows), state[0], atol=1e-6)
+    assert not controller.lstm._forward_hooks
+
+
+def ask(world, steps):
+    """A controller that learns to choose the number of nodes, an easy property."""
+    config = settings(world, "conditional", nodes=8, min_nodes=1, activations="tanh", seed=1,
+                      connections="chain", operations="highway", controller_samples=16,
+                      controller_steps=steps, controller_lr=.02, entropy=.02)
+    return menas.conditional(config, "depth")
+
+
+def check_conditional(world):
+    """What the controller was asked for, seen from outside: it is tested on nothing that it was
+    trained on, and the errors are those of what it sampled then."""
+    asked_for, sample = [], menas.Controller.sample
+
+    def watched(controller, k, *key, asked=None):
+        found = sample(controller, k, *key, asked=asked)
+        if asked is not None:
+            asked_for.append((asked[0].item(), found.rows))
+        return found
+
+    world.patch.setattr(menas.Controller, "sample", watched)
+    rows = ask(world, 25)
+    tests, trained = asked_for[25:], {asked for asked, _ in asked_for[:25]}
+    scale = (tests[-1][0] - tests[0][0]) / (rows[-1]["target"] - rows[0]["target"])
+    for row, (asked, cells) in zip(rows, tests, strict=True):
+        assert asked not in trained and min(trained) < asked < max(trained)
+        assert asked - tests[0][0] == pytest.approx((row["target"] - rows[0]["target"]) * scale)
+        depths = [len(decode(cell).nodes) for cell in cells]
+        error = mean(abs(x - row["target"]) for x in depths) * scale
+        assert (row["mean"], row["error"]) == pytest.approx((mean(depths), error), rel=1e-3)
+
+
+def check_following(world):
+    """Who is told what to aim for is nearer to it than who is not."""
+    rows = ask(world, 120)
+    assert mean(row["error"] for row in rows) < .7 * mean(row["untrained"] for row in rows)
+
+
+def check_progress(world):
+    """A space of four cells, and a search that is sure of one of them from its first round on."""
+    games = []
+
+    def search(game, run, watch):
+        games.append(game)
+        watch(0)
+        game.controller.bound = 1e6
+        watch(1)
+
+    world.patch.setattr(menas, "search", search)
+    given = dict(nodes=2, activations="tanh,relu", epochs=1, settle=1, derive_samples=60)
+    rows, game = measure(world, "progress", **given), games[0]
+    sure = decode(game.controller.sample(1, "any").rows[0])
+    acts = [(a, b) for a in (TANH, RELU) for b in (TANH, RELU)]
+    cells = [Cell((Node(0, activation=a), Node(1, activation=b))) for a, b in acts]
+    valid = load_corpus(settings(world, "progress")).valid
+    losses = evaluate(game.s["weights"], encode(cells), valid).tolist()
+    for i in range(3):
+        best, *shares = [row for row in rows if row["round"] == i]
+        expected = cells[losses.index(min(losses))] if i == 0 else sure
+        assert cell_of(best) == expected
+        assert best["valid"] == pytest.approx(losses[cells.index(expected)], abs=1e-5)
+        taken = {(row["group"], row["choice"]): row["share"] for row in shares}
+        assert len(taken) == len(shares) == 4
+        for (group, choice), share in taken.items():
+            likely = sure.nodes[int(group[-1])].activation == choice
+            assert share == (pytest.approx(.5, abs=.2) if i == 0 else likely)
+            assert share + taken[group, 1 - choice] == pytest.approx(1)
+
+
+# Of each check: the function that is wrong, what stands there, what stands there instead
+MUTANTS = {
+    check_train_rows: [
+        ("train_rows", "zip(batch, record", "zip(sorted(batch), record"),
+        ("train_rows", "config.seed + i)", "config.seed)"),
+        ("train_rows", " | rows[i]", " | rows[i] | found"),
+        ("train_rows", "torch.randperm(len(rows), generator=rng(config.seed, 'order'))",
+         "torch.arange(len(rows))"),
+        ("train_rows", "supernet=''", "supernet=config.supernet"),
+        ("kind_of_network", "f'lstm {units}'", "'lstm'")],
+    check_compare: [
+        ("study_compare", "corpus.valid", "corpus.test"),
+        ("study_compare", "('uniform', found['uniform']", "('uniform', found['sampled']"),
+        ("study_compare", "Controller(search_space(searched), searched.seed)",
+         "uniform(search_space(searched))"),
+        ("study_compare", "score(weights", "score(shared_weights(searched, len(corpus.words))"),
+        ("distinct_some", "rows.unique(dim=0)", "rows")],
+    check_ablate: [
+        ("without", "if slot == i + 1", "if slot == i"),
+        ("variants", "second=slot", "read=slot"),
+        ("variants", "if slot != cell.nodes[i].read", "if slot"),
+        ("study_ablate", "found['sampled'][0]", "found['sampled'][-1]"),
+        ("study_ablate", "variants(cell)", "variants(CELLS['darts_v2'])"),
+        ("study_ablate", "changes[i]", "changes[0]")],
+    check_factors: [
+        ("study_factors", "sources[b][draws[1]]", "sources[a][draws[1]]"),
+        ("study_factors", "sources[a][draws[0]]", "sources['searched'][draws[0]]"),
+        ("study_factors", "connections=a, activations=b", "connections=b, activations=a")],
+    check_capacity: [
+        ("study_capacity", "[min(several", "[max(several"),
+        ("study_capacity", ", **NO_DROPOUT", ""),
+        ("study_capacity", "corpus.train[:", "corpus.test[:"),
+        ("study_capacity", "text.replace(", "(text + ' w0' * (split == 'valid')).replace("),
+        ("study_capacity", "config.hidden // 2", "config.hidden")],
+    check_train: [
+        ("study_train", "getattr(corpus, split)", "corpus.train"),
+        ("study_train", "perturbation(kind, best", "perturbation('noise', best")],
+    check_similarity: [
+        ("cosines_to_the_next", "game.shared_step(0.0)", "None"),  # the gradients at t
+        ("cosines_to_the_next", "grads = estimates(",  # after the step
+         "game.shared_step(0.0); game.shared_step = float; grads = estimates("),
+        ("cosines_to_the_next", "= then[0]", "= then[1]"),
+        ("cosines_to_the_next", "samples[0], rewards[0]", "samples[1], rewards[0]"),
+        ("cosines_to_the_next", "samples[0], rewards[0]", "samples[0], rewards[1]"),
+        ("study_similarity", "'same samples': same", "'same samples': other"),
+        ("estimates", "direct + response", "direct")],
+    check_cost: [
+        ("study_cost", "row['ms'] / rows[0]['ms']", "rows[0]['ms'] / row['ms']"),
+        ("study_cost", "row['deviation'] / rows[0]", "rows[0]['deviation'] / row"),
+        ("study_cost", "median(seconds[arm])", "mean(seconds[arm])"),
+        ("study_cost", "response=arm[1]", "response=config.response")],
+    check_bench: [
+        ("bench_case", "ms['plain loop'] / x", "x / ms['plain loop']"),
+        ("bench_case", "'float32', plain_recurrence", "'float32', fast_recurrence"),
+        ("bench_case", "work != 'scoring' else", "work == 'scoring' else")],
+    check_state: [
+        ("study_state", "rows, corpus.valid", "rows, corpus.test"),
+        ("study_state", "state=name", "state=searched.state"),
+        ("study_state", "warm_up=words", "warm_up=70"),
+        ("reward_error", "kendall(losses[-1]", "kendall(whole"),
+        ("reward_error", ", game.s['state']['valid']", ", _")],
+    check_reading_itself: [
+        ("reward_error", "game.next('valid')", "game.next('train')"),
+        ("reward_error", "- whole)", "+ whole)")],
+    check_hidden: [
+        ("study_hidden", "if name == 'trained'", "if name == 'untrained'"),
+        ("study_hidden", "searched.seed", "config.seed"),
+        ("study_hidden", "(rows[i] != rows)", "(rows[i] == rows)"),
+        ("study_hidden", "(losses[i] - losses).abs()", "(losses[i] - losses)"),
+        ("study_hidden", "corpus.valid[:20000]", "corpus.test"),
+        ("study_hidden", "probe(states, y)", "probe(y[:, None], y)")],
+    check_conditional: [
+        ("conditional", "targets[1:-1:2]", "targets[::2]"),
+        ("conditional", "training = targets[::2]", "training = targets"),
+        ("conditional", "in (got, anywhere)", "in (anywhere, got)")],
+    check_following: [
+        ("conditional", "-(values(sample.rows) - target)", "(values(sample.rows) - target)")],
+    check_progress: [
+        ("watched", "rows[0]), valid=losses[0]", "rows[-1]), valid=losses[-1]"),
+        ("watched", "many = controller", "many = uniform(controller.decisions)"),
+        ("study_progress", "watched(game,", "watched(game_of(config, corpus),")],
+}
+
+
+@pytest.mark.parametrize("check", MUTANTS, ids=lambda check: check.__name__)
+def test_a_study_measures_what_it_says(check, world):
+    check(world)
+
+
+@pytest.mark.parametrize("check, name, old, new", [
+    (check, *mutant) for check, several in MUTANTS.items() for mutant in several])
+def test_a_wrong_study_fails_the_same_check(check, name, old, new, world):
+    mutate(world.patch, name, (old, new))
+    with pytest.raises(AssertionError):
+        check(world)
+
+
+# The real thing
+
+@pytest.mark.parametrize("study", [*sorted({*menas.STUDIES} & {*menas.COMMANDS}), "robust"])
+def test_every_study_runs_and_finds_what_is_reported(study, world):
+    """At a toy size, trainings too, where they are few."""
+    world.patch.setattr(menas, "BENCHES", [(4, 2, 9, 1, "float32")])
+    world.patch.setattr(menas, "CONTEXTS", (1, 8))
+    world.patch.setattr(menas.reward_error, "__defaults__", (2,))  # segments at least
+    if study in ("compare", "ablate", "factors", "capacity"):
+        fake_trainings(world)
+    command = "search" if study == "robust" else study
+    given = dict(epochs=1, shared_steps=10, controller_steps=2, derive_samples=2, retrain=1, bptt=4,
+                 cell="random:1", reward_input="words", perturb=True,
+                 out=f"{world.folder / study}/3", supernet=str(world.search) * (study != "train"))
+    (world.folder / study).mkdir()
+    rows = measure(world, command, **given)
+    menas.Run(command, settings(world, command, **given)).finish(rows)
+    record, = menas.load_records(world.folder)[study]
+    for value in menas.STUDIES[study][2]:
+        assert menas.comparison(record["rows"], value)
+
+
+@pytest.mark.parametrize("study, more", [
+    ("compare", dict(supernet="")), ("compare", dict(supernet="nowhere")),
+    ("bench", dict(hidden=3)), ("conditional", dict(nodes=1, operations="highway")),
+    ("cost", dict(controller_steps=1, shared_steps=1)),  # a deviation from the only draw
+    ("similarity", dict(epochs=1, shared_steps=5))])     # nothing would be measured
+def test_what_a_study_is_not_for(study, more, world):
+    with pytest.raises(menas.UserError):
+        measure(world, study, **more)
+
+
+def test_a_cell_of_many_nodes_has_a_long_name(world):
+    """Longer than a file's may be: studies of 40 nodes name their cells by their rows."""
+    cell = menas.arc(" ".join(f"{i} 0" for i in range(60)))
+    name = menas.row_name(encode([cell])[0])
+    assert menas.load_cell(None, name) == cell
+    assert menas.digest(settings(world, "train", cell=name))

@@ -1,154 +1,295 @@
-"""Evaluation covers every token; K networks trained as one equal K trained alone. Run: pytest tests/test_training.py"""
+"""Every token is scored once; K networks trained as one equal K trained alone.
+
+Run: pytest tests/test_training.py
+"""
+import json
 import math
+from functools import partial
 
 import pytest
 import torch
 
 import menas
-from menas import (CELLS, Batch, Cell, Node, Config, Corpus, Run, encode, evaluate, network, perplexity, sgd_step,
-                   shared_weights, standalone_weights, train_networks)
+from menas import CELLS, GATE, GLU, HIGHWAY, SUM, Batch, Cell, Config, Corpus, Node, evaluate
 
 WORDS = 13
-SMALL = [Cell(tuple(Node(*node) for node in nodes), output) for nodes, output in (
-    (((0, "tanh"), (1, "relu"), (1, "sigmoid"), (2, "identity")), "leaves"), (((0, "sigmoid"),), "leaves"),
-    (((0, "tanh"), (1, "tanh"), (2, "relu")), "all"), (((0, "identity"), (1, "tanh")), "leaves"))]
+STEPS = 3  # of an epoch
+PLAIN = [menas.arc("0 1 0 2 1 3", menas.LEAVES), Cell((Node(0, activation=2),)),
+         menas.arc("0 0 1 1"), Cell((Node(0, activation=3), Node(1)))]
+GATED = [CELLS["lstm_cell"], PLAIN[3], Cell((Node(0, GLU), Node(1, SUM, 1)), rate=-1, width=4),
+         Cell((Node(0), Node(0, GATE, 1, 1), Node(2, HIGHWAY, 1)))]
 
 
-def small_corpus(length=400):
-    """Random text with some structure: a word is often the one before plus one."""
+def corpus_of(length=100):
+    """Text with some structure: a word is often the one before plus one."""
     draw = torch.Generator().manual_seed(0)
-    steps = torch.where(torch.rand(length, generator=draw) < 0.7, 1, torch.randint(WORDS, (length,), generator=draw))
-    text = steps.cumsum(0) % WORDS
-    return Corpus(text, text[:150], text[150:300], [str(i) for i in range(WORDS)], {})
+    jumps = torch.randint(WORDS, (length,), generator=draw)
+    text = torch.where(torch.rand(length, generator=draw) < 0.7, 1, jumps).cumsum(0) % WORDS
+    return Corpus(text, text[:41], text[40:80], [str(i) for i in range(WORDS)], {})
 
 
-def float64(weights):
-    return {name: w.double() for name, w in weights.items()}
+def networks(cells, units=0):
+    """Weights in float64, rows and seeds 1, 2, ... of networks; of LSTMs if there are units."""
+    config, seeds = Config(hidden=6), list(range(1, len(cells) + 1))
+    weights, rows = menas.standalone_weights(config, WORDS, cells, seeds), menas.encode(cells)
+    if units:
+        weights = menas.lstm_weights(config, WORDS, units, seeds)
+        rows = torch.zeros(len(seeds), 9, dtype=torch.long)
+    return {name: w.double() for name, w in weights.items()}, rows, seeds
 
 
-def train(folder, rows, seeds, change=None, **settings):
-    """train_networks in float64; change(weights) may spoil them first."""
-    config = Config(**{**dict(hidden=6, batch=5, bptt=7, init=.3, epochs=4, lr=2.0, clip=.5, dtype="float64",
-                              eval_batch=4, word_dropout=.1, input_dropout=.2, hidden_dropout=.2, output_dropout=.2,
-                              patience=2, out=str(folder)), **settings})
-    weights = float64(standalone_weights(config, WORDS, rows, seeds))
-    if change:
-        change(weights)
-    with Run("train", config) as run:
-        return train_networks(config, run, small_corpus(), weights, rows, seeds)
+# evaluate: the oracle is a pass over the whole text as one segment of one stream
 
-
-CASES = {"plain": {}, "averaging": dict(average=True, epochs=8, patience=4, lr=20.0),
-         "plateau": dict(plateau=4.0, lr=20.0, epochs=8), "early stopping": dict(lr=30.0, patience=1, epochs=8),
-         "penalties": dict(activation_reg=.1, slowness_reg=.1), "random lengths": dict(random_bptt=True, bptt=10)}
-
-
-@pytest.mark.parametrize("case", list(CASES))
-def test_together_equals_alone(case, tmp_path):
-    """Oracle: each network by itself; different sizes of cells, seeds, and epochs at which they stop."""
-    rows, seeds = encode(SMALL), [1, 2, 3, 4]
-    best, together = train(tmp_path / "together", rows, seeds, **CASES[case])
-    for i in range(len(rows)):
-        own, alone = train(tmp_path / str(i), rows[i:i + 1], seeds[i:i + 1], **CASES[case])
-        for name, value in alone.items():
-            assert together[name][i] == pytest.approx(value[0], abs=1e-6), name
-        assert all((best[name][i] - own[name][0]).abs().max() < 1e-9 for name in own)
-    if case == "early stopping":
-        assert len(set(together["epochs"])) > 1  # else the case shows nothing
-
-
-def test_one_networks_nan_never_touches_another(tmp_path):
-    """Oracle: the same run without the broken network."""
-    rows = encode(SMALL[2:3] * 3)
-    def spoil(weights):
-        weights["edges"][1] = math.nan
-    best, found = train(tmp_path / "a", rows, [1, 2, 3], spoil)
-    assert found["failed"] == [False, True, False] and found["epochs"][1] == 1
-    kept, expected = train(tmp_path / "b", rows[:2], [1, 3])
-    for i, j in ((0, 0), (2, 1)):
-        assert found["best_loss"][i] == pytest.approx(expected["best_loss"][j], abs=1e-7)
-        assert (best["edges"][i] - kept["edges"][j]).abs().max() < 1e-9
-
-
-def test_a_failure_in_the_middle_keeps_the_best(tmp_path, monkeypatch):
-    """A loss that turns NaN after two good epochs: the network stops with its best weights, which are finite."""
-    real, calls = menas.network, []
-    def breaks(*args, **kwargs):
-        losses, state = real(*args, **kwargs)
-        calls.append(1)
-        return (losses * math.nan if len(calls) > 40 else losses), state
-    monkeypatch.setattr(menas, "network", breaks)
-    best, found = train(tmp_path / "a", encode(SMALL[:1]), [1], epochs=20)
-    assert found["failed"] == [True] and found["best_epoch"][0] >= 1
-    assert all(torch.isfinite(w).all() for w in best.values())
-
-
-def naive_loss(weights, rows, tokens):
-    """One stream, one segment: nothing to get wrong."""
-    state = torch.zeros(1, 1, weights["edges"].shape[-2], dtype=torch.float64)
-    batch = Batch(tokens[:-1, None], tokens[1:, None], state, {})
+def naive(weights, rows, tokens):
+    state = menas.zero_state(weights, 1)
     with torch.no_grad():
-        return network(weights, rows, batch, torch.float64)[0]
+        batch = Batch(tokens[:-1, None], tokens[1:, None], state, {})
+        return menas.network(weights, rows, batch, torch.float64)[0]
 
 
-@pytest.mark.parametrize("length", [2, 71, 150, 301])
-def test_evaluation_of_one_stream_is_exact(length):
-    rows = encode([CELLS["enas"], CELLS["darts_v2"]])
-    weights = float64(standalone_weights(Config(hidden=6, init=.5), WORDS, rows, [1, 2]))
-    tokens = small_corpus().train[:length]
-    found = evaluate(weights, rows, tokens, batch=1, bptt=20, dtype=torch.float64)
-    assert (found - naive_loss(weights, rows, tokens)).abs().max() < 1e-12
+@pytest.mark.parametrize("length, bptt, cells, units", [
+    (2, 20, PLAIN, 0), (71, 7, PLAIN, 0), (71, 70, GATED, 0), (100, 100, PLAIN, 0),
+    (100, 30, PLAIN, 5)])
+def test_one_stream_is_the_naive_pass(length, bptt, cells, units):
+    weights, rows, _ = networks(cells, units)
+    tokens = corpus_of().train[:length]
+    found = evaluate(weights, rows, tokens, torch.float64, batch=1, bptt=bptt)
+    assert (found - naive(weights, rows, tokens)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("batch", [2, 3, 4, 64])
-def test_streams_hardly_move_the_perplexity(batch):
-    """Oracle: one stream. 0.1 % is the promise, for cells with recurrent weights large enough to remember."""
-    rows = encode([CELLS["enas"], CELLS["chain"], CELLS["darts_v2"]])
-    weights = float64(standalone_weights(Config(hidden=6, init=.7), WORDS, rows, [1, 2, 3]))
-    tokens = small_corpus(3000).train
-    one = evaluate(weights, rows, tokens, batch=1, dtype=torch.float64).exp()
-    many = evaluate(weights, rows, tokens, batch=batch, dtype=torch.float64).exp()
-    assert ((many - one) / one).abs().max() < 1e-3
-
-
-def test_every_target_counts_once():
-    """Oracle: a model that gives word w the constant log-probability of the decoder's bias, so the loss is a count."""
-    rows = encode([CELLS["darts_v1"]])
-    weights = float64(standalone_weights(Config(hidden=6), WORDS, rows, [1]))
+@pytest.mark.parametrize("batch, bptt", [(1, 35), (2, 7), (5, 70), (9, 10), (64, 1)])
+def test_every_token_but_the_first_counts_once(batch, bptt):
+    """Oracle: a model that gives each word the constant probability of its bias: a count."""
+    weights, rows, _ = networks(PLAIN[:1])
     weights["embedding"].zero_()
     weights["bias"][0] = torch.linspace(-3, 3, WORDS)
-    tokens = small_corpus(777).train
+    tokens = corpus_of(391).train
     expected = -torch.log_softmax(weights["bias"][0], 0)[tokens[1:]].mean()
-    for batch in (1, 5, 64):
-        assert abs(evaluate(weights, rows, tokens, batch=batch, dtype=torch.float64)[0] - expected) < 1e-12
+    found = evaluate(weights, rows, tokens, torch.float64, batch=batch, bptt=bptt, warm_up=12)
+    assert abs(found[0] - expected) < 1e-12
 
 
-def test_sgd_step_is_torchs_clip_and_sgd():
-    """Oracle: torch.nn.utils.clip_grad_norm_ and torch.optim.SGD with weight decay."""
-    mine = float64(shared_weights(Config(hidden=6, nodes=3), WORDS))
-    theirs = {name: w.clone().requires_grad_() for name, w in mine.items()}
-    grads = {name: torch.randn(w.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-             for name, w in mine.items()}
-    optimizer = torch.optim.SGD(theirs.values(), lr=3.0, weight_decay=1e-3)
-    for name, w in theirs.items():
-        w.grad = grads[name].clone()
-    torch.nn.utils.clip_grad_norm_(theirs.values(), 0.25)
-    optimizer.step()
-    sgd_step(mine, grads, torch.tensor([3.0], dtype=torch.float64), 0.25, 1e-3)
-    assert all(torch.allclose(mine[name], theirs[name], rtol=1e-5) for name in mine)
+def test_a_stream_reads_the_words_before_it():
+    """Oracle: one stream. After 70 words of warm-up its perplexity is within .1 %."""
+    weights, rows, _ = networks([CELLS["darts_v2"], PLAIN[0]])
+    tokens = corpus_of(350).train
+    one = naive(weights, rows, tokens)
+    score = partial(evaluate, weights, rows, tokens, torch.float64, batch=4)
+    far, near = ((score(warm_up=words) - one).abs().max() for words in (1, 70))
+    assert near < 1e-3 and near < far / 5
+
+
+# training: the oracle is each network by itself
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Validation in segments of ten words, which is quick."""
+    monkeypatch.setattr(menas, "evaluate", partial(evaluate, bptt=10, warm_up=10))
+
+
+def train(folder, some, **settings):
+    """(best weights, what is found, lines of metrics) of networks trained as one, in float64."""
+    weights, rows, seeds = some
+    settings = dict(batch=5, bptt=7, epochs=4, lr=2.0, clip=.1, word_dropout=.1, input_dropout=.2,
+                    hidden_dropout=.2, output_dropout=.2, patience=2) | settings
+    run = menas.Run("train", Config(hidden=6, dtype="float64", out=str(folder), **settings))
+    run.folder.mkdir()
+    best, found = menas.train_networks(run.config, run, corpus_of(), weights, rows, seeds)
+    return best, found, [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def alone(some, k):
+    """The k-th of several networks, with no more nodes than its cell has."""
+    weights, rows, seeds = some
+    nodes = rows[k, 0]
+    own = {name: w[k:k + 1, :nodes] if name in ("nodes", "inputs") else w[k:k + 1]
+           for name, w in weights.items()}
+    row = rows[k:k + 1, :5 + 4 * nodes] if nodes else rows[k:k + 1]
+    return {name: w.clone() for name, w in own.items()}, row, seeds[k:k + 1]
+
+
+def gaps(folder, some, **settings):
+    """Largest differences of losses and of weights, together and alone; what is found together."""
+    apart = [alone(some, k) for k in range(len(some[1]))]  # training changes weights in place
+    best, together, _ = train(folder / "together", some, **settings)
+    losses, weights = [], []
+    for k, one in enumerate(apart):
+        own, found, _ = train(folder / str(k), one, **settings)
+        differ = [together[name][k] != found[name][0] for name in ("best_epoch", "epochs")]
+        losses.append(abs(together["best_loss"][k] - found["best_loss"][0]) + sum(differ))
+        weights += [(best[name][k][:w.shape[1]] - w[0]).abs().max() for name, w in own.items()]
+    return max(losses), max(weights), together
+
+
+CASES = {
+    "averaging": (PLAIN, 0, dict(average=True, epochs=5, patience=4, lr=20.0)),
+    "early stopping": (PLAIN, 0, dict(schedule="cosine", lr=30.0, patience=1, epochs=8)),
+    "gated": (GATED, 0, dict(average=True, epochs=2, lr=20.0)),
+    "LSTM": (PLAIN[:3], 5, dict(schedule="plateau", lr=20.0))}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_together_equals_alone(case, tmp_path):
+    """Sizes, seeds, masks, norms, learning rates and the epochs at which they stop all differ."""
+    cells, units, settings = CASES[case]
+    loss, weight, found = gaps(tmp_path, networks(cells, units), **settings)
+    assert loss < 1e-6 and weight < 1e-7
+    assert case != "early stopping" or len(set(found["epochs"])) > 1  # else it shows nothing
+
+
+def one_clip(weights, grads, lr, clip, decay):
+    """A mutant: K networks clipped by the norm of them all."""
+    norm = torch.stack([g.norm() for g in grads.values()]).norm()
+    for name, g in grads.items():
+        rate = lr.view(-1, *[1] * (g.dim() - 1))
+        weights[name].data.mul_(1 - rate * decay).sub_(rate * g * min(1, clip / norm))
+
+
+def one_mask(config, words, batch, seeds, step, right=menas.draw_masks):
+    """A mutant: K networks with the masks of the first."""
+    return right(config, words, batch, seeds[:1] * len(seeds), step)
+
+
+@pytest.mark.parametrize("name, mutant", [("sgd_step", one_clip), ("draw_masks", one_mask)])
+def test_shared_clipping_or_masks_would_be_seen(name, mutant, tmp_path, monkeypatch):
+    monkeypatch.setattr(menas, name, mutant)
+    loss, weight, _ = gaps(tmp_path, networks(PLAIN[:3]), epochs=2)
+    assert loss > 1e-3 and weight > 1e-3
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_failure_is_marked_and_touches_no_other(epoch, tmp_path, monkeypatch):
+    """Oracle: the same run without the network that breaks; it keeps its best weights."""
+    weights, rows, seeds = networks(PLAIN[2:3] * 3)
+    others = {name: w[::2].clone() for name, w in weights.items()}, rows[::2], seeds[::2]
+    kept, expected, _ = train(tmp_path / "others", others)
+    steps = []
+
+    def breaks(weights, rows, batch, *rest, right=menas.train_step):
+        losses, state, grads = right(weights, rows, batch, *rest)
+        steps.append(losses)
+        if len(steps) == epoch * STEPS - 1:
+            losses[1], weights["nodes"].data[1], state[:, 1] = math.nan, math.inf, math.nan
+        return losses, state, grads
+    monkeypatch.setattr(menas, "train_step", breaks)
+    best, found, lines = train(tmp_path / "run", (weights, rows, seeds))
+    assert found["failed"] == [0, epoch, 0]
+    assert (found["epochs"][1], found["best_epoch"][1]) == (epoch, epoch - 1)
+    assert all(w.isfinite().all() for w in best.values())
+    assert [line["networks"] for line in lines] == [[0, 1, 2]] * epoch + [[0, 2]] * (4 - epoch)
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert found["best_loss"][::2] == pytest.approx(expected["best_loss"], abs=1e-7)
+    assert max((best[name][::2] - w).abs().max() for name, w in kept.items()) < 1e-9
+
+
+# by hand: two networks whose validation losses are these, whatever they learn
+SCRIPT = [(3.0, 3.0), (2.0, 4.0), (2.5, 3.5), (1.5, 2.9), (1.6, 3.1), (1.7, 3.2), (1.8, 3.3)]
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """The learning rates of each step, the weights after each, and those that were judged."""
+    seen = {"lr": [], "after": [], "judged": []}
+
+    def step(weights, rows, batch, lr, config, right=menas.train_step):
+        out = right(weights, rows, batch, lr, config)
+        seen["lr"].append(lr.tolist())
+        seen["after"].append(weights["nodes"][0].detach().clone())
+        return out
+
+    def judge(weights, rows, tokens, dtype):
+        seen["judged"].append(weights["nodes"][0].detach().clone())
+        return torch.tensor(SCRIPT[len(seen["judged"]) - 1])[:len(rows)]
+    monkeypatch.setattr(menas, "train_step", step)
+    monkeypatch.setattr(menas, "evaluate", judge)
+    return seen
+
+
+def test_patience_and_plateau_by_hand(scripted, tmp_path):
+    """The second stops when two epochs did not improve; the first goes on alone."""
+    settings = dict(schedule="plateau", lr=8.0, epochs=20)
+    _, found, _ = train(tmp_path / "run", networks(PLAIN[:2]), **settings)
+    assert found["best_loss"] == [1.5, 3.0] and found["best_epoch"] == [4, 1]
+    assert found["epochs"] == [6, 3] and found["failed"] == [0, 0]
+    assert scripted["lr"][::STEPS] == [[8, 8], [8, 8], [8, 2], [2], [2], [.5]]
+
+
+@pytest.mark.parametrize("epochs, late", [(3, 1.0), (4, .5), (6, 0.0)])
+def test_late_is_what_the_last_two_epochs_gained(epochs, late, scripted, tmp_path):
+    _, found, _ = train(tmp_path / "run", networks(PLAIN[:1]), epochs=epochs, patience=9)
+    assert found["late"] == pytest.approx([late])
+
+
+def test_averaging_is_a_running_mean_by_hand(scripted, tmp_path):
+    """The weights; after the first epoch that did not improve, the mean of all since."""
+    train(tmp_path / "run", networks(PLAIN[:1]), average=True, epochs=6, patience=9)
+    after = torch.stack(scripted["after"])
+    for epoch, judged in enumerate(scripted["judged"], 1):
+        first = 3 * STEPS if epoch > 3 else epoch * STEPS - 1
+        expected = after[first:epoch * STEPS].mean(0)
+        assert (judged - expected).abs().max() < 1e-8  # shares are float32
+
+
+# steps and schedules
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_sgd_step_by_hand(bad):
+    """Four networks: clipped from norm 5 to 1, not clipped, not finite, and of gradient 0."""
+    weights = {"a": torch.ones(4, 1), "b": 2 * torch.ones(4, 1)}
+    a, b = torch.tensor([[3.0, .3, bad, 0], [4.0, .4, 1, 0]])[..., None]
+    menas.sgd_step(weights, {"a": a, "b": b}, torch.tensor([.5, 2.0, 1.0, 1.0]), 1.0, .1)
+    assert weights["a"][:, 0].tolist() == pytest.approx([.95 - .5 * .6, .8 - 2 * .3, 1.0, .9])
+    assert weights["b"][:, 0].tolist() == pytest.approx([1.9 - .5 * .8, 1.6 - 2 * .4, 2.0, 1.8])
+
+
+@pytest.mark.parametrize("name, values", [
+    ("constant", {0: 1, 7.5: 1}), ("plateau", {0: 1, 7.5: 1}),
+    ("cosine", {0: 1, 2.5: .853553, 5: .5, 10: 0, 11: 0}),
+    ("decay", {0: 1, 14.9: 1, 15: .96, 16.5: .9216, 24: .96 ** 10})])
+def test_schedules_by_hand(name, values):
+    for epoch, factor in values.items():
+        assert menas.SCHEDULES[name](epoch, 10) == pytest.approx(factor, abs=1e-6)
 
 
 def test_perplexity_of_a_broken_loss_is_infinite():
-    assert perplexity(math.nan) == perplexity(math.inf) == perplexity(1e6) == math.inf
-    assert perplexity(math.log(80)) == pytest.approx(80)
+    assert [menas.perplexity(x) for x in (math.nan, math.inf, 1e6)] == [math.inf] * 3
+    assert menas.perplexity(math.log(80)) == pytest.approx(80)
 
 
-def test_a_network_may_have_a_seed_of_its_own(text, tmp_path):
-    """'chain@5' is the network that --seed 5 trains, whatever is trained beside it."""
-    run = lambda name, **more: menas.run_study("train", menas.study_train, menas.configure(
-        "train", "smoke", data=str(text), hidden=8, epochs=1, out=str(tmp_path / name), **more))["metrics"]["networks"]
-    several = run("several", cell="tree,chain@5,chain@7", seed=2)
-    assert [(n["cell"], n["seed"]) for n in several] == [("tree", 2), ("chain", 5), ("chain", 7)]
-    alone, = run("alone", cell="chain", seed=5)
-    assert several[1]["test_perplexity"] == pytest.approx(alone["test_perplexity"], rel=1e-3)
-    assert several[1]["test_perplexity"] != several[2]["test_perplexity"]
+# deriving, and inputs that are perturbed
+
+def test_derive_sorts_and_scores_each_distinct_row_once(monkeypatch):
+    """Oracle: the naive pass under the shared weights, one architecture at a time."""
+    config, corpus, scored = Config(hidden=6, nodes=4), corpus_of(), []
+    weights = {name: 2 * w for name, w in menas.shared_weights(config, WORDS).items()}
+    rows = menas.uniform_rows(menas.search_space(config), 12, "derive")[torch.arange(24) * 5 % 12]
+
+    def counts(weights, rows, *rest, **how):
+        scored.extend(map(tuple, rows.tolist()))
+        return evaluate(weights, rows, *rest, **how)
+    monkeypatch.setattr(menas, "evaluate", counts)
+    found, losses = menas.derive(config, weights, rows, corpus)
+    assert len(scored) == len(set(scored)) == len(rows.unique(dim=0))
+    assert sorted(found.tolist()) == sorted(rows.tolist())
+    assert losses.tolist() == sorted(losses.tolist())
+    double = {name: w.double() for name, w in weights.items()}
+    expected = [naive(double, row[None], corpus.valid).item() for row in found]
+    assert losses.tolist() == pytest.approx(expected, abs=2e-4)
+
+
+def test_perturbed_inputs_are_what_they_say():
+    """Oracle: statistics of many draws. Each is a function of its key alone."""
+    weights = menas.shared_weights(Config(hidden=6, nodes=2), 2000)
+    tokens = torch.arange(2000).view(40, 50)
+
+    def embedded(name, *key):
+        masks = menas.perturbation(name, weights, 1)(tokens, *key)
+        return menas.embed(weights, Batch(tokens, tokens, None, masks))
+    plain, words, noise = (embedded(name, 0) for name in ("plain", "words", "noise"))
+    for name, first in (("words", words), ("noise", noise)):
+        assert embedded(name, 0).equal(first) and not embedded(name, 1).equal(first)
+    dropped = (words == 0).all(-1)
+    assert abs(dropped.float().mean() - .2) < .03 and words[~dropped].equal(plain[~dropped])
+    noise = noise - plain
+    size = noise.square().mean().sqrt() / weights["embedding"].square().mean().sqrt()
+    assert abs(size - .5) < .01 and abs(noise.mean()) < .01 and abs((noise * plain).mean()) < .01

@@ -1,0 +1,134 @@
+"""The README's numbers are those of the records, its code runs, its size stays readable.
+
+    pytest -q tests/test_readme.py
+"""
+import math
+import re
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+import menas
+
+ROOT = Path(menas.__file__).parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "results"
+needs_records = pytest.mark.skipif(not RESULTS.exists(), reason="the records were deleted")
+
+
+def between(mark):
+    """The text between a mark and the next end."""
+    return re.search(rf"<!-- {mark} -->\n(.*?)<!-- end -->", README, re.S)[1]
+
+
+def rows_of(text):
+    """The cells of a Markdown table, without its two header lines."""
+    return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines()[2:]]
+
+
+def values(study, name, arm=None):
+    """Of a study's records: {group: [value of each row]}."""
+    found = {}
+    for record in menas.load_records(RESULTS)[study]:
+        for row in record["rows"]:
+            if row.get(name) is not None:
+                found.setdefault(row["group"], []).append(row[name])
+    return found[arm] if arm else found
+
+
+ARMS = {"LSTM of as many": "lstm-as-many-weights", "a cell drawn": "random-cell-1", "best of 100": "best-of-uniform",
+        "another random": "random-cell-2", "the cell that the search": "found", "DARTS": "darts_v2",
+        "the cell of ENAS": "enas_lm", "the cell of random": "random-search", "ENAS's cell": "enas",
+        "LSTM of 200": "lstm", "a chain": "chain"}
+
+
+@needs_records
+def test_the_first_table_is_that_of_the_records():
+    rows = rows_of(between("table: train-ptb"))
+    assert len(rows) == len(ARMS)
+    for name, n, valid, test, _ in rows:
+        (arm,) = [arm for start, arm in ARMS.items() if name.startswith(start)]
+        for shown, split in ((valid, "valid"), (test, "test")):
+            perplexities = [math.exp(x) for x in values("train-ptb", split, arm)]
+            numbers = [float(x) for x in re.findall(r"\d+\.\d", shown)]
+            expected = [mean(perplexities)]
+            if len(perplexities) > 1:
+                expected += [min(perplexities), max(perplexities)]
+            assert numbers == [round(x, 1) for x in expected]
+            assert int(n) == len(perplexities)
+
+
+def shown(x, digits):
+    """A number as the README has it: without the zero before the point."""
+    return f"{x:.{digits}f}".replace("0.", ".") if abs(x) < 1 else f"{x:.{digits}f}"
+
+
+@needs_records
+def test_the_findings_are_those_of_the_records():
+    """Every number is computed again from the records, in the order in which it stands."""
+    findings = [" ".join(row) for row in rows_of(between("findings"))]
+    same = {group: mean(x) for group, x in values("similarity", "same samples").items()}
+    extra = {group: mean(x) for group, x in values("extra", "valid").items()}
+    learns = {group: mean(x) for group, x in values("extra-frozen", "learns").items()}
+    test = {group: mean(x) for group, x in values("compare", "test").items()}
+    factors = {group: mean(x) for group, x in values("factors", "test").items()}
+    spaces = {group: mean(x) for group, x in values("spaces", "valid").items()}
+    errors = {group: mean(x) for group, x in values("conditional", "error").items()}
+    blind = {group: mean(x) for group, x in values("conditional", "untrained").items()}
+    ptb = {group: mean(map(math.exp, x)) for group, x in values("train-ptb", "test").items()}
+    expected = [
+        [shown(same[group], 2) for group in ("fresh, unrolled", "none, none", "fresh, none")],
+        [shown(extra["plain"], 3), shown(extra["fresh"] - extra["plain"], 3)]
+        + [shown(extra[arm], 3) for arm in ("fresh-sampled", "fresh-unrolled", "plain-4x-steps")],
+        [shown(learns[arm], 2) for arm in ("fresh-sampled", "plain")],
+        [shown(test["uniform"] - test["trained"], 3), shown(test["trained"] - test["LSTM"], 3)],
+        [shown(factors[f"{a} connections, {b} activations"], 3) for a, b in
+         (("searched", "searched"), ("random", "searched"), ("random", "random"))],
+        [shown(spaces[arm], 2) for arm in ("chain", "ENAS", "gated", "gated-memory")],
+        [shown(x, 2) for x in (errors["parameters"], errors["paths"], blind["parameters"], blind["paths"],
+                               errors["depth"])],
+        [], [shown(ptb[arm], 1) for arm in ("found", "random-cell-1")]]
+    assert len(findings) == len(expected)
+    for finding, numbers in zip(findings, expected):
+        at = 0
+        for number in numbers:
+            assert number in finding[at:], (number, finding)
+            at = finding.index(number, at) + 1
+
+
+@needs_records
+def test_the_intervals_and_p_are_those_of_the_module():
+    units = {group: x for group, x in values("compare", "test").items()}
+    per_search = {group: [mean(x[i:i + 10]) for i in range(0, 100, 10)] for group, x in units.items() if len(x) == 100}
+    low, high = menas.interval(per_search["trained"], per_search["uniform"], paired=True)
+    p = menas.p_value(per_search["trained"], per_search["uniform"], paired=True)
+    finding = between("findings")
+    assert f"({shown(low, 3)} to {shown(high, 3)})" in finding
+    assert f"p = {shown(4 * p, 3)}" in finding  # four groups beside the trained one
+
+
+def test_its_code_scores_a_trained_network(tmp_path, text, monkeypatch):
+    """The perplexity that it prints is the record's."""
+    run = menas.run_command("train", menas.configure("train", "smoke", data=str(text), epochs=1,
+                                                     out=str(tmp_path / "run")))
+    code = "\n".join(line[4:] for line in between("code").splitlines())
+    code = code.replace('configure("train", "ptb")', f'configure("train", "smoke", data={str(text)!r})')
+    code = code.replace("runs/train/ptb-1", str(tmp_path / "run"))
+    space = {}
+    exec(code, space)
+    assert math.isclose(space["loss"].item(), run["rows"][0]["valid"], abs_tol=1e-6)
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 300
+    assert len(README.split()) <= 3000
+
+
+def test_every_command_and_study_is_in_the_script():
+    """experiments.sh runs every command, and every folder that it writes has a place in the report."""
+    script = (ROOT / "experiments.sh").read_text()
+    for command in menas.COMMANDS:
+        assert re.search(rf"\b{command} ", script), command
+    folders = set(re.findall(r"\b(?:run|arm) ([a-z-]+)/", script)) - {"quick"}
+    assert {folder.partition("-")[0] for folder in folders} <= set(menas.STUDIES)
