@@ -179,7 +179,7 @@ def arc(text, output=ALL):
     2, ...; node 0 is tanh on the input pair."""
     numbers = list(map(int, text.split()))
     if not numbers or len(numbers) % 2:
-        raise ValueError(f"{len(numbers)} numbers, not a predecessor and an activation for each node")
+        raise ValueError(f"{len(numbers)} numbers, not two for each node")
     nodes = [Node(read + 1, activation=act) for read, act in zip(numbers[::2], numbers[1::2])]
     return Cell((Node(INPUT), *nodes), output)
 
@@ -491,7 +491,8 @@ def live_units(cells, hidden):
 
 
 def plain_recurrence(cells, w, xw, h, m, mask=None):
-    """h of every step [K, T, B, H] and the last memory [K, B, H], for xw [K or 1, 1 or N, T, B, 2H].
+    """h of every step [K, T, B, H] and the last memory [K, B, H], for xw [K or 1, 1 or N, T, B,
+    2H].
 
     It serves every space and can be differentiated twice: it is the reference. FastRecurrence is
     the same for ENAS's own space.
@@ -554,7 +555,7 @@ def sources(read):
 class FastRecurrence(torch.autograd.Function):
     """h [K, T, B, H] of K architectures of highway nodes.
 
-    xw [K or 1, T, B, 2H]  x_t times node 0's input weights, the u half times its slope
+    xw [K, T, B, 2H]       x_t times node 0's input weights, the u half times its slope
     h0 [K, B, H]           the state before the first word
     w [N, K, H, 2H]        each node's weights, the u half times its slope
     mask [K or 1, B, H]    dropout on every node's input, or None
@@ -598,7 +599,6 @@ class FastRecurrence(torch.autograd.Function):
             state = torch.mul(mean, shrink[:, t], out=h[:, t])
         if training:
             ctx.save_for_backward(w, mask, read, leaf, slots, gates, h, shrink, *coefficients[4:])
-            ctx.shared_input = len(xw) < k
         else:
             give(slots, gates)
         return h
@@ -644,7 +644,6 @@ class FastRecurrence(torch.autograd.Function):
             torch.bmm(p.flatten(1, 2).transpose(1, 2), local[i].flatten(3).flatten(1, 2), out=dw[i])
         dxw = local[0].flatten(3).clone()
         give(slots, gates, keep)
-        dxw = dxw.sum(0, keepdim=True) if ctx.shared_input else dxw
         return None, dxw, dh, dw, *[None] * 11
 
 
@@ -1309,18 +1308,18 @@ def search(game, run, watch=None):
 # (none, none), and (fresh, unrolled) the exact gradient. These functions know nothing of RNNs:
 # toy_enas.py holds the same ones to closed forms, tests/test_gradients.py to enumerated spaces.
 
-# The next shared step as the controller foresees it. Like a reward, a loss returns the state it
-# leaves.
-#     losses  (weights, cells) -> (L_T [K], state), always on the same minibatch with the same masks
-#     cells   the fold [A, D], which stands for the policy in g
-#     each    (weights, cells, v) -> |grad L_T(omega; m)| [K] and <grad L_T(omega; m), v> [K]
-#     rates   cells -> the factors of lr [K] that architectures chose for training on them
-#     past    gradients of shared steps so far, see remember()
 def no_rates(cells):
     """Every architecture is trained with the same learning rate."""
     return torch.ones(len(cells), device=cells.device)
 
 
+# The next shared step as the controller foresees it. Like a reward, a loss returns the state it
+# leaves. --state warm reads the segment before with omega, wherever losses are taken.
+#     losses  (weights, cells) -> (L_T [K], state), always on the same minibatch with the same masks
+#     cells   the fold [A, D], which stands for the policy in g
+#     each    (weights, cells, v) -> |grad L_T(omega; m)| [K] and <grad L_T(omega; m), v> [K]
+#     rates   cells -> the factors of lr [K] that architectures chose for training on them
+#     past    gradients of shared steps so far, see remember()
 Step = namedtuple("Step", "losses cells lr clip decay each rates past",
                   defaults=(math.inf, 0.0, None, no_rates, ()))
 
@@ -1400,12 +1399,14 @@ def mean_rate(step):
 
 
 def foreseen_clip(step):
-    """Training takes xi_m clip(g_m), so the fold's mean step may be as long as clip times E xi_m."""
+    """Training takes xi_m clip(g_m), so the fold's mean step may be as long as clip times E
+    xi_m."""
     return step.clip * mean_rate(step)
 
 
 def look_ahead(weights, g, step):
-    """omega' by the rule of training's step, for g in place of a sampled architecture's gradient."""
+    """omega' by the rule of training's step, for g in place of a sampled architecture's
+    gradient."""
     if g is None:
         return weights
     ahead = {name: w.detach().clone() for name, w in weights.items()}
@@ -1446,9 +1447,9 @@ def sampled(v, weights, g, step, cells):
     """- lr xi_m ( min(1, clip / |g_m|) <g_m, v> + decay <omega, v> ),  g_m = grad L_T(omega; m).
 
     It is the step that training really takes, on ONE sampled architecture, clipped by its OWN norm,
-    so an architecture whose gradient explodes is rewarded by no more than lr clip |v|. As a response
-    right to first order in lr; its sum with the direct term is not, for that is taken at the omega'
-    of the fold's mean.
+    so an architecture whose gradient explodes is rewarded by no more than lr clip |v|. As a
+    response right to first order in lr; its sum with the direct term is not, for that is taken at
+    the omega' of the fold's mean.
     """
     norm, along = step.each(weights, cells, v)
     product = (step.clip / norm).clamp(max=1) * along + step.decay * dot(v, weights)
@@ -1889,8 +1890,7 @@ def p_value(a, b, paired, shift=0.0):
 
 
 def interval(a, b, paired):
-    """The 95 % interval that goes with it: the shifts that are not refused at .05; None, if all
-    are."""
+    """The 95 % interval that goes with it: shifts not refused at .05; None if none can be."""
     seen, ends = mean(b) - mean(a), []
     spread = max(map(abs, [y - x for x, y in product(a, b)])) + 1e-9
     for side in (-1, 1):
@@ -1932,6 +1932,10 @@ def no_worse(loss, guess):
     return loss if loss < guess else guess
 
 
+def load_tensors(path, device="cpu"):
+    return torch.load(path, map_location=device, weights_only=True)
+
+
 def supernet(config):
     """A finished search: its Config, shared weights, and rows [K, D] 'sampled' and 'uniform', best
     first."""
@@ -1943,7 +1947,7 @@ def supernet(config):
     searched = Config(**{name: settings[name] for name in names})
     searched = replace(searched, device=config.device, dtype=config.dtype)
     with refusing(folder / "weights.pt"):
-        weights = torch.load(folder / "weights.pt", map_location=device_of(config), weights_only=True)
+        weights = load_tensors(folder / "weights.pt", device_of(config))
         if not is_shared(weights):
             raise ValueError("it does not hold shared weights")
     found = {"sampled": [], "uniform": []}
@@ -2417,7 +2421,7 @@ def study_state(config, run):
     with torch.enable_grad():
         trained = train_rows(config, run, [dict(cell="enas"), dict(cell="lstm")])
     for row in trained:
-        network_weights = torch.load(run.folder / row["folder"] / "weights.pt", weights_only=True)
+        network_weights = load_tensors(run.folder / row["folder"] / "weights.pt")
         for words in CONTEXTS:
             loss = evaluate(
                 network_weights,
@@ -2455,7 +2459,8 @@ def probe(x, y, folds=5):
         guess[~known] = (
             x[~known] @ torch.linalg.lstsq(x[known], y[known], rcond=1e-6, driver="gelsd").solution
         )
-    return 1 - ((y - guess).square().sum() / (y - y.mean()).square().sum()).item()
+    spread = (y - y.mean()).square().sum()
+    return 1 - ((y - guess).square().sum() / spread).item() if spread > 0 else math.nan
 
 
 def study_hidden(config, run):
@@ -2479,9 +2484,7 @@ def study_hidden(config, run):
         controller = Controller(decisions, searched.seed)
         if name == "trained":
             with refusing(Path(config.supernet) / "controller.pt"):
-                controller.load_state_dict(
-                    torch.load(Path(config.supernet) / "controller.pt", weights_only=True)
-                )
+                controller.load_state_dict(load_tensors(Path(config.supernet) / "controller.pt"))
         states = final_states(controller, rows).double()
         far = (states[i] - states).norm(dim=1).tolist()
         row = {
@@ -2597,7 +2600,8 @@ def study_progress(config, run):
 
 # 10. The two commands -----------------------------------------------------------------------------
 def load_cell(config, name):
-    """A cell by its name, 'random:SEED', its row, an ENAS arc, a DARTS genotype, or a run's folder."""
+    """A cell by its name, 'random:SEED', its row, an ENAS arc, a DARTS genotype, or a run's
+    folder."""
     if os.path.isfile(Path(name, "result.json")):
         name = read_json(Path(name, "result.json"))["rows"][0]["cell"]  # a search's best
     if name in CELLS:
@@ -2627,7 +2631,8 @@ def lstm_parameters(config, units):
 
 
 def lstm_units(config, name):
-    """Units of 'lstm', 'lstm:400' or 'lstm:CELL', with as many weights as that; 0 if it is a cell."""
+    """Units of 'lstm', 'lstm:400' or 'lstm:CELL', with as many weights as that; 0 if it is a
+    cell."""
     kind, _, size = name.partition(":")
     if kind != "lstm":
         return 0
@@ -2652,7 +2657,7 @@ def from_supernet(config, cells, words):
                         f"--hidden {searched.hidden}, not of {words} and {config.hidden}")
     for cell in cells:
         if len(cell.nodes) > searched.nodes or "input" in shared and not is_enas(cell):
-            raise UserError(f"--supernet {config.supernet}, of {searched.nodes} nodes and --operations "
+            raise UserError(f"--supernet {config.supernet}, of {searched.nodes} nodes and "
                             f"{searched.operations}, does not hold the cell {name_of(cell)}")
     rows = encode(cells, searched.nodes)
     return rows, inherit(shared, rows)
@@ -2671,7 +2676,7 @@ def study_train(config, run):
         seeds = [int(entry.partition("@")[2] or config.seed) for entry in entries]
     units = lstm_units(config, names[0])
     if any(lstm_units(config, name) != units for name in names):
-        raise UserError(f"--cell {config.cell}: train an LSTM, another network, in a run of its own")
+        raise UserError(f"--cell {config.cell}: train an LSTM in a run of its own")
     if units:
         rows = torch.zeros(len(names), 9, dtype=torch.long)
         weights = lstm_weights(config, words, units, seeds)
@@ -2760,7 +2765,8 @@ def train_config(config):
 
 # 11. Settings and records -------------------------------------------------------------------------
 def option(default, help, least=1, most=10**6):
-    """A Config field with the sentence that --help prints, and the range of its values, if numbers."""
+    """A Config field with the sentence that --help prints, and the range of its values, if
+    numbers."""
     return field(default=default, metadata={"help": help, "range": (least, most)})
 
 
@@ -2818,8 +2824,8 @@ class Config:
     response: str = option("none", "the shared weights' answer: none, unrolled, sampled")
     fold: int = option(2, "architectures that omega' is made of, and as many for v", 1, 1000)
     # chapter 7: training
-    cell: str = option("enas", "cells to train as one, comma-separated: a name, a row, an ENAS arc, "
-                       "a DARTS genotype, a search's folder, random:SEED; or lstm, lstm:400, "
+    cell: str = option("enas", "cells to train as one, comma-separated: a name, a row, an ENAS "
+                       "arc, a DARTS genotype, a search's folder, random:SEED; or lstm, lstm:400, "
                        "lstm:CELL, with as many weights; NAME@3 has a seed of its own")
     supernet: str = option("", "a finished search: to start from, or that a study is about")
     patience: int = option(5, "epochs without improvement before training stops")
@@ -2900,9 +2906,9 @@ PRESETS = {
         "train": LIGHT | dict(epochs=12),
         "studies": LIGHT | dict(epochs=12, derive_samples=10),
     },
-    # The corrected code of ENAS's authors, search and final training. Its two masks on the input are
-    # one here, of rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the decay is twice
-    # that.
+    # The corrected code of ENAS's authors, search and final training. Its two masks on the input
+    # are one here, of rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the decay is
+    # twice that.
     "paper": {
         "all": dict(data="ptb", dtype="bfloat16", weight_decay=1.6e-6, controller_lr=5e-5,
                     entropy=1e-5),
@@ -2936,17 +2942,18 @@ def check(config):
     for f in fields(config):
         value, (least, most) = getattr(config, f.name), f.metadata["range"]
         if f.type in (int, float) and not least <= value <= most:  # nan neither
-            raise UserError(f"--{f.name} {value} must be from {least} to {most}: {f.metadata['help']}")
+            about = f.metadata["help"]
+            raise UserError(f"--{f.name} {value} must be from {least} to {most}: {about}")
     learning, look = config.epochs - config.warm_epochs, config.lookahead
     if config.response != "none" and look != "fresh":
-        raise UserError(f"--response {config.response} needs --lookahead fresh: only a fresh gradient "
-                        "depends on the policy")
+        raise UserError(f"--response {config.response} needs --lookahead fresh: only a fresh "
+                        "gradient depends on the policy")
     if look != "none" and config.controller != "trained":
-        raise UserError(f"--lookahead {look}: a controller that is {config.controller} has no use for it")
+        raise UserError(f"--lookahead {look}: an {config.controller} controller has no use for it")
     if config.anneal > max(0, learning):
         raise UserError(f"--anneal {config.anneal} is more than the {learning} rounds of learning")
     if config.rates and look in ("momentum", "recent"):
-        raise UserError(f"--rates {config.rates}: past gradients have no rate; use --lookahead fresh")
+        raise UserError(f"--rates {config.rates}: past gradients have no rate, fresh ones do")
     if config.rates and config.shared_samples > 1:
         raise UserError(f"--rates {config.rates}: a shared step has one architecture's rate; use "
                         "--shared_samples 1")
@@ -2966,7 +2973,8 @@ def device_of(config):
 
 @lru_cache
 def tensorboard(folder):
-    """add_scalar(name, value, step) of a TensorBoard writer, or of nobody where it does not work."""
+    """add_scalar(name, value, step) of a TensorBoard writer, or of nobody where it does not
+    work."""
     try:
         from torch.utils.tensorboard import SummaryWriter
         return SummaryWriter(str(folder / "tensorboard")).add_scalar
@@ -2978,7 +2986,8 @@ def commit():
     """The commit that this file is at, '+' if it has changed since; '' outside a repository."""
     changed = f"git diff --quiet HEAD -- {Path(__file__).name} || echo +"
     ask = f"git rev-parse --short=12 HEAD && ({changed})"
-    answer = subprocess.run(ask, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    here = Path(__file__).parent
+    answer = subprocess.run(ask, shell=True, cwd=here, capture_output=True, text=True)
     return answer.stdout.replace("\n", "")
 
 
@@ -3020,14 +3029,14 @@ class Run:
         """Make the folder, lock it, and refuse it if it holds a run with other settings."""
         with refusing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "w")
         try:
             import fcntl  # not on Windows
-            self.lock = open(self.folder / "lock", "w")
             # the system's own lock, so a killed run frees it
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run is at work in {self.folder}: give this one another --out") \
-                from None
+            busy = f"another run is at work in {self.folder}: give this one another --out"
+            raise UserError(busy) from None
         except (ImportError, OSError):
             self.say("this system has no file locks: run nothing else in this folder")
         path = self.folder / "config.json"
@@ -3035,8 +3044,8 @@ class Run:
         theirs = read_json(path) if path.exists() and worked else self.settings
         for name, value in self.settings.items():
             if name not in WHEREABOUTS and theirs.get(name) != value:
-                raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, not "
-                                f"{value!r}; give this one another --out")
+                raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, "
+                                f"not {value!r}; give this one another --out")
         with refusing(self.folder):
             write_json(path, self.settings)
 
@@ -3045,10 +3054,11 @@ class Run:
         return str([(name, x) for name, x in self.settings.items() if name not in WHEREABOUTS])
 
     def restore(self):
-        """The state to resume from, or None at the start; metrics.jsonl is cut back to what it was."""
+        """The state to resume from, or None at the start; metrics.jsonl is cut back to what it
+        was."""
         if self.checkpoint.exists():
             with refusing(self.checkpoint, "; delete it to start again"):
-                saved = torch.load(self.checkpoint, map_location=device_of(self.config), weights_only=True)
+                saved = load_tensors(self.checkpoint, device_of(self.config))
                 if saved["key"] != self.key():
                     raise ValueError("it is another run's")
                 self.good, self.good_bytes = saved["state"], saved["metrics_bytes"]
@@ -3076,15 +3086,17 @@ class Run:
         """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
         if STOP:
             self.save()
-            self.say(f"stopped by {signal.Signals(STOP[0]).name}; the same command goes on from here")
+            name = signal.Signals(STOP[0]).name
+            self.say(f"stopped by {name}; the same command goes on from here")
             raise SystemExit(128 + STOP[0])
 
     def say(self, text):
         print(f"[{self.folder}] {text}", flush=True)
 
     def log(self, line, done, total, words):
-        """A line of metrics.jsonl, which has no times; the first, and then one every few seconds, for
-        who waits: how much is done, words a second, and how long the rest takes on this machine."""
+        """A line of metrics.jsonl, which has no times; the first, and then one every few seconds,
+        for who waits: how much is done, words a second, and how long the rest takes on this
+        machine."""
         with open(self.metrics, "a") as file:
             file.write(json.dumps(strict(line)) + "\n")
             file.flush()
@@ -3101,11 +3113,14 @@ class Run:
             self.spoke_at, spent = now, now - self.started
             shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if not isinstance(v, list))
             left = timedelta(seconds=int(spent * (total / done - 1)))
-            self.say(f"{100 * done / total:3.0f} %  {shown}  {words / spent:,.0f} words/s  {left} left")
+            pace = f"{words / spent:,.0f} words/s  {left} left"
+            self.say(f"{100 * done / total:3.0f} %  {shown}  {pace}")
 
     def finish(self, rows):
         """Write result.json: the rows, and all that it takes to make them again."""
-        config = {name: x for name, x in self.settings.items() if name not in ("command", "out", "inputs")}
+        config = dict(self.settings)
+        for name in ("command", "out", "inputs"):
+            config.pop(name, None)
         record = {"command": self.command, "config": config, "seed": self.config.seed,
                   "commit": self.commit, "date": time.strftime("%Y-%m-%d"),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -3130,11 +3145,14 @@ def run_command(command, config):
         torch.set_num_threads(config.threads)
     run = Run(command, config)
     run.open()
-    if (run.folder / "result.json").exists():
-        run.say("already finished")
-        return read_json(run.folder / "result.json") | {"found": True}
-    work, _, _ = COMMANDS[command]
-    return run.finish(work(config, run))
+    try:
+        if (run.folder / "result.json").exists():
+            run.say("already finished")
+            return read_json(run.folder / "result.json") | {"found": True}
+        work, _, _ = COMMANDS[command]
+        return run.finish(work(config, run))
+    finally:
+        run.lock.close()
 
 
 # 12. The report -----------------------------------------------------------------------------------
@@ -3200,10 +3218,9 @@ def dots(axes, rows, value):
     low, high = everything.quantile(torch.tensor([0.25, 0.75]).double()).tolist()
     edge = min(everything.max().item(), high + 5 * (high - low))
     for y, units in enumerate(groups.values()):
-        inside = [x for x in units.values() if x <= edge]
-        axes.plot(inside, [y] * len(inside), ".", color="#999999")
-        centre = mean(units.values())
-        axes.plot(min(centre, edge), y, "o" if centre <= edge else ">", color="tab:blue")
+        for x, colour in [(x, "#999999") for x in units.values()] + [(mean(units.values()), "C0")]:
+            marker = ">" if x > edge else "o" if colour == "C0" else "."
+            axes.plot(min(x, edge), y, marker, color=colour)
     axes.set(yticks=range(len(groups)), yticklabels=groups, xlabel=value)
     axes.invert_yaxis()
 
@@ -3437,14 +3454,8 @@ def report_study(study, records, out):
         curves(axes[-2], records, "entropy")
     figure.savefig(Path(out) / f"{study}.png", dpi=100)
     if name == "progress":
-        draw_progress(
-            Path(out) / f"{study}-choices.png",
-            [
-                row
-                for record in records
-                for row in read_json(record["folder"] / "result.json")["rows"]
-            ],
-        )
+        first_record = read_json(records[0]["folder"] / "result.json")
+        draw_progress(Path(out) / f"{study}-choices.png", first_record["rows"])
     made = "\n\n".join(comparison(rows, value, first) for value in values)
     machines = "; ".join(sorted({record["machine"] for record in records}))
     hours = sum(record["seconds"] for record in records) / 3600
