@@ -3442,6 +3442,9 @@ def report_study(study, records, out):
     rows = [row for record in records for row in record["rows"]]
     values = [value for value in values if any(row.get(value) is not None for row in rows)]
     more = {"compare": 1, "train": 1, "search": 2}.get(name, 0)
+    curved = any((record["folder"] / "metrics.jsonl").exists() for record in records)
+    if name in ("train", "search") and not curved:
+        name, more = "", 0
     longest = max((len(row["group"]) for row in rows), default=0)
     figure, axes = figure_of(max(1, len(values) + more), width=3.5 + .08 * longest)
     for value, each in zip(values, axes):

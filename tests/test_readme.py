@@ -88,6 +88,10 @@ def test_the_findings_are_those_of_the_records():
         [shown(spaces[arm], 2) for arm in ("chain", "ENAS", "gated", "gated-memory")],
         [shown(x, 2) for x in (errors["parameters"], errors["paths"], blind["parameters"], blind["paths"],
                                errors["depth"])],
+        [shown(mean(values("hidden", name, arm)), 2) for name, arm in (
+            ("distance with decisions", "trained"), ("distance with decisions", "untrained"),
+            ("distance with loss", "trained"), ("distance with loss", "untrained"),
+            ("probe for loss", "trained"), ("probe for loss", "untrained"))],
         [], [shown(ptb[arm], 1) for arm in ("found", "random-cell-1")]]
     assert len(findings) == len(expected)
     for finding, numbers in zip(findings, expected):
