@@ -61,7 +61,7 @@ for seed in $(seq $seeds); do run hidden/$seed hidden --preset $toy --supernet "
 for seed in $(seq $few); do run state/$seed state --preset $toy --supernet "$out/search/$seed" --seed $seed; done
 
 # The term that ENAS leaves out. Is a gradient that looks ahead closer to the next one? Minutes. Expected: yes if fresh.
-for seed in $(seq $few); do run similarity/$seed similarity --preset $toy --seed $seed; done
+for seed in $(seq $seeds); do run similarity/$seed similarity --preset $toy --seed $seed; done
 run cost/1 cost --preset $toy --threads 1
 # Does it find better cells? An hour, twice. Expected: no. The second time with steps so small that (fresh, unrolled)
 # does not explode.

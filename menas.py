@@ -2154,11 +2154,12 @@ def depth(cell):
     return max(depths(cell).values())
 
 
-def nodes_with_tanh(cell):
-    return sum(node.activation == TANH for node in cell.nodes)
+def matrices(cell):
+    """Matrices of the recurrence: its weights in units of H * H."""
+    return recurrent_parameters(cell, 1)
 
 
-MEASURES = {"paths": path_count, "depth": depth, "nodes with tanh": nodes_with_tanh}
+MEASURES = {"parameters": matrices, "paths": path_count, "depth": depth}
 NO_DROPOUT = dict(
     word_dropout=0.0,
     input_dropout=0.0,
@@ -2496,17 +2497,6 @@ def study_hidden(config, run):
     return found
 
 
-def parameters(cell, config):
-    return recurrent_parameters(cell, config.hidden)
-
-
-PROPERTIES = {
-    "parameters": parameters,
-    "paths": lambda cell, config: path_count(cell),
-    "depth": lambda cell, config: depth(cell),
-}
-
-
 def conditional(config, name):
     """A controller that is asked for a value of a property: trained on every other target of a
     grid, tested on those in between. Rows of target, the samples' mean, and their mean absolute
@@ -2514,7 +2504,7 @@ def conditional(config, name):
     controller = Controller(search_space(config), config.seed, asked=True)
 
     def values(rows):
-        return torch.tensor([float(PROPERTIES[name](decode(row), config)) for row in rows])
+        return torch.tensor([float(MEASURES[name](decode(row))) for row in rows])
 
     anywhere = values(controller.sample(500, config.seed, "targets").rows)
     spread = anywhere.std()
@@ -2556,7 +2546,7 @@ def conditional(config, name):
 
 def study_conditional(config, run):
     """Does a controller that is told what to aim for follow?"""
-    return [row for name in PROPERTIES for row in conditional(config, name)]
+    return [row for name in MEASURES for row in conditional(config, name)]
 
 
 @torch.no_grad()

@@ -244,7 +244,7 @@ def test_measures_of_a_cell():
     cells = [CELLS[name] for name in ("chain", "tree", "lstm_cell")]
     assert [menas.path_count(cell) for cell in cells] == [1, 6, 4]
     assert [menas.depth(cell) for cell in cells] == [12, 4, 3]
-    assert [menas.nodes_with_tanh(cell) for cell in cells] == [12, 12, 3]
+    assert [menas.matrices(cell) for cell in cells] == [26, 26, 8]
 
 
 def check_train(world):
