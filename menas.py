@@ -236,7 +236,7 @@ def is_enas(cell):
     """Is it in ENAS's space: highway nodes, of which only the first reads the input pair?"""
     plain = all(node.operation == HIGHWAY and node.second == 0 for node in cell.nodes)
     inputs = [i for i, node in enumerate(cell.nodes) if node.read == INPUT]
-    return plain and inputs == [0] and (cell.memory, cell.width, cell.rate) == (0, 0, 0)
+    return plain and inputs == [0] and (cell.memory, cell.width) == (0, 0)
 
 
 def recurrent_parameters(cell, hidden):
@@ -942,8 +942,9 @@ def policy_loss(sample, rewards, entropy_weight):
     """Its gradient is minus an unbiased estimate of d/dtheta { E[reward] + w entropy of the policy
     }.
 
-    mean_k [ (R_k + w H_k - b_k) log pi(m_k) + w H_k ] (Williams 1992); the H outside differentiates
-    the entropies themselves, the one in the bracket the distribution that they are averaged over.
+    - mean_k [ (R_k + w H_k - b_k) log pi(m_k) + w H_k ] (Williams 1992); the H outside
+    differentiates the entropies themselves, the one in the bracket the distribution that they are
+    averaged over.
     """
     value = rewards + entropy_weight * sample.entropy
     advantage = (value - leave_one_out(value)).detach()
@@ -1345,7 +1346,7 @@ def mean_gradient(values, weights):
 
 @torch.no_grad()
 def directional(step, weights, cells, u):
-    """<grad L_T(omega; m), u> = [ L_T(omega + eps u; m) - L_T(omega - eps u; m) ] / (2 eps)  [K].
+    """xi_m <grad L_T(omega), u> = xi_m [ L_T(omega + eps u) - L_T(omega - eps u) ] / (2 eps)  [K].
 
     Two forward passes, in float32 or better; eps = .01 / |u|, and if u is 0 any will do.
     """
@@ -1357,6 +1358,7 @@ def directional(step, weights, cells, u):
 
 def remember(past, g, decay=0.9):
     """The last shared step's gradient g, and the decayed sum of all and its weight."""
+    g = {name: x.nan_to_num(0.0, 0.0, 0.0) for name, x in g.items()}  # as sgd_step takes it
     if not past:
         return {"recent": g, "sum": g, "weight": 1.0}
     total = {name: g[name] + decay * past["sum"][name] for name in g}
@@ -1481,9 +1483,13 @@ class Anticipation(Search):
     """A search whose rewards anticipate: evaluated at omega', with the response of the shared
     weights."""
 
+    def __init__(self, config, corpus):
+        super().__init__(config, corpus)
+        self.remembers = config.lookahead in ("momentum", "recent")
+
     def shared_step(self, progress):
         g = super().shared_step(progress)
-        if self.config.lookahead in ("momentum", "recent"):
+        if self.remembers:
             self.s["past"] = remember(self.s["past"], g)
         return g
 
@@ -2087,10 +2093,18 @@ def variants(cell):
     return kinds | {kind: [alike] for kind, alike in all_alike(cell).items()}
 
 
+def of_enas(config):
+    """The search's Config and rows, for studies that change cells of ENAS's own space."""
+    searched, _, found = supernet(config)
+    if not all(is_enas(decode(row)) for row in found["sampled"]) or searched.min_nodes:
+        raise UserError(f"--supernet {config.supernet} is not of ENAS's own space")
+    return searched, found
+
+
 def study_ablate(config, run):
     """What in a cell matters? The cell that a search found, a random one and darts_v2, each as it
     is and with --derive_samples changes of each kind, drawn at random; trained from scratch."""
-    searched, _, found = supernet(config)
+    searched, found = of_enas(config)
     drawn = uniform_rows(search_space(searched), 1, config.seed, "ablate")[0]
     cells = {
         "searched": decode(found["sampled"][0]),
@@ -2111,7 +2125,7 @@ def study_ablate(config, run):
 def study_factors(config, run):
     """Is it the connections or the activations? Searched or random ones of either, --derive_samples
     cells of each combination, and tanh alone; trained from scratch."""
-    searched, _, found = supernet(config)
+    searched, found = of_enas(config)
     uniform = uniform_rows(search_space(searched), len(found["sampled"]), config.seed, "factors")
     sources, rows = {"searched": found["sampled"], "random": uniform}, []
     for i, a, b in product(range(config.derive_samples), sources, (*sources, "tanh")):
@@ -2223,6 +2237,13 @@ ESTIMATORS = [
 SIMILARITY_EVERY = 10  # shared steps between two measurements
 
 
+def anticipating(config):
+    """A game whose controller steps are ENAS's; it remembers gradients, to measure all with."""
+    game = Anticipation(replace(config, lookahead="none", response="none"), load_corpus(config))
+    game.remembers = True
+    return game
+
+
 def estimates(game, sample, rewards, step, others):
     """{estimator: its gradient} on one sample, validation segment and foreseen step."""
     found = {}
@@ -2245,7 +2266,8 @@ def cosines_to_the_next(game):
     game.shared_step(0.0)
     then = []
     for sample, reward in zip(samples, rewards):
-        values, _ = reward(game.s["weights"], sample.rows)
+        with torch.no_grad():
+            values, _ = reward(game.s["weights"], sample.rows)
         then.append(policy_gradient(game.controller, sample, values))
     grads["the next one itself"] = then[0]
     return {
@@ -2256,7 +2278,7 @@ def cosines_to_the_next(game):
 def study_similarity(config, run):
     """Is the gradient that looks ahead closer to the next one? Shared and controller steps
     alternate, and every tenth shared step is looked at."""
-    game = Anticipation(replace(config, lookahead="recent"), load_corpus(config))  # which remembers
+    game = anticipating(config)
     rows, steps = [], config.epochs * game.shared_steps
     if steps < SIMILARITY_EVERY:
         raise UserError(f"{steps} shared steps: at least {SIMILARITY_EVERY} to measure once")
@@ -2287,7 +2309,7 @@ def study_cost(config, run):
     deviation of --controller_steps draws from their median, both divided by the plain one's."""
     if config.controller_steps < 2:
         raise UserError(f"--controller_steps {config.controller_steps}: a spread needs two draws")
-    game = Anticipation(replace(config, lookahead="recent"), load_corpus(config))
+    game = anticipating(config)
     for _ in range(game.shared_steps):  # to where the weights are no longer random
         game.shared_step(0.0)
         game.s["step"] += 1
@@ -2343,7 +2365,7 @@ def bench_case(config, hidden, batch, words, k, dtype, repeats=5):
     tokens = torch.randint(words, (config.bptt, batch), generator=rng("bench")).to(device)
     masks = {"hidden": draw_masks(config, words, batch, [1], 0)["hidden"].to(device)}
     cell = {name: w.to(device) for name, w in shared_weights(config, words).items()}
-    lstm = {name: w.to(device) for name, w in lstm_weights(config, words, hidden, [1]).items()}
+    lstm = {name: w.to(device) for name, w in lstm_weights(config, words, hidden, [1] * k).items()}
     models = {
         "plain loop": (cell, "float32", plain_recurrence),
         "torch.nn.LSTM": (lstm, "float32", None),
@@ -2383,7 +2405,11 @@ def study_bench(config, run):
     cases = [case for case in BENCHES if case[0] <= config.hidden]
     if not cases:
         raise UserError(f"--hidden {config.hidden}: the smallest case has {BENCHES[0][0]} units")
-    return [row for case in cases for row in bench_case(config, *case)]
+    rows = []
+    for case in cases:
+        rows += bench_case(config, *case)
+        run.obey()
+    return rows
 
 
 def reward_error(game, rows, whole, at_least=30):
@@ -2397,7 +2423,7 @@ def reward_error(game, rows, whole, at_least=30):
         losses.append(-torch.log(found.cpu() / 80))
         taus.append(kendall(losses[-1].tolist(), whole.tolist()))
         others = uniform_rows(
-            game.controller.decisions, game.config.controller_samples, "others", i
+            game.controller.decisions, game.config.controller_samples, game.config.seed, "others", i
         )
         _, game.s["state"]["valid"] = rewards(game.s["weights"], move(others, game.device))
     return (torch.stack(losses).mean(0) - whole).median().item(), mean(taus)
@@ -2409,8 +2435,8 @@ CONTEXTS = (1, 2, 4, 8, 16, 32, 64)  # words
 @torch.no_grad()
 def study_state(config, run):
     """How should the hidden state be kept where each segment has another architecture? The reward's
-    error under each policy; and the loss of a trained ENAS cell and an LSTM that see so many
-    words."""
+    error under each policy; and the loss of a trained ENAS cell and an LSTM that see only so many
+    words before the one they predict."""
     corpus, (searched, weights, _) = load_corpus(config), supernet(config)
     rows = uniform_rows(search_space(searched), config.derive_samples, config.seed, "scored")
     whole, found = score(weights, rows, corpus.valid, searched), []
@@ -2424,14 +2450,11 @@ def study_state(config, run):
     for row in trained:
         network_weights = load_tensors(run.folder / row["folder"] / "weights.pt")
         for words in CONTEXTS:
-            loss = evaluate(
-                network_weights,
-                encode([CELLS["enas"]]),
-                corpus.valid,
-                batch=len(corpus.valid),
-                warm_up=words,
-            )
-            found.append(dict(group=f"{row['cell']}, {words} words", loss=loss.item()))
+            # streams of so many words, each begun as many words earlier
+            streams = dict(batch=len(corpus.valid), warm_up=words, bptt=words)
+            loss = evaluate(network_weights, encode([CELLS["enas"]]), corpus.valid, **streams)
+            seen = f"{row['cell']}, {words + 1} to {2 * words} words"
+            found.append(dict(group=seen, loss=loss.item()))
     return found
 
 
@@ -2497,7 +2520,7 @@ def study_hidden(config, run):
     return found
 
 
-def conditional(config, name):
+def conditional(config, name, run):
     """A controller that is asked for a value of a property: trained on every other target of a
     grid, tested on those in between. Rows of target, the samples' mean, and their mean absolute
     error beside the untrained controller's, in standard deviations of the latter's values."""
@@ -2518,6 +2541,7 @@ def conditional(config, name):
         return controller.sample(k, config.seed, *key, asked=asked.expand(k))
 
     for step in range(config.controller_steps):
+        run.obey()
         training = targets[::2]
         target = training[
             torch.randint(len(training), (), generator=rng(config.seed, "target", step))
@@ -2546,7 +2570,7 @@ def conditional(config, name):
 
 def study_conditional(config, run):
     """Does a controller that is told what to aim for follow?"""
-    return [row for name in MEASURES for row in conditional(config, name)]
+    return [row for name in MEASURES for row in conditional(config, name, run)]
 
 
 @torch.no_grad()
@@ -2593,7 +2617,8 @@ def load_cell(config, name):
     """A cell by its name, 'random:SEED', its row, an ENAS arc, a DARTS genotype, or a run's
     folder."""
     if os.path.isfile(Path(name, "result.json")):
-        name = read_json(Path(name, "result.json"))["rows"][0]["cell"]  # a search's best
+        with refusing(name):
+            name = read_json(Path(name, "result.json"))["rows"][0]["cell"]  # a search's best
     if name in CELLS:
         return CELLS[name]
     with refusing(f"the cell {name!r}"):
@@ -2735,6 +2760,7 @@ def study_search(config, run):
     best = sampled[0]
     if config.anneal:  # the policy's own choice
         best = max(sampled, key=sampled.count)
+        found.sort(key=lambda row: (row["group"], row["cell"] != best))  # its rows first
     draw_cell(load_cell(config, best)).figure.savefig(run.folder / "cell.png", dpi=110)
     run.say(f"the cell found, of {len(set(sampled))} distinct ones in {k} samples: {best}")
     run.say(f"its picture is {run.folder}/cell.png, the numbers are in result.json beside it")
@@ -2939,7 +2965,7 @@ def check(config):
         raise UserError(f"--response {config.response} needs --lookahead fresh: only a fresh "
                         "gradient depends on the policy")
     if look != "none" and config.controller != "trained":
-        raise UserError(f"--lookahead {look}: an {config.controller} controller has no use for it")
+        raise UserError(f"--lookahead {look}: a controller that is {config.controller} has none")
     if config.anneal > max(0, learning):
         raise UserError(f"--anneal {config.anneal} is more than the {learning} rounds of learning")
     if config.rates and look in ("momentum", "recent"):
@@ -3076,8 +3102,8 @@ class Run:
         """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
         if STOP:
             self.save()
-            name = signal.Signals(STOP[0]).name
-            self.say(f"stopped by {name}; the same command goes on from here")
+            goes_on = "the same command goes on from here" if self.good else "nothing was saved"
+            self.say(f"stopped by {signal.Signals(STOP[0]).name}; {goes_on}")
             raise SystemExit(128 + STOP[0])
 
     def say(self, text):
@@ -3123,7 +3149,8 @@ class Run:
 def digest(config):
     """Of the files that a run reads, so that it does not go on with others: texts, and cells."""
     paths = [Path(os.path.expanduser(config.data)) / f"{split}.txt" for split in SPLITS]
-    paths += [Path(entry.partition("@")[0], "result.json") for entry in config.cell.split(",")]
+    names = [entry.partition("@")[0] for entry in config.cell.split(",")] + [config.supernet]
+    paths += [Path(name, "result.json") for name in names if name]
     content = b"".join(path.read_bytes() for path in paths if os.path.isfile(path))
     return sha256(content)[:12] if content else ""
 
@@ -3240,7 +3267,11 @@ def curves(axes, records, y):
         lines = (
             [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         )
-        points = [(line["step"], line[y]) for line in lines if line.get(y) not in (None, [None])]
+        points = [
+            (line["step"], line[y])
+            for line in lines
+            if line.get(y) not in (None, [None]) and line.get("networks", [0])[0] == 0
+        ]
         if points:
             steps, values = zip(*points)
             values = [value[0] if isinstance(value, list) else value for value in values]
