@@ -3485,7 +3485,7 @@ def report_study(study, records, out):
     machines = "; ".join(sorted({record["machine"] for record in records}))
     hours = sum(record["seconds"] for record in records) / 3600
     converted = "".join(
-        sorted({f" {record['converted']}." for record in records if "converted" in record})
+        sorted({f" {record['converted']}" for record in records if "converted" in record})
     )
     command = records[0]["command"]
     return (

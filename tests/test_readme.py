@@ -118,7 +118,7 @@ def test_its_code_scores_a_trained_network(tmp_path, text, monkeypatch):
                                                      out=str(tmp_path / "run")))
     code = "\n".join(line[4:] for line in between("code").splitlines())
     code = code.replace('configure("train", "ptb")', f'configure("train", "smoke", data={str(text)!r})')
-    code = code.replace("runs/train/ptb-1", str(tmp_path / "run"))
+    code = code.replace("runs/train/enas/1", str(tmp_path / "run"))
     space = {}
     exec(code, space)
     assert math.isclose(space["loss"].item(), run["rows"][0]["valid"], abs_tol=1e-6)
