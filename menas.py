@@ -844,8 +844,8 @@ def sgd_step(weights, grads, lr, clip, decay):
 # 4. The controller --------------------------------------------------------------------------------
 # K architectures, rows [K, D], and what the policy says of them: log_prob [K] of the whole row;
 # entropy [K], the sum of the decisions' entropies along the row's path, whose mean estimates the
-# policy's.
-Sample = namedtuple("Sample", "rows log_prob entropy")
+# policy's; hidden [K, units], the LSTM's state after the last decision.
+Sample = namedtuple("Sample", "rows log_prob entropy hidden", defaults=(None,))
 
 # The logits are TANH_CONSTANT * tanh(logits / TEMPERATURE) (Pham et al. 2018, appendix A)
 TEMPERATURE, TANH_CONSTANT, CONTROLLER_UNITS = 5.0, 2.5, 100
@@ -912,7 +912,7 @@ class Controller(nn.Module):
             for column_ in d.columns:
                 out[:, column_] = choices[choice] * relevant
             x = self.embed[f][choice * relevant]
-        return Sample(out, log_prob, entropy)
+        return Sample(out, log_prob, entropy, self.lstm(x, state)[0])
 
     def sample(self, k, *key, asked=None):
         """K architectures, drawn by rng(*key) on the CPU whatever the device."""
@@ -1935,10 +1935,12 @@ def guessing(corpus):
 
 
 def no_worse(loss, guess):
+    """The loss, or that of guessing if it is worse or no number."""
     return loss if loss < guess else guess
 
 
 def load_tensors(path, device="cpu"):
+    """The dict in a file; it may hold nothing but tensors and plain values."""
     return torch.load(path, map_location=device, weights_only=True)
 
 
@@ -1987,7 +1989,7 @@ def train_rows(config, run, rows, prefix=""):
         kinds.setdefault(kind_of_network(config, rows[i]["cell"]), []).append(i)
     for kind, members in kinds.items():
         for first in range(0, len(members), AT_ONCE):
-            batch = members[first : first + AT_ONCE]
+            batch = members[first:first + AT_ONCE]
             seeds = [rows[i].get("seed", config.seed + i) for i in batch]
             cells = ",".join(f"{rows[i]['cell']}@{seed}" for i, seed in zip(batch, seeds))
             folder = run.folder / f"{prefix}{kind} {first // AT_ONCE}"
@@ -2001,39 +2003,25 @@ def train_rows(config, run, rows, prefix=""):
     return rows
 
 
-def distinct_some(rows, k, *key):
-    """k distinct ones of rows [n, D], drawn at random; and how many distinct ones there are."""
-    distinct = rows.unique(dim=0)
-    order = torch.randperm(len(distinct), generator=rng(*key))
-    return distinct[order[:k]], len(distinct)
-
-
 def study_compare(config, run):
     """Is a trained controller better than chance? --derive_samples distinct cells of it, of an
     untrained one and of the uniform distribution, and LSTMs of as many units and of as many
     weights, trained from scratch; 'shared' is a cell's loss under the shared weights."""
-    corpus = load_corpus(config)
+    corpus, k = load_corpus(config), config.derive_samples
     searched, weights, found = supernet(config)
-    controller = Controller(search_space(searched), searched.seed)
-    many = controller.sample(4 * config.derive_samples, searched.seed, "untrained").rows
+    untrained = Controller(search_space(searched), searched.seed)
+    sources = {"trained": found["sampled"],
+               "untrained": untrained.sample(4 * k, searched.seed, "untrained").rows,
+               "uniform": found["uniform"]}
     rows = []
-    for group, sampled in (
-        ("trained", found["sampled"]),
-        ("untrained", many),
-        ("uniform", found["uniform"]),
-    ):
-        some, distinct = distinct_some(sampled, config.derive_samples, config.seed, "compare")
+    for group, sampled in sources.items():
+        distinct = sampled.unique(dim=0)
+        order = torch.randperm(len(distinct), generator=rng(config.seed, "compare"))
+        some = distinct[order[:k]]
         losses = score(weights, some, corpus.valid, searched).tolist()
-        rows += [
-            dict(
-                group=group,
-                cell=row_name(row),
-                distinct=distinct,
-                of=len(sampled),
-                shared=no_worse(loss, guessing(corpus)),
-            )
-            for row, loss in zip(some, losses)
-        ]
+        for row, loss in zip(some, losses):
+            rows.append(dict(group=group, cell=row_name(row), distinct=len(distinct),
+                             of=len(sampled), shared=no_worse(loss, guessing(corpus))))
     rows.append(dict(group="LSTM", cell="lstm"))
     rows.append(dict(group="LSTM, as many weights", cell=f"lstm:{rows[0]['cell']}"))
     return train_rows(config, run, rows)
@@ -2047,8 +2035,7 @@ def changed(cell, i, **new):
 
 
 def without(cell, i):
-    """The cell without node i > 0, whose readers read what it read."""
-
+    """A cell of ENAS's space without node i > 0, whose readers read what it read."""
     def moved(slot):
         slot = cell.nodes[i].read if slot == i + 1 else slot
         return slot - (slot > i + 1)
@@ -2072,31 +2059,20 @@ def all_alike(cell):
 def variants(cell):
     """{kind of change: cells of ENAS's space changed so in one place}. A connection that is added
     is a second one; node 0, which alone reads the input pair, is never removed."""
-    n = len(cell.nodes)
-    added = [
-        changed(cell, i, second=slot)
-        for i in range(1, n)
-        for slot in range(1, i + 1)
-        if slot != cell.nodes[i].read
-    ]
-    acts = [
-        changed(cell, i, activation=a)
-        for i in range(n)
-        for a in range(len(ACTIVATIONS))
-        if a != cell.nodes[i].activation
-    ]
-    kinds = {
-        "a node removed": [without(cell, i) for i in range(1, n)],
-        "a connection added": added,
-        "an activation changed": acts,
-    }
+    later = range(1, len(cell.nodes))
+    added = [changed(cell, i, second=slot)
+             for i in later for slot in range(1, i + 1) if slot != cell.nodes[i].read]
+    acts = [changed(cell, i, activation=a) for i, node in enumerate(cell.nodes)
+            for a in range(len(ACTIVATIONS)) if a != node.activation]
+    kinds = {"a node removed": [without(cell, i) for i in later],
+             "a connection added": added, "an activation changed": acts}
     return kinds | {kind: [alike] for kind, alike in all_alike(cell).items()}
 
 
 def of_enas(config):
     """The search's Config and rows, for studies that change cells of ENAS's own space."""
     searched, _, found = supernet(config)
-    if not all(is_enas(decode(row)) for row in found["sampled"]) or searched.min_nodes:
+    if searched.min_nodes or not all(is_enas(decode(row)) for row in found["sampled"]):
         raise UserError(f"--supernet {config.supernet} is not of ENAS's own space")
     return searched, found
 
@@ -2105,20 +2081,15 @@ def study_ablate(config, run):
     """What in a cell matters? The cell that a search found, a random one and darts_v2, each as it
     is and with --derive_samples changes of each kind, drawn at random; trained from scratch."""
     searched, found = of_enas(config)
-    drawn = uniform_rows(search_space(searched), 1, config.seed, "ablate")[0]
-    cells = {
-        "searched": decode(found["sampled"][0]),
-        "random": decode(drawn),
-        "darts_v2": CELLS["darts_v2"],
-    }
+    drawn = uniform_rows(search_space(searched), 1, config.seed, "ablate")
+    cells = {"searched": decode(found["sampled"][0]), "random": decode(drawn[0]),
+             "darts_v2": CELLS["darts_v2"]}
     rows = []
     for source, cell in cells.items():
         for kind, changes in ({"itself": [cell]} | variants(cell)).items():
-            draw = torch.randperm(len(changes), generator=rng(config.seed, source, kind)).tolist()
-            rows += [
-                dict(group=kind, source=source, cell=name_of(changes[i]))
-                for i in draw[: config.derive_samples]
-            ]
+            order = torch.randperm(len(changes), generator=rng(config.seed, source, kind)).tolist()
+            rows += [dict(group=kind, source=source, cell=name_of(changes[i]))
+                     for i in order[:config.derive_samples]]
     return train_rows(config, run, rows)
 
 
@@ -2134,14 +2105,8 @@ def study_factors(config, run):
         activations = [TANH] * len(cell.nodes)
         if b in sources:
             activations = [node.activation for node in decode(sources[b][draws[1]]).nodes]
-        rows.append(
-            dict(
-                group=f"{a} connections, {b} activations",
-                connections=a,
-                activations=b,
-                cell=name_of(with_activations(cell, activations)),
-            )
-        )
+        rows.append(dict(group=f"{a} connections, {b} activations", connections=a, activations=b,
+                         cell=name_of(with_activations(cell, activations))))
     return train_rows(config, run, rows)
 
 
@@ -2165,6 +2130,7 @@ def depths(cell):
 
 
 def depth(cell):
+    """Nodes on the longest path."""
     return max(depths(cell).values())
 
 
@@ -2174,14 +2140,8 @@ def matrices(cell):
 
 
 MEASURES = {"parameters": matrices, "paths": path_count, "depth": depth}
-NO_DROPOUT = dict(
-    word_dropout=0.0,
-    input_dropout=0.0,
-    hidden_dropout=0.0,
-    output_dropout=0.0,
-    weight_decay=0.0,
-    average=False,
-)
+NO_DROPOUT = dict(word_dropout=0.0, input_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0,
+                  weight_decay=0.0, average=False)
 CAPACITY_WORDS = 1000  # of the training text, to be learnt by heart
 CAPACITY_RATES = (1.0, 0.25, 4.0)  # times --lr
 
@@ -2195,27 +2155,17 @@ def study_capacity(config, run):
     text = " ".join(corpus.words[i] for i in corpus.train[:CAPACITY_WORDS].tolist())
     for split in SPLITS:  # the text is also what 'validation' looks at
         write_atomically(folder / f"{split}.txt", text.replace(" <eos>", "\n").encode())
-    for i, row in enumerate(
-        uniform_rows(search_space(config), config.derive_samples, config.seed, "capacity")
-    ):
+    drawn = uniform_rows(search_space(config), config.derive_samples, config.seed, "capacity")
+    for i, row in enumerate(drawn):
         cell = decode(row)
         kinds = {"as it is": cell, "half the width": cell._replace(width=config.hidden // 2)}
-        rows += [
-            dict(
-                group=kind,
-                seed=config.seed + i,
-                cell=name_of(x),
-                paths=path_count(x),
-                depth=depth(x),
-            )
-            for kind, x in (kinds | all_alike(cell)).items()
-        ]
+        rows += [dict(group=kind, seed=config.seed + i, cell=name_of(x), paths=path_count(x),
+                      depth=depth(x)) for kind, x in (kinds | all_alike(cell)).items()]
     tried = []
     for rate in CAPACITY_RATES:
         sub = replace(config, data=str(folder), lr=config.lr * rate, **NO_DROPOUT)
-        tried.append(
-            train_rows(sub, run, [row | dict(rate=rate) for row in rows], f"rate {rate:g} ")
-        )
+        labelled = [row | dict(rate=rate) for row in rows]
+        tried.append(train_rows(sub, run, labelled, f"rate {rate:g} "))
     return [min(several, key=lambda row: row["train"]) for several in zip(*tried)]
 
 
@@ -2226,14 +2176,9 @@ def policy_gradient(controller, sample, rewards):
     return torch.cat([g.flatten() for g in grads])
 
 
-ESTIMATORS = [
-    ("none", "none"),
-    ("momentum", "none"),
-    ("recent", "none"),
-    ("fresh", "none"),
-    ("fresh", "unrolled"),
-    ("fresh", "sampled"),
-]  # lookahead, response
+# lookahead, response
+ESTIMATORS = [("none", "none"), ("momentum", "none"), ("recent", "none"), ("fresh", "none"),
+              ("fresh", "unrolled"), ("fresh", "sampled")]
 SIMILARITY_EVERY = 10  # shared steps between two measurements
 
 
@@ -2248,9 +2193,8 @@ def estimates(game, sample, rewards, step, others):
     """{estimator: its gradient} on one sample, validation segment and foreseen step."""
     found = {}
     for look, respond in ESTIMATORS:
-        direct, response, _, _ = extra_rewards(
-            look, respond, game.s["weights"], sample.rows, others, rewards, step
-        )
+        direct, response, _, _ = extra_rewards(look, respond, game.s["weights"], sample.rows,
+                                               others, rewards, step)
         found[f"{look}, {respond}"] = policy_gradient(game.controller, sample, direct + response)
     return found
 
@@ -2270,9 +2214,8 @@ def cosines_to_the_next(game):
             values, _ = reward(game.s["weights"], sample.rows)
         then.append(policy_gradient(game.controller, sample, values))
     grads["the next one itself"] = then[0]
-    return {
-        name: [F.cosine_similarity(g, x, dim=0).item() for x in then] for name, g in grads.items()
-    }
+    return {name: [F.cosine_similarity(g, x, dim=0).item() for x in then]
+            for name, g in grads.items()}
 
 
 def study_similarity(config, run):
@@ -2286,9 +2229,8 @@ def study_similarity(config, run):
         game.s["step"] = step
         if step % SIMILARITY_EVERY == SIMILARITY_EVERY - 1:
             for name, (same, other) in cosines_to_the_next(game).items():
-                rows.append(
-                    {"group": name, "step": step, "same samples": same, "other samples": other}
-                )
+                rows.append({"group": name, "step": step,
+                             "same samples": same, "other samples": other})
         else:
             game.shared_step(0.0)
         if step >= config.warm_epochs * game.shared_steps:
@@ -2313,72 +2255,55 @@ def study_cost(config, run):
     for _ in range(game.shared_steps):  # to where the weights are no longer random
         game.shared_step(0.0)
         game.s["step"] += 1
-    arms = [
-        (*pair, fold)
-        for pair in ESTIMATORS
-        for fold in (1, 2, 4)
-        if pair[0] == "fresh" or fold == 1
-    ]
+    folds = {"none": (1,), "momentum": (1,), "recent": (1,), "fresh": (1, 2, 4)}
+    arms = [(look, respond, fold) for look, respond in ESTIMATORS for fold in folds[look]]
     seconds, grads = {arm: [] for arm in arms}, {arm: [] for arm in arms}
     for arm in arms * config.controller_steps:
         game.config = replace(config, lookahead=arm[0], response=arm[1], fold=arm[2])
         game.s["step"] += 1
         start = clock(game.device)
         sample = game.controller.sample(config.controller_samples, *game.key("cost"))
-        grads[arm].append(policy_gradient(game.controller, sample, sum(game.rewarded(sample, 0.0))))
+        rewards = sum(game.rewarded(sample, 0.0))
+        grads[arm].append(policy_gradient(game.controller, sample, rewards))
         seconds[arm].append(clock(game.device) - start)
         run.obey()
     rows = []
     for arm in arms:
-        g = torch.stack(grads[arm])  # [draws, parameters]
+        g = torch.stack(grads[arm])                                            # [draws, parameters]
         deviation = (g - g.median(0).values).square().sum(1).median().item()
-        rows.append(
-            dict(
-                group="{}, {}, fold {}".format(*arm),
-                ms=1e3 * median(seconds[arm]),
-                deviation=deviation,
-            )
-        )
+        rows.append(dict(group="{}, {}, fold {}".format(*arm), ms=1e3 * median(seconds[arm]),
+                         deviation=deviation))
     for row in rows:
         row.update(cost=row["ms"] / rows[0]["ms"], noise=row["deviation"] / rows[0]["deviation"])
     return rows
 
 
 # hidden, batch, vocabulary, architectures at once, dtype
-BENCHES = [
-    (32, 16, 200, 32, "float32"),
-    (200, 64, 10000, 1, "float32"),
-    (200, 64, 10000, 1, "bfloat16"),
-    (850, 64, 10000, 1, "float32"),
-    (850, 64, 10000, 1, "bfloat16"),
-]
+BENCHES = [(32, 16, 200, 32, "float32"),
+           (200, 64, 10000, 1, "float32"), (200, 64, 10000, 1, "bfloat16"),
+           (850, 64, 10000, 1, "float32"), (850, 64, 10000, 1, "bfloat16")]
 
 
 def bench_case(config, hidden, batch, words, k, dtype, repeats=5):
     """Rows of one size: milliseconds of the plain loop in float32, torch.nn.LSTM, and the fast
     path, all of them in turn, medians."""
-    config, device = (
-        replace(config, hidden=hidden, batch=batch, nodes=12, hidden_dropout=0.25),
-        device_of(config),
-    )
+    config = replace(config, hidden=hidden, batch=batch, nodes=12, hidden_dropout=0.25)
+    device = device_of(config)
     rows = encode([CELLS["enas"]] * k).to(device)
     tokens = torch.randint(words, (config.bptt, batch), generator=rng("bench")).to(device)
-    masks = {"hidden": draw_masks(config, words, batch, [1], 0)["hidden"].to(device)}
+    masks = draw_masks(config, words, batch, [1], 0)
     cell = {name: w.to(device) for name, w in shared_weights(config, words).items()}
     lstm = {name: w.to(device) for name, w in lstm_weights(config, words, hidden, [1] * k).items()}
-    models = {
-        "plain loop": (cell, "float32", plain_recurrence),
-        "torch.nn.LSTM": (lstm, "float32", None),
-        f"fast path, {dtype}": (cell, dtype, fast_recurrence),
-    }
+    models = {"plain loop": (cell, "float32", plain_recurrence),
+              "torch.nn.LSTM": (lstm, "float32", None),
+              f"fast path, {dtype}": (cell, dtype, fast_recurrence)}
+    dropped = {"training step": {"hidden": masks["hidden"].to(device)}, "scoring": {}}
     found = []
-    for work in ("training step", "scoring"):
+    for work in dropped:
         seconds = {name: [] for name in models}
         for name in list(models) * (repeats + 1):
             weights, kind, recurrence = models[name]
-            data = Batch(
-                tokens, tokens, zero_state(weights, batch), masks if work != "scoring" else {}
-            )
+            data = Batch(tokens, tokens, zero_state(weights, batch), dropped[work])
             start = clock(device)
             if work == "scoring":
                 with torch.no_grad():
@@ -2386,17 +2311,10 @@ def bench_case(config, hidden, batch, words, k, dtype, repeats=5):
             else:
                 mean_gradient(lambda w: network(w, rows, data, DTYPES[kind], recurrence), weights)
             seconds[name].append(clock(device) - start)
-        ms = {
-            name: 1e3 * median(several[1:]) for name, several in seconds.items()
-        }  # without the warm-up
-        found += [
-            dict(
-                group=f"{work}, {name}, {hidden} units, {k} at once",
-                ms=x,
-                speedup=ms["plain loop"] / x,
-            )
-            for name, x in ms.items()
-        ]
+        # the first is for warming up
+        ms = {name: 1e3 * median(several[1:]) for name, several in seconds.items()}
+        found += [dict(group=f"{work}, {name}, {hidden} units, {k} at once", ms=x,
+                       speedup=ms["plain loop"] / x) for name, x in ms.items()]
     return found
 
 
@@ -2416,15 +2334,14 @@ def reward_error(game, rows, whole, at_least=30):
     """What a controller step sees of rows [K, D] where each segment is read by other architectures
     than the one before: the median cell's mean loss minus that on the whole split, whole [K], and
     the mean of Kendall's tau between the order on one segment and on the split."""
-    losses, taus = [], []
+    config, losses, taus = game.config, [], []
     for i in range(max(at_least, len(game.streams["valid"]))):
         rewards = game.rewards_on(game.next("valid"))
         found, _ = rewards(game.s["weights"], rows)
         losses.append(-torch.log(found.cpu() / 80))
         taus.append(kendall(losses[-1].tolist(), whole.tolist()))
-        others = uniform_rows(
-            game.controller.decisions, game.config.controller_samples, game.config.seed, "others", i
-        )
+        others = uniform_rows(game.controller.decisions, config.controller_samples, config.seed,
+                              "others", i)
         _, game.s["state"]["valid"] = rewards(game.s["weights"], move(others, game.device))
     return (torch.stack(losses).mean(0) - whole).median().item(), mean(taus)
 
@@ -2447,75 +2364,53 @@ def study_state(config, run):
         found.append(dict(group=name, bias=bias, tau=tau))
     with torch.enable_grad():
         trained = train_rows(config, run, [dict(cell="enas"), dict(cell="lstm")])
-    for row in trained:
+    for row, words in product(trained, CONTEXTS):
         network_weights = load_tensors(run.folder / row["folder"] / "weights.pt")
-        for words in CONTEXTS:
-            # streams of so many words, each begun as many words earlier
-            streams = dict(batch=len(corpus.valid), warm_up=words, bptt=words)
-            loss = evaluate(network_weights, encode([CELLS["enas"]]), corpus.valid, **streams)
-            seen = f"{row['cell']}, {words + 1} to {2 * words} words"
-            found.append(dict(group=seen, loss=loss.item()))
+        # streams of so many words, each begun as many words earlier
+        streams = dict(batch=len(corpus.valid), warm_up=words, bptt=words)
+        loss = evaluate(network_weights, encode([CELLS["enas"]]), corpus.valid, **streams)
+        seen = f"{row['cell']}, {words + 1} to {2 * words} words"
+        found.append(dict(group=seen, loss=loss.item()))
     return found
-
-
-@torch.no_grad()
-def final_states(controller, rows):
-    """The LSTM's hidden state after its last decision, which is fed to it, too [K, H]."""
-    seen = []
-    hook = controller.lstm.register_forward_hook(lambda module, x, output: seen.append(output))
-    controller(rows=rows)
-    hook.remove()
-    last = controller.decisions[controller.free[-1]]
-    choice = (rows[:, last.columns[0], None] == torch.tensor(last.choices)).long().argmax(1)
-    return controller.lstm(controller.embed[-1][choice], seen[-1])[0]
 
 
 def probe(x, y, folds=5):
     """R^2 of a linear regression of y [n] on x [n, d] on the folds left out: what is linear in
     x."""
     x = F.pad(x, (0, 1), value=1.0)
-    fold, guess = (
-        torch.randperm(len(x), generator=rng("probe", len(x))) % folds,
-        torch.empty_like(y),
-    )
+    fold = torch.randperm(len(x), generator=rng("probe", len(x))) % folds
+    guess = torch.empty_like(y)
     for i in range(folds):
         known = fold != i
-        guess[~known] = (
-            x[~known] @ torch.linalg.lstsq(x[known], y[known], rcond=1e-6, driver="gelsd").solution
-        )
+        fit = torch.linalg.lstsq(x[known], y[known], rcond=1e-6, driver="gelsd").solution
+        guess[~known] = x[~known] @ fit
     spread = (y - y.mean()).square().sum()
     return 1 - ((y - guess).square().sum() / spread).item() if spread > 0 else math.nan
 
 
+@torch.no_grad()
 def study_hidden(config, run):
     """Does the controller's final hidden state know the architecture? Of a search's controller and
     the untrained one it started from, on uniform cells and pairs of them: Kendall's tau of the
     states' distance with the decisions that differ and with the difference in loss under the shared
     weights; and the R^2 of linear probes."""
     corpus, (searched, weights, _) = load_corpus(config), supernet(config)
-    decisions, found = search_space(searched), []
-    rows = uniform_rows(decisions, 10 * config.derive_samples, config.seed, "hidden")
+    rows = uniform_rows(search_space(searched), 10 * config.derive_samples, config.seed, "hidden")
     losses = score(weights, rows, corpus.valid[:20000], searched).double()
     losses = losses.nan_to_num(math.inf).clamp(max=guessing(corpus))
-    i = torch.randperm(len(rows), generator=rng(config.seed, "pairs"))
-    differ = (rows[i] != rows).sum(1)
     values = {"loss": losses}
-    values |= {
-        name: torch.tensor([float(f(decode(row))) for row in rows]).double()
-        for name, f in MEASURES.items()
-    }
-    for name in ("untrained", "trained"):
-        controller = Controller(decisions, searched.seed)
-        if name == "trained":
-            with refusing(Path(config.supernet) / "controller.pt"):
-                controller.load_state_dict(load_tensors(Path(config.supernet) / "controller.pt"))
-        states = final_states(controller, rows).double()
+    for name, measure in MEASURES.items():
+        values[name] = torch.tensor([measure(decode(row)) for row in rows]).double()
+    untrained, trained = [Controller(search_space(searched), searched.seed) for _ in range(2)]
+    with refusing(Path(config.supernet) / "controller.pt"):
+        trained.load_state_dict(load_tensors(Path(config.supernet) / "controller.pt"))
+    i, found = torch.randperm(len(rows), generator=rng(config.seed, "pairs")), []
+    for name, controller in (("untrained", untrained), ("trained", trained)):
+        states = controller(rows=rows).hidden.double()
         far = (states[i] - states).norm(dim=1).tolist()
-        row = {
-            "group": name,
-            "distance with decisions": kendall(far, differ.tolist()),
-            "distance with loss": kendall(far, (losses[i] - losses).abs().tolist()),
-        }
+        differ = (rows[i] != rows).sum(1)
+        row = {"group": name, "distance with decisions": kendall(far, differ.tolist()),
+               "distance with loss": kendall(far, (losses[i] - losses).abs().tolist())}
         found.append(row | {f"probe for {of}": probe(states, y) for of, y in values.items()})
     return found
 
@@ -2540,31 +2435,21 @@ def conditional(config, name, run):
         asked = (target - anywhere.mean()) / spread
         return controller.sample(k, config.seed, *key, asked=asked.expand(k))
 
+    training = targets[::2]
     for step in range(config.controller_steps):
         run.obey()
-        training = targets[::2]
-        target = training[
-            torch.randint(len(training), (), generator=rng(config.seed, "target", step))
-        ]
-        sample = asked_for(target, config.controller_samples, "asked", step)
+        i = torch.randint(len(training), (), generator=rng(config.seed, "target", step))
+        sample = asked_for(training[i], config.controller_samples, "asked", step)
+        rewards = -(values(sample.rows) - training[i]).abs() / spread
         adam.zero_grad()
-        policy_loss(
-            sample, -(values(sample.rows) - target).abs() / spread, config.entropy
-        ).backward()
+        policy_loss(sample, rewards, config.entropy).backward()
         adam.step()
     found = []
     for target in targets[1:-1:2]:  # between two that it was trained on
         got = values(asked_for(target, 50, "test").rows)
         error, blind = [((x - target).abs().mean() / spread).item() for x in (got, anywhere)]
-        found.append(
-            dict(
-                group=name,
-                target=target.item(),
-                mean=got.mean().item(),
-                error=error,
-                untrained=blind,
-            )
-        )
+        found.append(dict(group=name, target=target.item(), mean=got.mean().item(), error=error,
+                          untrained=blind))
     return found
 
 
@@ -2573,43 +2458,22 @@ def study_conditional(config, run):
     return [row for name in MEASURES for row in conditional(config, name, run)]
 
 
-@torch.no_grad()
-def watched(game, corpus, epoch):
-    """Rows of the best of --derive_samples cells of the controller on the whole validation split,
-    and of how often each choice of each decision is taken in 200 samples."""
-    config, controller = game.config, game.controller
-    sampled = controller.sample(config.derive_samples, config.seed, "watch", epoch).rows
-    rows, losses = derive(config, game.s["weights"], sampled, corpus)
-    found = [dict(group="best", round=epoch, cell=row_name(rows[0]), valid=losses[0].item())]
-    many = controller.sample(200, config.seed, "shares", epoch).rows
-    for d in controller.decisions:
-        taken = many[:, d.columns[0]]
-        if len(d.choices) > 1:
-            found += [
-                dict(
-                    group=d.name,
-                    round=epoch,
-                    choice=value,
-                    share=(taken == value).float().mean().item(),
-                )
-                for value in d.choices
-            ]
-    return found
-
-
 def study_progress(config, run):
-    """How does a policy change? A search, looked at before each of its rounds and at its end."""
+    """How does a policy change? A search; before each of its rounds and at its end, the best of
+    --derive_samples cells of the controller on the whole validation split."""
     corpus = load_corpus(config)
     game, rounds = game_of(config, corpus), config.epochs + config.settle
 
-    def watch(epoch):
-        write_json(run.folder / f"round {epoch}.json", {"rows": watched(game, corpus, epoch)})
+    def watch(round_):
+        drawn = game.controller.sample(config.derive_samples, config.seed, "watch", round_).rows
+        rows, losses = derive(config, game.s["weights"], drawn, corpus)
+        best = dict(group="best", round=round_, cell=row_name(rows[0]), valid=losses[0].item(),
+                    distinct=len(drawn.unique(dim=0)))
+        write_json(run.folder / f"round {round_}.json", best)
 
     search(game, run, watch)
     watch(rounds)
-    return [
-        row for i in range(rounds + 1) for row in read_json(run.folder / f"round {i}.json")["rows"]
-    ]
+    return [read_json(run.folder / f"round {i}.json") for i in range(rounds + 1)]
 
 
 # 10. The two commands -----------------------------------------------------------------------------
@@ -3178,9 +3042,8 @@ def table(headers, rows):
     text = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *text)]
     lines = [headers, ["-" * width for width in widths], *text]
-    return "\n".join(
-        "| " + " | ".join(x.ljust(w) for x, w in zip(line, widths)) + " |" for line in lines
-    )
+    padded = [[x.ljust(width) for x, width in zip(line, widths)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def by_unit(rows, value):
@@ -3189,10 +3052,8 @@ def by_unit(rows, value):
     for row in rows:
         if row.get(value) is not None:
             found.setdefault(row["group"], {}).setdefault(row["unit"], []).append(row[value])
-    return {
-        group: {unit: mean(several) for unit, several in units.items()}
-        for group, units in found.items()
-    }
+    return {group: {unit: mean(several) for unit, several in units.items()}
+            for group, units in found.items()}
 
 
 def comparison(rows, value, first=""):
@@ -3206,9 +3067,8 @@ def comparison(rows, value, first=""):
         each = [row[value] for row in rows if row["group"] == group and row.get(value) is not None]
         line = [group, len(units), len(each), mean(units.values()), median(each), "", "", ""]
         paired = units.keys() == base.keys()
-        a, b = list(base.values()), list(units.values())
-        if paired:
-            b = [units[unit] for unit in base]
+        a = list(base.values())
+        b = [units[unit] for unit in (base if paired else units)]
         if units is not base and min(len(a), len(b)) > 1:
             ends = interval(a, b, paired)
             p = min(1.0, (len(groups) - 1) * p_value(a, b, paired))
@@ -3216,9 +3076,8 @@ def comparison(rows, value, first=""):
             if ends:
                 line[6] = f"{ends[0]:+.3f} to {ends[1]:+.3f}"
         lines.append(line)
-    return table(
-        ("", "seeds", "rows", value, "median", "difference", "95 %", "p, corrected"), lines
-    )
+    headers = ("", "seeds", "rows", value, "median", "difference", "95 %", "p, corrected")
+    return table(headers, lines)
 
 
 def figure_of(columns, width=4.5, height=3.6):
@@ -3228,60 +3087,62 @@ def figure_of(columns, width=4.5, height=3.6):
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def dots(axes, rows, value):
+# A panel is a function (axes, records, value).
+
+def rows_of(records):
+    """All rows of several records."""
+    return [row for record in records for row in record["rows"]]
+
+
+def dots(axes, records, value):
     """Every unit a dot, every group's mean a larger one; far off ones as triangles at the edge."""
-    groups = by_unit(rows, value)
+    groups = by_unit(rows_of(records), value)
     everything = torch.tensor([x for units in groups.values() for x in units.values()]).double()
     low, high = everything.quantile(torch.tensor([0.25, 0.75]).double()).tolist()
     edge = min(everything.max().item(), high + 5 * (high - low))
     for y, units in enumerate(groups.values()):
-        for x, colour in [(x, "#999999") for x in units.values()] + [(mean(units.values()), "C0")]:
-            marker = ">" if x > edge else "o" if colour == "C0" else "."
-            axes.plot(min(x, edge), y, marker, color=colour)
+        centre = mean(units.values())
+        for x in units.values():
+            axes.plot(min(x, edge), y, ">" if x > edge else ".", color="#999999")
+        axes.plot(min(centre, edge), y, ">" if centre > edge else "o", color="C0")
     axes.set(yticks=range(len(groups)), yticklabels=groups, xlabel=value)
     axes.invert_yaxis()
 
 
-def densities(axes, rows, value):
+def densities(axes, records, value):
     """Gaussian kernel density estimates with Scott's bandwidth, a colour for each group."""
-    everything = torch.tensor([row[value] for row in rows])
+    groups = {}
+    for row in rows_of(records):
+        groups.setdefault(row["group"], []).append(row[value])
+    everything = torch.tensor(sum(groups.values(), []))
     at = torch.linspace(everything.min(), everything.quantile(0.98), 300)
-    for group in dict.fromkeys(row["group"] for row in rows):
-        values = torch.tensor([row[value] for row in rows if row["group"] == group])
-        width = (values.std(correction=0) * len(values) ** -0.2).clamp(
-            min=(at[-1] - at[0]) / 100 + 1e-9
-        )
-        density = torch.exp(-(((at[:, None] - values) / width) ** 2) / 2).mean(1) / (
-            width * math.sqrt(2 * math.pi)
-        )
-        axes.plot(at, density, label=f"{group} ({len(values)})")
+    least = (at[-1] - at[0]) / 100 + 1e-9
+    for group, values in groups.items():
+        x = torch.tensor(values)
+        width = (x.std(correction=0) * len(x) ** -0.2).clamp(min=least)
+        kernels = torch.distributions.Normal(x, width).log_prob(at[:, None]).exp()
+        axes.plot(at, kernels.mean(1), label=f"{group} ({len(x)})")
     axes.set(xlabel=value, ylabel="density")
     axes.legend(fontsize=8)
 
 
-def curves(axes, records, y):
-    """Metric y of metrics.jsonl against the steps, a line for each run that has it, its name at the
-    end."""
+def curves(axes, records, value):
+    """A metric of metrics.jsonl against the steps, a line for each arm's first run that has it."""
+    ends = {}
     for record in records:
-        path = record["folder"] / "metrics.jsonl"
-        lines = (
-            [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        )
-        points = [
-            (line["step"], line[y])
-            for line in lines
-            if line.get(y) not in (None, [None]) and line.get("networks", [0])[0] == 0
-        ]
-        if points:
+        path, arm = record["folder"] / "metrics.jsonl", record["folder"].parent.name
+        lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+        points = [(line["step"], line[value]) for line in lines if line.get(value)]
+        if points and arm not in ends:
             steps, values = zip(*points)
-            values = [value[0] if isinstance(value, list) else value for value in values]
-            axes.plot(steps, values, linewidth=1)
-            axes.plot([], [], color=axes.lines[-1].get_color(), label=record["folder"].parent.name)
-    ends = [line.get_ydata()[-1] for line in axes.lines if len(line.get_ydata())]
+            if isinstance(values[0], list):  # of several networks the first, while it trains
+                values = [value[0] for value in values]
+            axes.plot(steps, values, linewidth=1, label=arm)
+            ends[arm] = values[-1]
+    if value == "valid_perplexity" and ends:  # of what failed only the start is seen
+        axes.set(ylim=(0.9 * min(ends.values()), 1.5 * median(ends.values())))
+    axes.set(xlabel="updates", ylabel=value.replace("_", " "))
     axes.legend(fontsize=8)
-    if y == "valid_perplexity" and ends:  # of what failed only the start is seen
-        axes.set(ylim=(0.9 * min(ends), 1.5 * median(ends)))
-    axes.set(xlabel="updates", ylabel=y.replace("_", " "))
 
 
 COLOURS = dict(zip(ACTIVATIONS, ("#7fb3d5", "#f5b041", "#82e0aa", "#d5d8dc")))
@@ -3290,39 +3151,23 @@ COLOURS = dict(zip(ACTIVATIONS, ("#7fb3d5", "#f5b041", "#82e0aa", "#d5d8dc")))
 def draw_cell(cell, axes=None, title=""):
     """The cell as a picture, input at the bottom, h_t at the top, second slots' arrows dashed: its
     axes."""
-    level = depths(cell)
-    top = max(level.values()) + 1
-    tiers = [
-        [slot for slot, d in level.items() if d == y and (slot is not None or cell.memory)]
-        for y in range(top)
-    ]
-    width = max(map(len, tiers))
-    place = {
-        slot: (x - (len(tier) - 1) / 2, y)
-        for y, tier in enumerate(tiers)
-        for x, slot in enumerate(tier)
-    }
+    tiers = {}
+    for slot, level in depths(cell).items():
+        if slot is not None or cell.memory:
+            tiers.setdefault(level, []).append(slot)
+    top, width = max(tiers) + 1, max(map(len, tiers.values()))
+    place = {slot: (x - (len(tier) - 1) / 2, y)
+             for y, tier in tiers.items() for x, slot in enumerate(tier)}
     if axes is None:
         _, (axes,) = figure_of(1, max(4, 1.3 * width), 0.8 * top + 1)
 
     def box(where, text, colour="white"):
-        axes.text(
-            *where,
-            text,
-            ha="center",
-            va="center",
-            fontsize=9,
-            zorder=3,
-            bbox=dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour),
-        )
+        frame = dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour)
+        axes.text(*where, text, ha="center", va="center", fontsize=9, zorder=3, bbox=frame)
 
     def arrow(start, end, linestyle="-", color="#333333"):
-        axes.annotate(
-            "",
-            (end[0], end[1] - 0.22),
-            (start[0], start[1] + 0.22),
-            arrowprops=dict(arrowstyle="-|>", linestyle=linestyle, color=color),
-        )
+        line = dict(arrowstyle="-|>", linestyle=linestyle, color=color)
+        axes.annotate("", (end[0], end[1] - 0.22), (start[0], start[1] + 0.22), arrowprops=line)
 
     box(place[INPUT], "$x_t,\\ h_{t-1}$")
     if cell.memory:
@@ -3331,10 +3176,9 @@ def draw_cell(cell, axes=None, title=""):
         for slot, style in zip(slots_read(node), ("-", "--")):
             arrow(place[slot], place[i + 1], style)
         act = list(ACTIVATIONS)[node.activation]
-        text = {HIGHWAY: act, GLU: f"glu {act}", GATE: f"gate {act}", SUM: "+"}[node.operation]
-        box(
-            place[i + 1], f"{i}: {text}" + (", $m_t$" if i + 1 == cell.memory else ""), COLOURS[act]
-        )
+        text = (act, f"glu {act}", f"gate {act}", "+")[node.operation]
+        carried = ", $m_t$" if i + 1 == cell.memory else ""
+        box(place[i + 1], f"{i}: {text}{carried}", COLOURS[act])
     for i in leaves(cell):
         arrow(place[i + 1], (0, top), ":", "#aaaaaa")
     box((0, top), "$h_t$ = mean")
@@ -3344,155 +3188,124 @@ def draw_cell(cell, axes=None, title=""):
 
 
 def draw_progress(path, rows):
-    """A GIF of the best cell before each round; and the probability of every choice against the
-    rounds."""
+    """A GIF of the best cell before each round."""
     figure, (axes,) = figure_of(1, 5, 5)
     movie = PillowWriter(fps=1)
-    with movie.saving(figure, str(path.with_suffix(".gif")), dpi=70):
+    with movie.saving(figure, str(path), dpi=70):
         for row in rows:
-            if row["group"] == "best":
-                axes.clear()
-                title = f"before round {row['round']}: perplexity {math.exp(row['valid']):.2f}"
-                draw_cell(decode(row_of(row["cell"])), axes, title)
-                movie.grab_frame()
-    choices = {}
-    for row in rows:
-        if "share" in row:
-            choices.setdefault(f"{row['group']}: {row['choice']}", []).append(row["share"])
-    figure, (axes,) = figure_of(1, 5, 0.16 * len(choices) + 1)
-    axes.imshow(list(choices.values()), aspect="auto", vmin=0, vmax=1, cmap="Blues")
-    axes.set(xlabel="round", yticks=range(len(choices)))
-    axes.set_yticklabels(choices, fontsize=7)
-    figure.savefig(path, dpi=100)
+            axes.clear()
+            title = f"before round {row['round']}: perplexity {math.exp(row['valid']):.2f}"
+            draw_cell(decode(row_of(row["cell"])), axes, title)
+            movie.grab_frame()
 
 
-# study -> its question; the group of rows that it is about ('' for each); the values that are
-# compared; the group that the others are compared with ('' for the first). A folder's name up to a
-# '-' is the study: extra-slow is another 'extra', train-ptb a 'train'.
+# A study's question; the values that are compared; the group of its rows that it is about, '' for
+# each; the group that the others are compared with, '' for the first; and panels beside the dots.
+Study = namedtuple("Study", "question values about first panels", defaults=("", "", ()))
+
+# A folder's name up to a '-' is the study: extra-slow is another 'extra', train-ptb a 'train'.
 STUDIES = {
-    "search": ("What does a search find?", "", ("valid", "test"), ""),
-    "train": ("What do cells reach under one budget?", "network", ("valid", "test"), "enas"),
-    "compare": ("Is a trained controller better than chance?", "", ("test", "shared"), ""),
-    "factors": ("Is it the connections or the activations?", "", ("test",), ""),
-    "ablate": ("What in a cell matters?", "", ("test",), ""),
-    "capacity": ("How much can a cell learn by heart?", "", ("train",), ""),
-    "hidden": (
-        "Does the controller's state know the architecture?",
-        "",
-        ("distance with decisions", "distance with loss", "probe for loss", "probe for depth"),
-        "",
-    ),
-    "state": (
-        "What is wrong with a reward whose h another cell left?",
-        "",
-        ("bias", "tau", "loss"),
-        "",
-    ),
-    "similarity": (
-        "Is a gradient that looks ahead closer to the next one?",
-        "",
-        ("same samples", "other samples"),
-        "",
-    ),
-    "cost": ("What does it cost, and how noisy is it?", "", ("cost", "noise"), ""),
-    "extra": (
-        "Does the term that ENAS leaves out find better cells?",
-        "sampled",
-        ("valid", "learns"),
-        "plain",
-    ),
-    "spaces": ("Do other spaces hold better cells?", "sampled", ("valid", "parameters"), "ENAS"),
-    "optimizer": (
-        "Can the learning rate be a decision?",
-        "sampled",
-        ("valid", "rate"),
-        "no-choice",
-    ),
-    "anneal": (
-        "Is a policy driven to one cell better than the best of a sample?",
-        "found",
-        ("test",),
-        "best-of-sample",
-    ),
-    "kept": ("Does the way h is kept change what is found?", "sampled", ("valid",), "carry"),
-    "robust": (
-        "Do perturbed rewards find robuster cells?",
-        "found",
-        ("test", "test, words", "test, noise"),
-        "plain",
-    ),
-    "conditional": (
-        "Does a controller that is told what to aim for follow?",
-        "",
-        ("error", "untrained"),
-        "",
-    ),
-    "progress": ("How does a policy change?", "best", ("valid",), ""),
-    "bench": ("How fast is it?", "", ("ms", "speedup"), ""),
+    "search": Study("What does a search find?", ("valid", "test"),
+                    panels=((curves, "entropy"), (curves, "reward"))),
+    "train": Study("What do cells reach under one budget?", ("valid", "test"), "network", "enas",
+                   panels=((curves, "valid_perplexity"),)),
+    "compare": Study("Is a trained controller better than chance?", ("test", "shared", "distinct"),
+                     panels=((densities, "test"),)),
+    "factors": Study("Is it the connections or the activations?", ("test",)),
+    "ablate": Study("What in a cell matters?", ("test",)),
+    "capacity": Study("How much can a cell learn by heart?", ("train",)),
+    "hidden": Study("Does the controller's state know the architecture?",
+                    ("distance with decisions", "distance with loss", "probe for loss",
+                     "probe for depth")),
+    "state": Study("What is wrong with a reward whose h another cell left?",
+                   ("bias", "tau", "loss")),
+    "similarity": Study("Is a gradient that looks ahead closer to the next one?",
+                        ("same samples", "other samples")),
+    "cost": Study("What does it cost, and how noisy is it?", ("cost", "noise")),
+    "extra": Study("Does the term that ENAS leaves out find better cells?", ("valid", "learns"),
+                   "sampled", "plain"),
+    "spaces": Study("Do other spaces hold better cells?", ("valid", "parameters"), "sampled",
+                    "ENAS"),
+    "optimizer": Study("Can the learning rate be a decision?", ("valid", "rate"), "sampled",
+                       "no-choice"),
+    "anneal": Study("Is a policy driven to one cell better than the best of a sample?", ("test",),
+                    "found", "best-of-sample"),
+    "kept": Study("Does the way h is kept change what is found?", ("valid",), "sampled", "carry"),
+    "robust": Study("Do perturbed rewards find robuster cells?",
+                    ("test", "test, words", "test, noise"), "found", "plain"),
+    "conditional": Study("Does a controller that is told what to aim for follow?",
+                         ("error", "untrained")),
+    "progress": Study("How does a policy change?", ("valid", "distinct")),
+    "bench": Study("How fast is it?", ("ms", "speedup")),
 }
 
 
+def study_of(folder):
+    """The Study of such a folder, or None."""
+    return STUDIES.get(folder.partition("-")[0])
+
+
 def load_records(out):
-    """{study: [record]} of OUT/STUDY[/ARM]/SEED/result.json. A row's unit is the seed, its group
-    the arm."""
+    """{folder: [record]} of OUT/STUDY[/ARM]/SEED/result.json. A row's unit is the seed, its group
+    the arm, of a study without arms its own."""
     found = {}
     for path in sorted(Path(out).glob("**/result.json")):
-        study, *arm = path.parent.relative_to(out).parts or ("",)
-        record = read_json(path)
-        name = study.partition("-")[0]
-        if (
-            name not in STUDIES
-            or not 1 <= len(arm) <= 2
-            or "rows" not in record
-            or not f"-{arm[-1]}".endswith(f"-{record['seed']}")
-        ):
+        folder, *arm = path.parent.relative_to(out).parts or ("",)
+        record, study = read_json(path), study_of(folder)
+        is_run = len(arm) in (1, 2) and f"-{arm[-1]}".endswith(f"-{record.get('seed')}")
+        if not study or not is_run:
             continue  # another folder, or a part of another run
-        about, rows = STUDIES[name][1], []
+        rows = []
         for row in record["rows"]:
-            if row["group"] == about or not about and row["group"] != "floor":
-                group = ": ".join(arm[:-1] + [row["group"]] * (not about or len(arm) == 1))
-                rows.append(row | {"unit": arm[-1], "group": group})
-        found.setdefault(study, []).append(record | {"rows": rows, "folder": path.parent})
+            if row["group"] == study.about or not study.about and row["group"] != "floor":
+                names = arm[:-1]
+                if not study.about or not names:
+                    names = names + [row["group"]]
+                rows.append(row | {"unit": arm[-1], "group": ": ".join(names)})
+        found.setdefault(folder, []).append(record | {"rows": rows, "folder": path.parent})
     return found
 
 
-def report_study(study, records, out):
-    """Its section of the page: question, tables, figure, command, and what they were made with."""
-    name = study.partition("-")[0]
-    question, _, values, first = STUDIES[name]
-    rows = [row for record in records for row in record["rows"]]
-    values = [value for value in values if any(row.get(value) is not None for row in rows)]
-    more = {"compare": 1, "train": 1, "search": 2}.get(name, 0)
+def measured(study, records):
+    """The study's values that tell something: not those that are absent, or the same everywhere."""
+    rows, told = rows_of(records), []
+    for value in study.values:
+        seen = {row[value] for row in rows if row.get(value) is not None}
+        if len(seen) > 1 or seen and len(rows) == 1:
+            told.append(value)
+    return told
+
+
+def tables(study, records):
+    """Its comparisons, as text."""
+    return [comparison(rows_of(records), value, study.first) for value in measured(study, records)]
+
+
+def draw(path, study, records):
+    """The study's figure."""
+    panels = [(dots, value) for value in measured(study, records)]
     curved = any((record["folder"] / "metrics.jsonl").exists() for record in records)
-    if name in ("train", "search") and not curved:
-        name, more = "", 0
-    longest = max((len(row["group"]) for row in rows), default=0)
-    figure, axes = figure_of(max(1, len(values) + more), width=3.5 + .08 * longest)
-    for value, each in zip(values, axes):
-        dots(each, rows, value)
-    if name == "compare":
-        densities(axes[-1], rows, "test")
-    if name == "train":
-        curves(axes[-1], records, "valid_perplexity")
-    if name == "search":
-        curves(axes[-1], records, "reward")
-        curves(axes[-2], records, "entropy")
-    figure.savefig(Path(out) / f"{study}.png", dpi=100)
-    if name == "progress":
-        first_record = read_json(records[0]["folder"] / "result.json")
-        draw_progress(Path(out) / f"{study}-choices.png", first_record["rows"])
-    made = "\n\n".join(comparison(rows, value, first) for value in values)
+    panels += [panel for panel in study.panels if curved or panel[0] is not curves]
+    longest = max((len(row["group"]) for row in rows_of(records)), default=0)
+    figure, axes = figure_of(max(1, len(panels)), width=3.5 + .08 * longest)
+    for each, (panel, value) in zip(axes, panels):
+        panel(each, records, value)
+    figure.savefig(path, dpi=100)
+
+
+def report_study(folder, records, out):
+    """Its section of the page: question, tables, figure, command, and what they were made with."""
+    study, rows = study_of(folder), rows_of(records)
+    draw(Path(out) / f"{folder}.png", study, records)
+    if any("round" in row for row in rows):
+        draw_progress(Path(out) / f"{folder}.gif", records[0]["rows"])
     machines = "; ".join(sorted({record["machine"] for record in records}))
     hours = sum(record["seconds"] for record in records) / 3600
-    converted = "".join(
-        sorted({f" {record['converted']}" for record in records if "converted" in record})
-    )
-    command = records[0]["command"]
-    return (
-        f"## {study}: {question}\n\n{made}\n\n![{study}]({study}.png)\n\n"
-        f"`python menas.py {command}`, see experiments.sh. {len(records)} runs, {len(rows)} rows, "
-        f"{hours:.1f} hours on {machines}.{converted}\n"
-    )
+    notes = "".join(sorted({f" {record.get('converted', '')}" for record in records})).strip()
+    made = (f"`python menas.py {records[0]['command']}`, see experiments.sh. {len(records)} runs, "
+            f"{len(rows)} rows, {hours:.1f} hours on {machines}. {notes}".strip())
+    return [f"## {folder}: {study.question}", *tables(study, records),
+            f"![{folder}]({folder}.png)", made]
 
 
 def report(out):
@@ -3501,21 +3314,14 @@ def report(out):
     records = load_records(out)
     if not records:
         raise UserError(f"no records in {out}/")
-    page = [
-        "# What the records say",
-        "Made by `python menas.py report`. Losses are in nats per token.",
-    ]
+    page = ["# What the records say",
+            "Made by `python menas.py report`. Losses are in nats per token."]
     ours = load_records("results") if Path(out).resolve() != Path("results").resolve() else {}
-    for study, several in sorted(records.items()):
-        page.append(report_study(study, several, out))
-        if study in ours:
-            page.append("The project's own:")
-            _, _, values, first = STUDIES[study.partition("-")[0]]
-            rows = [row for record in ours[study] for row in record["rows"]]
-            for value in values:
-                if any(row.get(value) is not None for row in rows):
-                    page.append(comparison(rows, value, first))
-    text = "\n\n".join(page)
+    for folder, several in sorted(records.items()):
+        page += report_study(folder, several, out)
+        if folder in ours:
+            page += ["The project's own:", *tables(study_of(folder), ours[folder])]
+    text = "\n\n".join(page) + "\n"
     write_atomically(Path(out) / "README.md", text.encode())
     print(text)
 

@@ -95,7 +95,7 @@ def test_a_comparison(monkeypatch):
 
 @pytest.mark.parametrize("name, old, new", [
     ("comparison", "(len(groups) - 1) * ", ""),
-    ("comparison", "[units[unit] for unit in base]", "b"),
+    ("comparison", "for unit in (base if paired else units)", "for unit in units"),
     ("comparison", "paired = units.keys() == base.keys()", "paired = False"),
     ("comparison", "mean(b) - mean(a)", "mean(a) - mean(b)"),
     ("comparison", "p_value(a, b", "p_value(each, [*base.values()]"),
@@ -122,7 +122,7 @@ def results(out):
         row = dict(group="network", valid=2.5, test=2.5)
         save(out, f"train/enas/{seed}", [row], metrics=metrics)
     best = dict(group="best", round=0, valid=2.0, cell=menas.name_of(CELLS["lstm_cell"]))
-    save(out, "progress/1", [best, dict(group="activation of 0", round=0, choice=1, share=.5)])
+    save(out, "progress/1", [best, best | dict(round=1)])
 
 
 def test_the_page_is_made_again_byte_for_byte(tmp_path, capsys):
@@ -137,7 +137,7 @@ def test_the_page_is_made_again_byte_for_byte(tmp_path, capsys):
     studies = {"compare", "progress", "robust", "search", "train"}
     made = {path.name for path in after.keys() - before.keys()}
     assert made == {f"{study}.png" for study in studies} | {
-        "README.md", "progress-choices.png", "progress-choices.gif"}
+        "README.md", "progress.gif"}
     assert all(f"]({study}.png)" in page.decode() for study in studies)
 
 
@@ -163,13 +163,14 @@ def test_every_unit_is_drawn_in_its_groups_row():
     rows = [dict(group=group, unit=unit, x=float(10 * i + unit))
             for i, group in enumerate("abc") for unit in range(3)]
     _, (axes, other) = menas.figure_of(2)
-    menas.dots(axes, rows, "x")
+    menas.dots(axes, [dict(rows=rows)], "x")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c"]
     small = [line.get_data() for line in axes.lines if line.get_marker() == "."]
     drawn = {(x, y) for line in small for x, y in zip(*line)}
     assert drawn == {(row["x"], "abc".index(row["group"])) for row in rows}
     wide = [dict(group="a", x=x) for x in torch.randn(200, generator=menas.rng("x")).tolist()]
-    menas.densities(other, wide + [dict(group="b", x=x) for x in (-9.0, 9.0, 9.0, 9.0, 9.0)], "x")
+    wide += [dict(group="b", x=x) for x in (-9.0, 9.0, 9.0, 9.0, 9.0)]
+    menas.densities(other, [dict(rows=wide)], "x")
     x, y = other.lines[0].get_data()
     assert torch.trapezoid(torch.tensor(y), torch.tensor(x)) == pytest.approx(1, abs=.02)
 
