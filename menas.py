@@ -3126,17 +3126,24 @@ def densities(axes, records, value):
     axes.legend(fontsize=8)
 
 
+def metric(line, value):
+    """A line's metric, or None; of several networks that of the first, until it stops or fails."""
+    x = line.get(value)
+    if isinstance(x, list):
+        return x[0] if line.get("networks", [0])[0] == 0 else None
+    return x
+
+
 def curves(axes, records, value):
     """A metric of metrics.jsonl against the steps, a line for each arm's first run that has it."""
     ends = {}
     for record in records:
         path, arm = record["folder"] / "metrics.jsonl", record["folder"].parent.name
         lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-        points = [(line["step"], line[value]) for line in lines if line.get(value)]
+        points = [(line["step"], metric(line, value)) for line in lines]
+        points = [point for point in points if point[1] is not None]
         if points and arm not in ends:
             steps, values = zip(*points)
-            if isinstance(values[0], list):  # of several networks the first, while it trains
-                values = [value[0] for value in values]
             axes.plot(steps, values, linewidth=1, label=arm)
             ends[arm] = values[-1]
     if value == "valid_perplexity" and ends:  # of what failed only the start is seen

@@ -613,7 +613,8 @@ MUTANTS = {
     check_following: [
         ("conditional", "-(values(sample.rows)", "(values(sample.rows)")],
     check_progress: [
-        ("study_progress", "row_name(rows[0]), valid=losses[0]", "row_name(rows[-1]), valid=losses[-1]"),
+        ("study_progress", "row_name(rows[0])", "row_name(rows[-1])"),
+        ("study_progress", "valid=losses[0]", "valid=losses[-1]"),
         ("study_progress", "game.controller", "uniform(game.controller.decisions)")],
 }
 
