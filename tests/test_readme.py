@@ -70,6 +70,7 @@ def test_the_findings_are_those_of_the_records():
     findings = [" ".join(row) for row in rows_of(between("findings"))]
     same = {group: mean(x) for group, x in values("similarity", "same samples").items()}
     extra = {group: mean(x) for group, x in values("extra", "valid").items()}
+    slow = {group: mean(x) for group, x in values("extra-slow", "valid").items()}
     learns = {group: mean(x) for group, x in values("extra-frozen", "learns").items()}
     test = {group: mean(x) for group, x in values("compare", "test").items()}
     factors = {group: mean(x) for group, x in values("factors", "test").items()}
@@ -80,7 +81,9 @@ def test_the_findings_are_those_of_the_records():
     expected = [
         [shown(same[group], 2) for group in ("fresh, unrolled", "none, none", "fresh, none")],
         [shown(extra["plain"], 3), shown(extra["fresh"] - extra["plain"], 3)]
-        + [shown(extra[arm], 3) for arm in ("fresh-sampled", "fresh-unrolled", "plain-4x-steps")],
+        + [shown(extra[arm], 3) for arm in ("fresh-sampled", "fresh-unrolled", "plain-4x-steps")]
+        + [shown(slow[arm] - slow["plain"], 3)
+           for arm in ("fresh-unrolled", "fresh-sampled", "plain-4x-steps")],
         [shown(learns[arm], 2) for arm in ("fresh-sampled", "plain")],
         [shown(test["uniform"] - test["trained"], 3), shown(test["trained"] - test["LSTM"], 3)],
         [shown(factors[f"{a} connections, {b} activations"], 3) for a, b in
