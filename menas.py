@@ -16,7 +16,9 @@ own (many networks, trained as one).
     K, N          -             architectures in a batch, nodes of a cell
     T, B, H, V    -             words of a segment (bptt), streams (batch), hidden units, vocabulary
     slot          s             what a node can read: 0 the input pair (x_t, h_{t-1}), i + 1 node i
-    state         h_t, m_t      what a word hands on to the next [2, K, B, H]; m 0 in ENAS's space
+    state         h_t, mem_t    what a word hands on to the next [2, K, B, H]: the output, and the
+                                memory, which is 0 in ENAS's space
+    game          -             a Search: the two players omega and theta, between their steps
 
 ENAS (Pham et al. 2018) alternates
 
@@ -43,7 +45,7 @@ import time
 import urllib.request
 from collections import namedtuple
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import lru_cache
@@ -90,6 +92,13 @@ def rng(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def move(x, device):
+    """A tensor on the device; the host does not wait for a GPU's copy."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 # 1. The cell --------------------------------------------------------------------------------------
 # A cell is a few nodes that are computed in order, once for every word. A node reads an earlier
 # slot p: slot 0 is the input pair (x_t, h_{t-1}), slot i + 1 the value of node i. Some operations
@@ -102,7 +111,7 @@ def rng(*key):
 #     sum       s_i = s_p + s_q                             no weights, no activation
 #
 # The new state h_t is the mean of the leaves, the nodes that nobody reads (Pham et al. 2018, 2.1).
-# Outside ENAS's space one node's value may be carried on as a memory m_t, which gate and sum can
+# Outside ENAS's space one node's value may be carried on as a memory mem_t, which gate and sum can
 # read. An LSTM is four such nodes: CELLS["lstm_cell"], held to torch.nn.LSTM by a test.
 
 OPERATIONS = ("highway", "glu", "gate", "sum")
@@ -114,14 +123,13 @@ ACTIVATIONS = {
     "identity": torch.clone,
 }
 TANH, RELU, SIGMOID, IDENTITY = range(4)  # in the order of ENAS's arcs
-OUTPUTS = ("leaves", "all")  # h_t is the mean of the leaves, or of all nodes after node 0
-LEAVES, ALL = range(2)
+LEAVES, ALL = range(2)       # h_t is the mean of the leaves, or of all nodes after node 0
 INPUT = 0                    # the slot of the input pair
 MEMORY = 0                   # as the second slot of a gate or sum; a highway's 0 is none
 
 # A row of integers is a cell: five numbers of the whole, then four of each node. What a cell does
 # not use is 0, so ENAS's own cells have operation, second, memory, width and rate 0 throughout.
-#     memory   the slot carried as m_t, 0 for none     width   units of the cell, 0 for all
+#     memory   the slot carried as mem_t, 0 for none     width   units of the cell, 0 for all
 #     rate     log2 of the factor of the learning rate that it is trained with
 # A highway node whose second is not 0 reads the mean of both slots, through its own edge.
 WHOLE = ("nodes", "output", "memory", "width", "rate")
@@ -194,10 +202,10 @@ CELLS = {
     "enas_lm": arc("0 2 1 0 2 1 2 2 4 0 5 0 3 2 6 2"),
     "chain": arc(" ".join(f"{i} 0" for i in range(11)), LEAVES),
     "tree": arc(" ".join(f"{i // 2} 0" for i in range(11)), LEAVES),
-    # f * m + i * tanh(g), carried on as m; h = o * tanh(m), node 3, the only leaf
+    # f * mem + i * tanh(g), carried on as mem; h = o * tanh(mem), node 3, the only leaf
     "lstm_cell": Cell((Node(INPUT, GATE, MEMORY, IDENTITY), Node(INPUT, GLU, 0, TANH),
                        Node(1, SUM, 2), Node(INPUT, GATE, 3, TANH)), memory=3),
-    # a recurrent additive network (Lee et al. 2017): f * m + i * u, which is both m and h
+    # a recurrent additive network (Lee et al. 2017): f * mem + i * u, which is both mem and h
     "additive": Cell((Node(INPUT, GATE, MEMORY, IDENTITY), Node(INPUT, GLU, 0, IDENTITY),
                       Node(1, SUM, 2)), memory=3),
 }
@@ -207,10 +215,12 @@ def leaf_weights(cells):
     """[K, N]: each node's weight in h_t, 1 / leaves for a leaf, else 0."""
     n = cells.read.shape[1]
     node = torch.arange(n, device=cells.read.device)
+    # a cell of fewer nodes than the row has room for leaves the others out
     exists = node < cells.nodes[:, None]
     # slots that somebody reads; slot 0 stands for what is not used
     is_read = (F.one_hot(cells.read, n + 1) | F.one_hot(cells.second, n + 1)).any(1)
     inner = exists & ((node > 0) | (cells.nodes[:, None] == 1))  # DARTS: all but node 0
+    # carried on as memory is not read: such a node can still be a leaf
     leaf = torch.where(cells.output[:, None] == ALL, inner, exists & ~is_read[:, 1:]).double()
     return leaf / leaf.sum(1, keepdim=True)
 
@@ -242,13 +252,15 @@ def is_enas(cell):
 def recurrent_parameters(cell, hidden):
     """Weights that the recurrence uses; there are no biases. A gate needs no u, a sum nothing."""
     units = cell.width or hidden
-    matrices = {HIGHWAY: 2, GLU: 2, GATE: 1, SUM: 0}
+    matrices = {HIGHWAY: 2, GLU: 2, GATE: 1, SUM: 0}  # of units x units, for c and u
+    # the input pair has two sets of them, for h_{t-1} and for x_t
     inputs = sum(matrices[node.operation] for node in cell.nodes if node.read == INPUT)
     return units * units * (inputs + sum(matrices[node.operation] for node in cell.nodes))
 
 
 def checked(cell):
     """A cell that somebody wrote; or a ValueError that names the node which cannot be."""
+    # slots to i, an operation to SUM, an activation to IDENTITY
     for i, node in enumerate(cell.nodes):
         if not all(0 <= x <= most for x, most in zip(node, (i, SUM, i, IDENTITY))):
             raise ValueError(f"node {i} is {tuple(node)}: slots to {i}, the others to 3")
@@ -288,35 +300,46 @@ def anything(i):
 CONNECTIONS = {"any": anything, "chain": chain, "tree": tree}
 
 
-def numbers(config, name, known):
-    """A comma-separated setting as what stands in a row for its words; of an empty one that is
-    0."""
-    words = getattr(config, name).split(",") if getattr(config, name) else []
+def listed(config, name, known):
+    """What the words of a comma-separated setting stand for in a row, [0] if there are none.
+
+    known: {word: its number}. Raises UserError for another word, or one that is there twice.
+    """
+    text = getattr(config, name)
+    words = text.split(",") if text else []
     if len(set(words)) < len(words):
-        raise UserError(f"--{name} {getattr(config, name)} has one of them twice")
+        raise UserError(f"--{name} {text} has one of them twice")
     return [known[choose(f"word in --{name}", word, known)] for word in words] or [0]
 
 
 def nodes_decisions(config, i, operations, activations, least):
     """What is to be decided of node i; a node from the least number on may be absent."""
-    exists = ((0, tuple(range(i + 1, config.nodes + 1))),) if i >= least else ()
-    operation, second = column(i, "operation"), column(i, "second")
+    exists = ()
+    if i >= least:  # column 0, the number of nodes, is larger than i
+        exists = ((0, tuple(range(i + 1, config.nodes + 1))),)
+    operation = column(i, "operation")
+    second = column(i, "second")
     gated = operations != [HIGHWAY]
-    reads = [0] if i == 0 else CONNECTIONS[config.connections](i)
+    reads = CONNECTIONS[config.connections](i) if i > 0 else [INPUT]
     if gated and i > 0 and config.connections == "any":
         reads = [INPUT] + reads
-    seconds = list(range(0 if config.memory else 1, i + 1))
+    seconds = list(range(1, i + 1))
+    if config.memory:
+        seconds = [MEMORY] + seconds
     if not seconds:  # there is nothing to multiply or add yet
         operations = [x for x in operations if x not in (GATE, SUM)]
     mine = [Decision(f"predecessor of {i}", (column(i, "read"),), reads, exists)]
     if gated:
         mine.append(Decision(f"operation of {i}", (operation,), operations, exists))
     if GATE in operations or SUM in operations:
-        two = exists + ((operation, (GATE, SUM)),)
-        mine.append(Decision(f"second of {i}", (second,), seconds, two))
+        has_two = exists + ((operation, (GATE, SUM)),)
+        mine.append(Decision(f"second of {i}", (second,), seconds, has_two))
     if not config.one_activation:
-        acts = exists if SUM not in operations else exists + ((operation, (HIGHWAY, GLU, GATE)),)
-        mine.append(Decision(f"activation of {i}", (column(i, "activation"),), activations, acts))
+        activates = exists
+        if SUM in operations:
+            activates = exists + ((operation, (HIGHWAY, GLU, GATE)),)
+        place = (column(i, "activation"),)
+        mine.append(Decision(f"activation of {i}", place, activations, activates))
     return mine
 
 
@@ -325,20 +348,22 @@ def search_space(config):
 
     Beyond it what the settings ask for; the memory is one of the first --min_nodes.
     """
-    n, least = config.nodes, config.min_nodes or config.nodes
+    n = config.nodes
+    least = config.min_nodes or config.nodes
     if least > n:
         raise UserError(f"--min_nodes {least} is more than --nodes {n}")
-    operations = numbers(config, "operations", {name: i for i, name in enumerate(OPERATIONS)})
-    activations = numbers(config, "activations", {name: i for i, name in enumerate(ACTIVATIONS)})
-    widths = numbers(config, "widths", {str(x): x for x in range(1, config.hidden + 1)})
-    rates = numbers(config, "rates", {f"{2.0 ** x:g}": x for x in range(-9, 10)})
+    operations = listed(config, "operations", {name: i for i, name in enumerate(OPERATIONS)})
+    activations = listed(config, "activations", {name: i for i, name in enumerate(ACTIVATIONS)})
+    widths = listed(config, "widths", {str(x): x for x in range(1, config.hidden + 1)})
+    rates = listed(config, "rates", {f"{2.0 ** x:g}": x for x in range(-9, 10)})
     if config.memory and not {GATE, SUM} & set(operations):
         raise UserError("--memory needs an operation that reads it: --operations with gate or sum")
     if not config.memory and not {HIGHWAY, GLU} & set(operations):
         raise UserError(f"--operations {config.operations}: none for node 0 without --memory")
     carried = list(range(1, least + 1)) if config.memory else [0]
-    whole = zip(WHOLE, (list(range(least, n + 1)), [LEAVES], carried, widths, rates))
-    decisions = [Decision(name, (i,), choices) for i, (name, choices) in enumerate(whole)]
+    whole = {"nodes": list(range(least, n + 1)), "output": [LEAVES], "memory": carried,
+             "width": widths, "rate": rates}
+    decisions = [Decision(name, (WHOLE.index(name),), whole[name]) for name in WHOLE]
     if config.one_activation:
         every = tuple(column(i, "activation") for i in range(n))
         decisions.append(Decision("activation", every, activations))
@@ -363,13 +388,19 @@ def matters(rows, decision):
 #     any other    'inputs' [N, H, 2H], as any node may read the input pair
 # An LSTM has torch.nn.LSTM's instead, with a leading K.
 
-STATE_BOUND = 25.0  # largest norm of h_t and of m_t
+STATE_BOUND = 25.0  # largest norm of h_t and of mem_t
 # ENAS-pytorch bounds only what it carries, the last node's value, and decodes the unbounded mean.
 
 
 def edge_index(slot, node):
     """The bank's row of the edge slot -> node: node i can read slots 0 .. i."""
     return node * (node + 1) // 2 + slot
+
+
+def edges_of(rows):
+    """[K, N]: the bank's rows that the nodes of K cells use."""
+    read = parse(rows).read
+    return edge_index(read, torch.arange(read.shape[1], device=rows.device))
 
 
 def draw_weights(shapes, bound, seed):
@@ -388,6 +419,7 @@ def shared_weights(config, words):
     """Weights of the supernet."""
     h = config.hidden
     shapes = {"embedding": (words, h), "edges": (edge_index(0, config.nodes), h, 2 * h)}
+    # a width cuts the input too, so it needs the general path
     if config.operations == "highway" and not config.widths:
         shapes["input"] = (1, h, 2 * h)
     else:
@@ -397,10 +429,12 @@ def shared_weights(config, words):
 
 def standalone_weights(config, words, cells, seeds):
     """Weights of K networks, drawn node by node, so that padding a cell changes nothing."""
-    h, n = config.hidden, max(len(cell.nodes) for cell in cells)
+    h = config.hidden
+    n = max(len(cell.nodes) for cell in cells)
     plain = all(is_enas(cell) for cell in cells)
     networks = []
     for cell, seed in zip(cells, seeds):
+        # of ENAS's space only node 0 reads the input; the other draws are not kept
         shapes = {"embedding": (words, h)}
         shapes |= {f"{kind} {i}": (h, 2 * h) for kind in ("input", "node") for i in range(n)}
         drawn = draw_weights(shapes, init_bound(cell.width or h), seed)
@@ -414,7 +448,8 @@ def standalone_weights(config, words, cells, seeds):
 def lstm_weights(config, words, units, seeds):
     """Weights of K LSTMs of so many units, projected to --hidden, the tied embedding's, if
     others."""
-    e, h = config.hidden, units
+    e = config.hidden
+    h = units
     shapes = {"embedding": (words, e), "weight_ih": (4 * h, e), "weight_hh": (4 * h, h),
               "bias_ih": (4 * h,), "bias_hh": (4 * h,)}
     if h != e:
@@ -431,11 +466,9 @@ def is_shared(weights):
 
 def inherit(shared, rows):
     """Standalone weights that start from the shared ones: each network gets its own copy."""
-    read = parse(rows).read
-    edge = edge_index(read, torch.arange(read.shape[1], device=rows.device))              # [K, N]
     copies = {name: w.expand(len(rows), *w.shape).clone() for name, w in shared.items()
               if name != "edges"}
-    return copies | {"nodes": shared["edges"][edge]}
+    return copies | {"nodes": shared["edges"][edges_of(rows)]}
 
 
 def pick(options, which):
@@ -449,39 +482,42 @@ def node_value(p, q, z, operation, activation):
     c, u = z.chunk(2, dim=-1)
     gate = torch.sigmoid(c)
     through = torch.where((operation == GATE)[:, None, None], q, u)
+    # all activations and all operations are computed, and each cell takes its own
     y = pick(torch.stack([act(through) for act in ACTIVATIONS.values()]), activation)
     return pick(torch.stack([p + gate * (y - p), gate * y, gate * y, p + q]), operation)
 
 
-def bound(state):
+def bounded(state):
     """The state [..., H], shrunk to norm STATE_BOUND where it is longer."""
     square = state.square().sum(-1, keepdim=True)  # a norm has no second derivative at 0
     return state * (STATE_BOUND * square.clamp(min=STATE_BOUND ** 2).rsqrt())
 
 
-def step(cells, w, xw, h, m, mask, live, leaf):
-    """One word: the states h, m [K, B, H] before it -> those after it.
+def step(cells, w, xw, h, memory, mask, live, leaf):
+    """One word: the state h, memory [K, B, H] before it -> those after it.
 
     w [N, K, H, 2H]: each node's weights; xw [K, 1 or N, B, 2H]: x_t times its input weights;
     mask [K or 1, B or 1, H]: dropout on what nodes read; live [K, 1, H]: the units a cell has.
     """
     slots = [h]
     for i in range(len(w)):
-        read, operation, second = cells.read[:, i], cells.operation[:, i], cells.second[:, i]
+        read = cells.read[:, i]
+        operation = cells.operation[:, i]
+        second = cells.second[:, i]
         values = torch.stack(slots)                                               # [i + 1, K, B, H]
         # a node that is not there reads slot 0, and weighs nothing in the end
         p = pick(values, read.clamp(max=i))
-        q = pick(torch.cat([m[None], values[1:]]), second.clamp(max=i))
+        q = pick(torch.cat([memory[None], values[1:]]), second.clamp(max=i))
         adds = (operation == HIGHWAY) & (second > 0)
         p = torch.where(adds[:, None, None], (p + q) / 2, p)
-        z = (p * mask) @ w[i]
+        z = (p * mask) @ w[i]                                                         # [K, B, 2H]
         if i < xw.shape[1]:
             z = z + (read == INPUT)[:, None, None] * xw[:, i]
         slots.append(live * node_value(p, q, z, operation, cells.activation[:, i]))
     values = torch.stack(slots)                                                   # [N + 1, K, B, H]
     h = torch.einsum("kn,nkbh->kbh", leaf, values[1:])
-    m = pick(values, cells.memory) * (cells.memory > 0)[:, None, None]
-    return bound(h), bound(m)
+    memory = pick(values, cells.memory) * (cells.memory > 0)[:, None, None]
+    return bounded(h), bounded(memory)
 
 
 def live_units(cells, hidden):
@@ -490,21 +526,21 @@ def live_units(cells, hidden):
     return (torch.arange(hidden, device=width.device) < width[:, None])[:, None]
 
 
-def plain_recurrence(cells, w, xw, h, m, mask=None):
+def plain_recurrence(cells, w, xw, h, memory, mask=None):
     """h of every step [K, T, B, H] and the last memory [K, B, H], for xw [K or 1, 1 or N, T, B,
     2H].
 
     It serves every space and can be differentiated twice: it is the reference. FastRecurrence is
     the same for ENAS's own space.
     """
-    live = live_units(cells, h.shape[-1]).to(h.dtype)
-    leaf = leaf_weights(cells).to(h.dtype)
+    live = live_units(cells, h.shape[-1]).to(h.dtype)                                   # [K, 1, H]
+    leaf = leaf_weights(cells).to(h.dtype)                                                 # [K, N]
     mask = live if mask is None else mask * live
     states = []
     for t in range(xw.shape[2]):
-        h, m = step(cells, w, xw[:, :, t], h, m, mask, live, leaf)
+        h, memory = step(cells, w, xw[:, :, t], h, memory, mask, live, leaf)
         states.append(h)
-    return torch.stack(states, 1), m
+    return torch.stack(states, 1), memory
 
 
 # The fast path: highway nodes only, the backward pass through time by hand. Every activation is
@@ -578,6 +614,7 @@ class FastRecurrence(torch.autograd.Function):
         u = z.view(k, batch, 2, hidden)[:, :, 1]
         source, alone = sources(read)
         state = h0
+        # what must not be kept for the backward pass is overwritten at every step
         for t in range(steps):
             now = t if training else 0
             values = slots[:, :, now].unbind()                              # of each slot [K, B, H]
@@ -586,12 +623,15 @@ class FastRecurrence(torch.autograd.Function):
             for i in range(nodes):
                 p = values[source[i]] if alone else torch.index_select(rows, 0, source[i], out=p)
                 torch.bmm(p if mask is None else torch.mul(p, mask, out=masked), w[i], out=z)
+                # only node 0 reads the word
                 if i == 0:
                     z += xw[:, t]
                 c, y = torch.sigmoid(z.view(k, batch, 2, hidden), out=gates[i, :, now]).unbind(2)
+                # y = act(u) by its coefficients, then s_i = p + c (y - p)
                 torch.maximum(u.mul_(linear[i]), floor[i], out=u)
                 torch.add(u.addcmul_(y, scale[i]), shift[i], out=y)
                 torch.lerp(p, y, c, out=values[i + 1])
+            # h is the mean of the leaves, bounded in norm
             mean = torch.bmm(leaf[:, None], slots[1:, :, now].reshape(nodes, k, -1).transpose(0, 1))
             mean = mean.view(k, batch, hidden)
             norm = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
@@ -615,19 +655,23 @@ class FastRecurrence(torch.autograd.Function):
             """What node i reads, all steps [K, T, B, H]."""
             return slots[source[i]] if alone else flat.index_select(0, source[i])
 
-        local, keep = gates, take(w, *slots[1:].shape)                       # gates are used up
+        local = gates  # used up
+        keep = take(w, *slots[1:].shape)
         for i in range(nodes):
             local_derivatives(gates[i], read_by(i), [x[i, :, None] for x in coefficients], keep[i])
-        leaves = leaf.t()[:, :, None, None]                                  # [N, K, 1, 1]
+        weight = leaf.t()[:, :, None, None]                                  # [N, K, 1, 1]
         back = w.transpose(2, 3).contiguous()  # a product with a view is slow in bfloat16
         ds = w.new_zeros(nodes + 1, k, batch, hidden)                        # of one step's slots
-        rows, values = ds.flatten(0, 1), ds.unbind()
-        dz, dp = w.new_empty(k, batch, 2, hidden), w.new_empty(k, batch, hidden)
+        rows = ds.flatten(0, 1)
+        values = ds.unbind()
+        dz = w.new_empty(k, batch, 2, hidden)
+        dp = w.new_empty(k, batch, hidden)
         dh = torch.zeros_like(dp)
         for t in reversed(range(steps)):
+            # from h to the leaves, then from node to node backwards
             dmean = bound_backward(grad[:, t] + dh, h[:, t], shrink[:, t])
             ds[0] = 0
-            torch.mul(dmean, leaves, out=ds[1:])
+            torch.mul(dmean, weight, out=ds[1:])
             for i in reversed(range(nodes)):
                 here = local[i, :, t]
                 torch.mul(here, values[i + 1][:, :, None], out=dz)
@@ -636,6 +680,7 @@ class FastRecurrence(torch.autograd.Function):
                 if mask is not None:
                     dp.mul_(mask)
                 dp.addcmul_(values[i + 1], keep[i, :, t])
+                # what node i read gets dp, also from other nodes that read it
                 values[source[i]].add_(dp) if alone else rows.index_add_(0, source[i], dp)
             dh.copy_(values[0])
         dw = torch.empty_like(w)
@@ -644,7 +689,7 @@ class FastRecurrence(torch.autograd.Function):
             torch.bmm(p.flatten(1, 2).transpose(1, 2), local[i].flatten(3).flatten(1, 2), out=dw[i])
         dxw = local[0].flatten(3).clone()
         give(slots, gates, keep)
-        return None, dxw, dh, dw, *[None] * 11
+        return None, dxw, dh, dw, *[None] * 11  # no gradient for the other arguments
 
 
 def local_derivatives(gate, p, coefficients, keep):
@@ -665,9 +710,10 @@ def bound_backward(dy, y, shrink):
     return torch.addcmul(dy, radial, y, value=-1).mul_(shrink)
 
 
-def fast_recurrence(cells, w, xw, h, m, mask=None):
+def fast_recurrence(cells, w, xw, h, memory, mask=None):
     """As plain_recurrence, for ENAS's space: highway nodes, of which only the first reads x_t."""
     coefficients = coefficient_table(w.dtype, w.device)[cells.activation.t()]            # [N, K, 9]
+    # the slope goes into the weights of u, so that one sigmoid serves c and u
     slope, *coefficients = coefficients[..., None, None].unbind(2)
     halves = [torch.ones_like(slope), slope]
     both = torch.cat([half.expand(-1, -1, -1, h.shape[-1]) for half in halves], -1)  # [N, K, 1, 2H]
@@ -676,16 +722,18 @@ def fast_recurrence(cells, w, xw, h, m, mask=None):
     training = torch.is_grad_enabled()
     read = cells.read.t()
     states = FastRecurrence.apply(training, xw, h, w * both, mask, read, leaf, *coefficients)
-    return states, m
+    return states, memory
 
 
-# One step's input: inputs [T, B]; targets [T, B], -1 where there is nothing to predict; state
-# [2, K or 1, B, H]: h and m before the first word; masks, a dict, see draw_masks, {} to evaluate.
+# One step's input:
+#     inputs, targets [T, B]     a target of -1: nothing to predict
+#     state [2, K or 1, B, H]    h and memory before the first word
+#     masks                      of dropout, see draw_masks(); {} to evaluate
 Batch = namedtuple("Batch", "inputs targets state masks")
 
 
 def zero_state(weights, batch):
-    """h and m, of an LSTM h and c, before the first word [2, 1, B, H]."""
+    """h and memory before the first word [2, 1, B, H]."""
     last = weights.get("weight_hh", weights["embedding"])
     return last.new_zeros(2, 1, batch, last.shape[-1])
 
@@ -708,10 +756,12 @@ def draw_masks(config, words, batch, seeds, step):
 
 def embed(weights, batch):
     """The embedded, dropped input [K or 1, T, B, H]."""
-    table, masks = weights["embedding"], batch.masks
+    table = weights["embedding"]
+    masks = batch.masks
     tables = table.view(-1, *table.shape[-2:])                                      # [K or 1, V, H]
+    # K standalone networks have K tables: one lookup in all of them, one after the other
     first = torch.arange(len(tables), device=table.device)[:, None, None] * tables.shape[1]
-    x = F.embedding(batch.inputs + first, tables.flatten(0, 1))  # K tables, one after the other
+    x = F.embedding(batch.inputs + first, tables.flatten(0, 1))
     if "noise" in masks:
         x = x + masks["noise"] * tables.square().mean((1, 2)).sqrt()[:, None, None, None]
     if "word" in masks:
@@ -724,30 +774,33 @@ def embed(weights, batch):
 def unroll(weights, rows, batch, dtype=torch.float32, recurrence=None):
     """h of K architectures over a segment [K, T, B, H], and the state to go on with [2, K, B,
     H]."""
-    cells, gated = parse(rows), "inputs" in weights
+    cells = parse(rows)
+    gated = "inputs" in weights
     x = embed(weights, batch).to(dtype)                                          # [K or 1, T, B, H]
     if is_shared(weights):
-        edge = edge_index(cells.read, torch.arange(cells.read.shape[1], device=rows.device)).t()
-        w = weights["edges"].index_select(0, edge.flatten())
-        w = w.unflatten(0, edge.shape)                                               # [N, K, H, 2H]
+        edges = edges_of(rows).t()
+        w = weights["edges"].index_select(0, edges.flatten())
+        w = w.unflatten(0, edges.shape)                                              # [N, K, H, 2H]
     else:
-        w = weights["nodes"].transpose(0, 1)
+        w = weights["nodes"].transpose(0, 1)                                         # [N, K, H, 2H]
     if gated:
         x = x * live_units(cells, x.shape[-1])[:, None]
     w_x = weights["inputs" if gated else "input"].to(dtype)
     # the products with x need no state: all T * B of them at once
     xw = (x.flatten(1, 2)[:, None] @ w_x).unflatten(2, x.shape[1:3])    # [K or 1, 1 or N, T, B, 2H]
-    h, m = batch.state.expand(-1, len(rows), -1, -1).to(dtype)
+    h, memory = batch.state.expand(-1, len(rows), -1, -1).to(dtype)                # [K, B, H] each
     mask = batch.masks.get("hidden")
     mask = None if mask is None else mask.to(dtype)
     recurrence = recurrence or (plain_recurrence if gated else fast_recurrence)
-    states, m = recurrence(cells, w.to(dtype), xw, h, m, mask)
-    return states, torch.stack([states[:, -1], m]).detach().to(batch.state.dtype)
+    states, memory = recurrence(cells, w.to(dtype), xw, h, memory, mask)
+    return states, torch.stack([states[:, -1], memory]).detach().to(batch.state.dtype)
 
 
 def unroll_lstm(weights, batch):
     """torch.nn.LSTM in the place of unroll, for one network after the other."""
-    outputs, states = [], []
+    outputs = []
+    states = []
+    # torch.lstm runs one network at a time: K of them are a loop
     for i, x in enumerate(embed(weights, batch)):
         start = [s[None].contiguous() for s in batch.state[:, i % batch.state.shape[1]]]      # h, c
         flat = [weights[name][i] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
@@ -776,7 +829,8 @@ class SoftmaxLoss(torch.autograd.Function):
             db = bias.new_zeros(bias.shape)
         buffers = h.new_empty(2, min(chunk, h.shape[1]), decoder.shape[1])
         for k in range(len(h)):
-            down, offset = decoder[k].to(h.dtype), bias[k].to(h.dtype)
+            down = decoder[k].to(h.dtype)
+            offset = bias[k].to(h.dtype)
             up = down.t().contiguous()  # a product with a view is slow in bfloat16
             for r in range(0, h.shape[1], chunk):
                 x = h[k, r:r + chunk]
@@ -835,12 +889,15 @@ def sgd_step(weights, grads, lr, clip, decay):
     finite changes nothing.
     """
     flat = {name: g.reshape(len(lr), -1) for name, g in grads.items()}
+    # the norm of all of a network's weights together [K]
     norm = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat.values()]).norm(dim=0)
     lr = torch.where(torch.isfinite(norm), lr, 0.0)[:, None]
     scale = lr * (clip / norm).clamp(max=1).nan_to_num(0.0)[:, None]
     for name, g in flat.items():
         g = g.nan_to_num(0.0, 0.0, 0.0)
         weights[name].view(len(lr), -1).mul_(1 - lr * decay).addcmul_(g, scale, value=-1)
+
+
 # 4. The controller --------------------------------------------------------------------------------
 # K architectures, rows [K, D], and what the policy says of them: log_prob [K] of the whole row;
 # entropy [K], the sum of the decisions' entropies along the row's path, whose mean estimates the
@@ -848,14 +905,9 @@ def sgd_step(weights, grads, lr, clip, decay):
 Sample = namedtuple("Sample", "rows log_prob entropy hidden", defaults=(None,))
 
 # The logits are TANH_CONSTANT * tanh(logits / TEMPERATURE) (Pham et al. 2018, appendix A)
-TEMPERATURE, TANH_CONSTANT, CONTROLLER_UNITS = 5.0, 2.5, 100
-
-
-def move(x, device):
-    """A tensor on the device; the host does not wait for a GPU's copy."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+TEMPERATURE = 5.0
+TANH_CONSTANT = 2.5
+CONTROLLER_UNITS = 100
 
 
 class Controller(nn.Module):
@@ -875,6 +927,7 @@ class Controller(nn.Module):
         self.head = nn.Parameter(torch.empty(len(self.free), size, widest))
         self.lstm = nn.LSTMCell(size, size)
         self.aim = nn.Parameter(torch.empty(size)) if asked else None  # start + asked * aim
+        # uniform in +- .1 (Pham et al. 2018, appendix A)
         for name, parameter in self.named_parameters():
             draw = torch.rand(parameter.shape, generator=rng(seed, "controller", name))
             parameter.data.copy_((draw * 2 - 1) * 0.1)
@@ -893,15 +946,19 @@ class Controller(nn.Module):
         out = torch.zeros(k, self.length, dtype=torch.long, device=self.start.device)
         state = None
         for i, d in enumerate(self.decisions):
-            choices, relevant = getattr(self, f"choices{i}"), matters(out, d).long()
+            choices = getattr(self, f"choices{i}")
+            relevant = matters(out, d).long()
             if i not in self.free:
                 for column_ in d.columns:
                     out[:, column_] = choices[0] * relevant
                 continue
-            f, n = self.free.index(i), len(choices)
+            f = self.free.index(i)
+            n = len(choices)
+            # the last choice is the input, the logits come from this decision's own head
             state = self.lstm(x, state)
             logits = torch.tanh(state[0] @ self.head[f, :, :n] / TEMPERATURE) * self.bound
             logp = F.log_softmax(logits, 1)                                           # [K, choices]
+            # by the inverse of the distribution function; or where the row's value stands
             if rows is None:
                 choice = (logp.exp().cumsum(1) < draws[:, i, None]).sum(1).clamp(max=n - 1)
             else:
@@ -1037,7 +1094,7 @@ def constant(epoch, epochs):
     return 1.0
 
 
-def decay(epoch, epochs):
+def exponential(epoch, epochs):
     """.96 an epoch once 15 are done, as in ENAS-pytorch."""
     return 0.96 ** max(0, int(epoch) - 14)
 
@@ -1048,7 +1105,7 @@ def cosine(epoch, epochs):
 
 
 # (epochs done, epochs in all) -> factor of --lr
-SCHEDULES = {"constant": constant, "plateau": constant, "decay": decay, "cosine": cosine}
+SCHEDULES = {"constant": constant, "plateau": constant, "decay": exponential, "cosine": cosine}
 
 
 def train_step(weights, rows, batch, lr, config, factors=1.0):
@@ -1113,15 +1170,20 @@ def perturbation(name, weights, *seed):
 
 
 class Search:
-    """ENAS's two players between their steps: the shared weights omega (SGD) and the controller
-    theta (Adam), with their places in the text. s is what a checkpoint holds beside controller and
-    Adam."""
+    """The game of ENAS between two steps: its players, the shared weights omega (SGD) and the
+    controller theta (Adam), with their places in the text.
+
+    s is what a checkpoint holds beside controller and Adam.
+    """
 
     def __init__(self, config, corpus):
-        self.config, self.device, self.words = config, device_of(config), len(corpus.words)
+        self.config = config
+        self.device = device_of(config)
+        self.words = len(corpus.words)
         decisions = search_space(config)
         if config.controller == "trained" and all(len(d.choices) == 1 for d in decisions):
             raise UserError("the search space has a single architecture: nothing to decide")
+        # 'untrained' has this controller too, but takes no steps with it: random search
         policy = Controller(decisions, config.seed)
         if config.controller == "uniform":
             policy = uniform(decisions)
@@ -1136,14 +1198,22 @@ class Search:
         weights = shared_weights(config, self.words)
         weights = {name: w.to(self.device) for name, w in weights.items()}
         zeros = zero_state(weights, config.batch)
-        self.s = {"step": 0, "weights": weights, "past": {}, "state": dict.fromkeys(texts, zeros),
-                  "read": dict.fromkeys(texts, 0), "counts": [0, 0],
-                  "sums": torch.zeros(4, device=self.device)}  # loss; reward, entropy, response
+        self.s = {
+            "step": 0,                                 # shared and controller steps done
+            "weights": weights,                        # omega
+            "past": {},                                # its gradients so far, see remember()
+            "state": dict.fromkeys(texts, zeros),      # of each text, where its stream stands
+            "read": dict.fromkeys(texts, 0),           # segments taken from it
+            # since the last line of metrics: loss; reward, entropy, response, and of how many steps
+            "sums": torch.zeros(4, device=self.device),
+            "counts": [0, 0]}
 
     def checkpoint(self):
+        """All that a resumed search needs."""
         return self.s | {"controller": self.controller.state_dict(), "adam": self.adam.state_dict()}
 
     def load(self, saved):
+        """Go on from a checkpoint."""
         self.s = {name: saved[name] for name in self.s}
         self.controller.load_state_dict(saved["controller"])
         self.adam.load_state_dict(saved["adam"])
@@ -1154,27 +1224,32 @@ class Search:
         return self.streams[name].segment(self.s["read"][name] - 1)
 
     def key(self, *purpose):
+        """Of a random draw in this step."""
         return (self.config.seed, self.s["step"], *purpose)
 
     def masks(self, purpose):
+        """This step's dropout, the same for all architectures."""
         drawn = draw_masks(self.config, self.words, self.config.batch, [self.config.seed],
                            (purpose, self.s["step"]))
         return {name: move(mask, self.device) for name, mask in drawn.items()}
 
     def lr(self, progress):
-        """Of omega after so many rounds."""
+        """The learning rate of omega after so many rounds."""
         config = self.config
         return config.lr * SCHEDULES[config.schedule](progress, config.epochs + config.settle)
 
     def shared_step(self, progress):
         """omega <- omega - lr clip(grad E_m L_T(omega; m)): SGD on a fresh architecture, or a few,
         and the next training segment."""
-        config, s = self.config, self.s
+        config = self.config
+        s = self.s
+        # paper: one architecture a step
         rows = self.controller.sample(config.shared_samples, *self.key("shared")).rows
         segment = self.next("train")
         batch = start_batch(config, s["weights"], rows, segment, s["state"]["train"],
                             self.masks("train"), DTYPES[config.dtype])
         lr = self.lr(progress) * rates_of(rows)[:1]  # with --rates there is one architecture
+        # 1 but in a made-up task
         factors, _ = TASKS[config.task](rows)
         losses, state, g = train_step(s["weights"], rows, batch, lr, config, factors)
         s["state"]["train"] = mean_state(losses, state)
@@ -1219,12 +1294,15 @@ class Search:
         Adam."""
         s = self.s
         sample = self.controller.sample(self.config.controller_samples, *self.key("controller"))
+        # the response is 0 in ENAS; chapter 6 has another rewarded()
         direct, response = self.rewarded(sample, progress)
         rewards = worst_for_failures(direct + response)
         self.adam.zero_grad(set_to_none=False)
         policy_loss(sample, rewards, self.entropy_weight(progress)).backward()
         self.adam.step()
-        direct, response = worst_for_failures(direct), worst_for_failures(response)
+        direct = worst_for_failures(direct)
+        response = worst_for_failures(response)
+        # for the metrics only
         spread = response.std(correction=0) / direct.std(correction=0).clamp(min=1e-12)
         s["sums"][1:] += torch.stack([direct.mean(), sample.entropy.detach().mean(), spread])
         s["counts"][1] += 1
@@ -1232,8 +1310,10 @@ class Search:
     def line(self, epoch):
         """Metrics since the last line: the shared steps' loss; the controller steps' reward,
         entropy, and the response's spread as a share of the direct term's."""
-        (loss, *rewarded), (shared, steps) = self.s["sums"].tolist(), self.s["counts"]
-        self.s["sums"], self.s["counts"] = torch.zeros_like(self.s["sums"]), [0, 0]
+        loss, *rewarded = self.s["sums"].tolist()
+        shared, steps = self.s["counts"]
+        self.s["sums"] = torch.zeros_like(self.s["sums"])
+        self.s["counts"] = [0, 0]
         line = {"step": self.s["step"], "epoch": epoch}
         if shared:
             line |= {"loss": loss / shared, "perplexity": perplexity(loss / shared)}
@@ -1254,7 +1334,8 @@ LOG_EVERY = 20  # steps from one line of metrics to the next; a run resumes at s
 def search(game, run, watch=None):
     """ENAS (Pham et al. 2018, 2.2): rounds of SGD on the shared weights, then of REINFORCE on the
     controller. watch(round) is called before each of them."""
-    config, saved = game.config, run.restore()
+    config = game.config
+    saved = run.restore()
     if saved:
         game.load(saved)
     else:
@@ -1314,10 +1395,12 @@ def no_rates(cells):
     return torch.ones(len(cells), device=cells.device)
 
 
-# The next shared step as the controller foresees it. Like a reward, a loss returns the state it
-# leaves. --state warm reads the segment before with omega, wherever losses are taken.
+# The next shared step as the controller foresees it. cells here are rows [K, D], or what a toy has
+# for them. Like a reward, a loss returns the state it leaves. --state warm reads the segment
+# before with omega, wherever losses are taken.
 #     losses  (weights, cells) -> (L_T [K], state), always on the same minibatch with the same masks
-#     cells   the fold [A, D], which stands for the policy in g
+#     cells   the fold: A architectures [A, D] from the policy, whose mean stands for E_m' in g
+#     lr, clip, decay   of sgd_step(); the decay, and the rates, are left out of the equation above
 #     each    (weights, cells, v) -> |grad L_T(omega; m)| [K] and <grad L_T(omega; m), v> [K]
 #     rates   cells -> the factors of lr [K] that architectures chose for training on them
 #     past    gradients of shared steps so far, see remember()
@@ -1338,10 +1421,10 @@ def plus(a, b, scale=1.0):
 def mean_gradient(values, weights):
     """d mean_k values(weights)_k / dweights, a dict, and the state; values: weights -> ([K],
     state)."""
-    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+    free = {name: w.detach().requires_grad_() for name, w in weights.items()}
     with torch.enable_grad():
-        found, state = values(leaves)
-        return gradients(found.mean(), leaves), state
+        found, state = values(free)
+        return gradients(found.mean(), free), state
 
 
 @torch.no_grad()
@@ -1426,7 +1509,8 @@ def no_response(v, weights, g, step, cells):
 def through_clip(v, g, step):
     """lr J^T v; J = d clip(g) / dg is 1, or where c = foreseen_clip binds (c / |g|) (1 - g^ g^T),
     g^ = g / |g|."""
-    norm, clip = dot(g, g).sqrt(), foreseen_clip(step)
+    norm = dot(g, g).sqrt()
+    clip = foreseen_clip(step)
     scale = step.lr * (clip / norm).clamp(max=1)
     along = torch.where(norm > clip, dot(v, g) / norm ** 2, 0.0)
     return {name: scale * (v[name] - along * g[name]) for name in v}
@@ -1495,14 +1579,17 @@ class Anticipation(Search):
 
     def foresee(self, progress, fold):
         """The Step that a shared step on the next segment of the stream 'ahead' would be."""
-        config, segment, carried = self.config, self.next("ahead"), self.s["state"]["ahead"]
-        omega, masks = self.s["weights"], self.masks("ahead")
-        # bfloat16 would round a difference away
-        strict = torch.promote_types(DTYPES[config.dtype], torch.float32)
+        config = self.config
+        segment = self.next("ahead")
+        carried = self.s["state"]["ahead"]
+        omega = self.s["weights"]
+        masks = self.masks("ahead")
+        # bfloat16 would round a difference of two losses away
+        wide = torch.promote_types(DTYPES[config.dtype], torch.float32)
 
         def losses(weights, rows):
-            batch = start_batch(config, omega, rows, segment, carried, masks, strict)
-            found, state = network(weights, rows, batch, strict)
+            batch = start_batch(config, omega, rows, segment, carried, masks, wide)
+            found, state = network(weights, rows, batch, wide)
             factors, _ = TASKS[config.task](rows)
             return factors * found, mean_state(found, state)
 
@@ -1519,9 +1606,10 @@ class Anticipation(Search):
 
     def rewarded(self, sample, progress):
         """The rewards R(omega'; m) [K] on one validation segment, and the responses [K]."""
-        config, state = self.config, self.s["state"]
-        sampled = self.controller.sample(2 * config.fold, *self.key("folds")).rows
-        fold, others = sampled.split(config.fold)
+        config = self.config
+        state = self.s["state"]
+        drawn = self.controller.sample(2 * config.fold, *self.key("folds")).rows
+        fold, others = drawn.split(config.fold)
         rewards = self.rewards_on(self.next("valid"))
         direct, response, state["valid"], ahead = extra_rewards(
             config.lookahead, config.response, self.s["weights"], sample.rows, others, rewards,
@@ -1555,6 +1643,7 @@ def evaluate(weights, rows, tokens, dtype=torch.float32, masks=None, batch=64, b
     state = network(weights, rows, Batch(before, nothing, state, masks(before, -1)), dtype)[1]
     state[:, :, 0] = 0
     total = 0.0
+    # a mean over tokens, not over segments: the last one may be short
     for i in range(len(stream)):
         inputs, targets, _ = stream.segment(i)
         batch_ = Batch(inputs, targets, state, masks(inputs, i))
@@ -1578,6 +1667,7 @@ def derive(config, weights, rows, corpus):
     distinct, which = rows.unique(dim=0, return_inverse=True)
     how = perturbation(config.reward_input, weights, config.seed)
     found = score(weights, distinct, corpus.valid, config, masks=how)
+    # what was drawn twice is scored once
     losses, order = found[which].sort(stable=True)
     return rows[order], losses
 
@@ -1589,11 +1679,14 @@ PLATEAU = 4.0  # under --schedule plateau, lr is divided by this where the loss 
 def validate(config, s, valid, epoch):
     """Losses of the networks still in the batch; keep their best weights; start averaging, lower
     lr, or let go those that have not improved for --patience epochs, and those that failed."""
-    alive, current = s["alive"], s["mean"] or s["weights"]
+    alive = s["alive"]
+    current = s["mean"] or s["weights"]
     loss = evaluate(current, s["rows"], valid, DTYPES[config.dtype]).float()
     better = loss < s["best_loss"][alive]
-    won, lost = alive[better], alive[~better]
+    won = alive[better]
+    lost = alive[~better]
     s["before"][:, alive] = torch.stack([s["best_loss"][alive], s["before"][0, alive]])
+    # s["best"] has a place for every network, the rest only for those in the batch
     for name, w in current.items():
         s["best"][name][won] = w[better]
     s["best_loss"][won] = loss[better]
@@ -1604,8 +1697,11 @@ def validate(config, s, valid, epoch):
     if config.schedule == "plateau":
         s["lr"][lost] /= PLATEAU
     s["since"][lost] = s["since"][lost].clamp(max=s["step"])  # the step from which they average
+
+    # who leaves the batch makes it faster
     stay = (s["bad"][alive] < config.patience) & (s["failed"][alive] == 0)
-    s["alive"], s["rows"] = alive[stay], s["rows"][stay]
+    s["alive"] = alive[stay]
+    s["rows"] = s["rows"][stay]
     s["seeds"] = [seed for seed, stays in zip(s["seeds"], stay.tolist()) if stays]
     for part in ("weights", "mean"):
         s[part] = {name: w[stay] for name, w in s[part].items()}
@@ -1652,7 +1748,8 @@ def train_networks(config, run, corpus, weights, rows, seeds):
     s = run.restore() or start_training(config, weights, rows.to(device), seeds)
     while s["seeds"] and s["step"] < config.epochs * len(stream):
         # one step of SGD on the next segment
-        alive, epoch = s["alive"], s["step"] // len(stream) + 1
+        alive = s["alive"]
+        epoch = s["step"] // len(stream) + 1
         segment = stream.segment(s["step"])
         if segment.before is None:
             s["state"] = zero_state(s["weights"], config.batch)
@@ -1666,9 +1763,11 @@ def train_networks(config, run, corpus, weights, rows, seeds):
         s["failed"][alive] = torch.where(finite | (failed > 0), failed, epoch)
         s["state"] = torch.where(finite[:, None, None], state, 0.0)
         s["loss"][alive] += losses
-        s["step"], s["steps"] = s["step"] + 1, s["steps"] + 1
+        s["step"] += 1
+        s["steps"] += 1
 
-        # mean <- mean + (w - mean) / n; before a network averages n is 1, the mean w alone
+        # averaging (Merity et al. 2018): mean <- mean + (w - mean) / n; until a network averages n
+        # is 1, and the mean is w alone
         n = (s["step"] - s["since"][alive]).clamp(min=1)
         for name, average in s["mean"].items():
             share = (1 / n).to(average.dtype).view(-1, *[1] * (average.dim() - 1))
@@ -1685,7 +1784,8 @@ def train_networks(config, run, corpus, weights, rows, seeds):
                 scores = validate(config, s, valid, epoch).tolist()
                 line["networks"] = alive.tolist()
                 line["valid_perplexity"] = [perplexity(x) for x in scores]
-            s["loss"], s["steps"] = torch.zeros_like(s["loss"]), 0
+            s["loss"] = torch.zeros_like(s["loss"])
+            s["steps"] = 0
             words = s["step"] * config.batch * config.bptt
             run.log(line, s["step"], config.epochs * len(stream), words)
             run.keep(s)
@@ -1897,10 +1997,13 @@ def p_value(a, b, paired, shift=0.0):
 
 def interval(a, b, paired):
     """The 95 % interval that goes with it: shifts not refused at .05; None if none can be."""
-    seen, ends = mean(b) - mean(a), []
+    seen = mean(b) - mean(a)
+    ends = []
     spread = max(map(abs, [y - x for x, y in product(a, b)])) + 1e-9
+    # by bisection, from the difference seen to one that is refused
     for side in (-1, 1):
-        inside, outside = seen, seen + 4 * side * spread
+        inside = seen
+        outside = seen + 4 * side * spread
         if p_value(a, b, paired, outside) > .05:
             return None
         for _ in range(40):
@@ -1984,6 +2087,7 @@ def train_rows(config, run, rows, prefix=""):
     Batches of AT_ONCE networks, each a run of its own in this one's folder, and each network with a
     seed of its own. What belongs together is not trained together.
     """
+    # networks of one shape are trained together, in an order that has nothing to do with groups
     kinds = {}
     for i in torch.randperm(len(rows), generator=rng(config.seed, "order")).tolist():
         kinds.setdefault(kind_of_network(config, rows[i]["cell"]), []).append(i)
@@ -2007,7 +2111,8 @@ def study_compare(config, run):
     """Is a trained controller better than chance? --derive_samples distinct cells of it, of an
     untrained one and of the uniform distribution, and LSTMs of as many units and of as many
     weights, trained from scratch; 'shared' is a cell's loss under the shared weights."""
-    corpus, k = load_corpus(config), config.derive_samples
+    corpus = load_corpus(config)
+    k = config.derive_samples
     searched, weights, found = supernet(config)
     untrained = Controller(search_space(searched), searched.seed)
     sources = {"trained": found["sampled"],
@@ -2098,10 +2203,12 @@ def study_factors(config, run):
     cells of each combination, and tanh alone; trained from scratch."""
     searched, found = of_enas(config)
     uniform = uniform_rows(search_space(searched), len(found["sampled"]), config.seed, "factors")
-    sources, rows = {"searched": found["sampled"], "random": uniform}, []
+    sources = {"searched": found["sampled"], "random": uniform}
+    rows = []
     for i, a, b in product(range(config.derive_samples), sources, (*sources, "tanh")):
         draws = torch.randint(len(uniform), (2,), generator=rng(config.seed, "factors", i, a, b))
         cell = decode(sources[a][draws[0]])
+        # connections of one draw, activations of another
         activations = [TANH] * len(cell.nodes)
         if b in sources:
             activations = [node.activation for node in decode(sources[b][draws[1]]).nodes]
@@ -2150,7 +2257,9 @@ def study_capacity(config, run):
     """How much can a cell learn by heart? Random cells as they are, at half the width, and with
     each single activation, trained without dropout on a short text until its own loss stops
     falling; the best of three learning rates counts."""
-    corpus, folder, rows = load_corpus(config), run.folder / "text", []
+    corpus = load_corpus(config)
+    folder = run.folder / "text"
+    rows = []
     folder.mkdir(exist_ok=True)
     text = " ".join(corpus.words[i] for i in corpus.train[:CAPACITY_WORDS].tolist())
     for split in SPLITS:  # the text is also what 'validation' looks at
@@ -2162,6 +2271,7 @@ def study_capacity(config, run):
         rows += [dict(group=kind, seed=config.seed + i, cell=name_of(x), paths=path_count(x),
                       depth=depth(x)) for kind, x in (kinds | all_alike(cell)).items()]
     tried = []
+    # a cell that needs another learning rate is not one that remembers less
     for rate in CAPACITY_RATES:
         sub = replace(config, data=str(folder), lr=config.lr * rate, **NO_DROPOUT)
         labelled = [row | dict(rate=rate) for row in rows]
@@ -2202,10 +2312,12 @@ def estimates(game, sample, rewards, step, others):
 def cosines_to_the_next(game):
     """{estimator: cosines} between its gradient at omega_t and the plain one at omega_(t+1), after
     the real shared step, theta as it was: on the same and on other samples and text."""
-    k, fold = game.config.controller_samples, game.config.fold
+    k = game.config.controller_samples
+    fold = game.config.fold
     samples = [game.controller.sample(k, *game.key("similarity", i)) for i in range(2)]
     rewards = [game.rewards_on(game.next("valid")) for _ in samples]
     folds = game.controller.sample(2 * fold, *game.key("fold")).rows.split(fold)
+    # all at omega_t, then the step, then the plain gradient at omega_(t+1)
     grads = estimates(game, samples[0], rewards[0], game.foresee(0.0, folds[0]), folds[1])
     game.shared_step(0.0)
     then = []
@@ -2222,7 +2334,8 @@ def study_similarity(config, run):
     """Is the gradient that looks ahead closer to the next one? Shared and controller steps
     alternate, and every tenth shared step is looked at."""
     game = anticipating(config)
-    rows, steps = [], config.epochs * game.shared_steps
+    rows = []
+    steps = config.epochs * game.shared_steps
     if steps < SIMILARITY_EVERY:
         raise UserError(f"{steps} shared steps: at least {SIMILARITY_EVERY} to measure once")
     for step in range(steps):
@@ -2257,7 +2370,9 @@ def study_cost(config, run):
         game.s["step"] += 1
     folds = {"none": (1,), "momentum": (1,), "recent": (1,), "fresh": (1, 2, 4)}
     arms = [(look, respond, fold) for look, respond in ESTIMATORS for fold in folds[look]]
-    seconds, grads = {arm: [] for arm in arms}, {arm: [] for arm in arms}
+    seconds = {arm: [] for arm in arms}
+    grads = {arm: [] for arm in arms}
+    # the arms take turns, so that all see the same weights and a slow moment hits each
     for arm in arms * config.controller_steps:
         game.config = replace(config, lookahead=arm[0], response=arm[1], fold=arm[2])
         game.s["step"] += 1
@@ -2334,7 +2449,10 @@ def reward_error(game, rows, whole, at_least=30):
     """What a controller step sees of rows [K, D] where each segment is read by other architectures
     than the one before: the median cell's mean loss minus that on the whole split, whole [K], and
     the mean of Kendall's tau between the order on one segment and on the split."""
-    config, losses, taus = game.config, [], []
+    config = game.config
+    losses = []
+    taus = []
+    # as in a search: these cells are scored, then others read the segment and leave their state
     for i in range(max(at_least, len(game.streams["valid"]))):
         rewards = game.rewards_on(game.next("valid"))
         found, _ = rewards(game.s["weights"], rows)
@@ -2354,9 +2472,12 @@ def study_state(config, run):
     """How should the hidden state be kept where each segment has another architecture? The reward's
     error under each policy; and the loss of a trained ENAS cell and an LSTM that see only so many
     words before the one they predict."""
-    corpus, (searched, weights, _) = load_corpus(config), supernet(config)
+    corpus = load_corpus(config)
+    searched, weights, _ = supernet(config)
     rows = uniform_rows(search_space(searched), config.derive_samples, config.seed, "scored")
-    whole, found = score(weights, rows, corpus.valid, searched), []
+    whole = score(weights, rows, corpus.valid, searched)
+    found = []
+    # the same weights, the state kept in another way
     for name in STATES:
         game = Search(replace(searched, state=name), corpus)
         game.s["weights"] = weights
@@ -2394,7 +2515,8 @@ def study_hidden(config, run):
     the untrained one it started from, on uniform cells and pairs of them: Kendall's tau of the
     states' distance with the decisions that differ and with the difference in loss under the shared
     weights; and the R^2 of linear probes."""
-    corpus, (searched, weights, _) = load_corpus(config), supernet(config)
+    corpus = load_corpus(config)
+    searched, weights, _ = supernet(config)
     rows = uniform_rows(search_space(searched), 10 * config.derive_samples, config.seed, "hidden")
     losses = score(weights, rows, corpus.valid[:20000], searched).double()
     losses = losses.nan_to_num(math.inf).clamp(max=guessing(corpus))
@@ -2404,7 +2526,8 @@ def study_hidden(config, run):
     untrained, trained = [Controller(search_space(searched), searched.seed) for _ in range(2)]
     with refusing(Path(config.supernet) / "controller.pt"):
         trained.load_state_dict(load_tensors(Path(config.supernet) / "controller.pt"))
-    i, found = torch.randperm(len(rows), generator=rng(config.seed, "pairs")), []
+    i = torch.randperm(len(rows), generator=rng(config.seed, "pairs"))
+    found = []
     for name, controller in (("untrained", untrained), ("trained", trained)):
         states = controller(rows=rows).hidden.double()
         far = (states[i] - states).norm(dim=1).tolist()
@@ -2424,6 +2547,7 @@ def conditional(config, name, run):
     def values(rows):
         return torch.tensor([float(MEASURES[name](decode(row))) for row in rows])
 
+    # what the untrained controller does says what can be asked for, and in which units
     anywhere = values(controller.sample(500, config.seed, "targets").rows)
     spread = anywhere.std()
     targets = torch.quantile(anywhere, torch.linspace(0.02, 0.98, 9)).round().unique()
@@ -2462,7 +2586,8 @@ def study_progress(config, run):
     """How does a policy change? A search; before each of its rounds and at its end, the best of
     --derive_samples cells of the controller on the whole validation split."""
     corpus = load_corpus(config)
-    game, rounds = game_of(config, corpus), config.epochs + config.settle
+    game = game_of(config, corpus)
+    rounds = config.epochs + config.settle
 
     def watch(round_):
         drawn = game.controller.sample(config.derive_samples, config.seed, "watch", round_).rows
@@ -3059,7 +3184,8 @@ def by_unit(rows, value):
 def comparison(rows, value, first=""):
     """A table of each group's mean, and its difference to the first group, paired by unit where
     both have the same ones; p is corrected for the number of groups (Bonferroni)."""
-    groups, lines = by_unit(rows, value), []
+    groups = by_unit(rows, value)
+    lines = []
     if first in groups:
         groups = {first: groups[first]} | groups
     base = next(iter(groups.values()))
@@ -3100,6 +3226,7 @@ def dots(axes, records, value):
     everything = torch.tensor([x for units in groups.values() for x in units.values()]).double()
     low, high = everything.quantile(torch.tensor([0.25, 0.75]).double()).tolist()
     edge = min(everything.max().item(), high + 5 * (high - low))
+    # grey: a unit; blue: the mean of a group
     for y, units in enumerate(groups.values()):
         centre = mean(units.values())
         for x in units.values():
@@ -3115,6 +3242,7 @@ def densities(axes, records, value):
     for row in rows_of(records):
         groups.setdefault(row["group"], []).append(row[value])
     everything = torch.tensor(sum(groups.values(), []))
+    # a few networks that failed would leave the rest in one pixel
     at = torch.linspace(everything.min(), everything.quantile(0.98), 300)
     least = (at[-1] - at[0]) / 100 + 1e-9
     for group, values in groups.items():
@@ -3138,7 +3266,8 @@ def curves(axes, records, value):
     """A metric of metrics.jsonl against the steps, a line for each arm's first run that has it."""
     ends = {}
     for record in records:
-        path, arm = record["folder"] / "metrics.jsonl", record["folder"].parent.name
+        path = record["folder"] / "metrics.jsonl"
+        arm = record["folder"].parent.name
         lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
         points = [(line["step"], metric(line, value)) for line in lines]
         points = [point for point in points if point[1] is not None]
@@ -3158,11 +3287,14 @@ COLOURS = dict(zip(ACTIVATIONS, ("#7fb3d5", "#f5b041", "#82e0aa", "#d5d8dc")))
 def draw_cell(cell, axes=None, title=""):
     """The cell as a picture, input at the bottom, h_t at the top, second slots' arrows dashed: its
     axes."""
+    # a slot stands as high as the longest path to it
     tiers = {}
     for slot, level in depths(cell).items():
         if slot is not None or cell.memory:
             tiers.setdefault(level, []).append(slot)
-    top, width = max(tiers) + 1, max(map(len, tiers.values()))
+    top = max(tiers) + 1
+    width = max(map(len, tiers.values()))
+    # every tier is centred
     place = {slot: (x - (len(tier) - 1) / 2, y)
              for y, tier in tiers.items() for x, slot in enumerate(tier)}
     if axes is None:
@@ -3178,13 +3310,13 @@ def draw_cell(cell, axes=None, title=""):
 
     box(place[INPUT], "$x_t,\\ h_{t-1}$")
     if cell.memory:
-        box(place[None], "$m_{t-1}$")
+        box(place[None], "memory")
     for i, node in enumerate(cell.nodes):
         for slot, style in zip(slots_read(node), ("-", "--")):
             arrow(place[slot], place[i + 1], style)
         act = list(ACTIVATIONS)[node.activation]
         text = (act, f"glu {act}", f"gate {act}", "+")[node.operation]
-        carried = ", $m_t$" if i + 1 == cell.memory else ""
+        carried = ", memory" if i + 1 == cell.memory else ""
         box(place[i + 1], f"{i}: {text}{carried}", COLOURS[act])
     for i in leaves(cell):
         arrow(place[i + 1], (0, top), ":", "#aaaaaa")
@@ -3258,7 +3390,9 @@ def load_records(out):
     found = {}
     for path in sorted(Path(out).glob("**/result.json")):
         folder, *arm = path.parent.relative_to(out).parts or ("",)
-        record, study = read_json(path), study_of(folder)
+        record = read_json(path)
+        study = study_of(folder)
+        # a run's folder ends in its seed
         is_run = len(arm) in (1, 2) and f"-{arm[-1]}".endswith(f"-{record.get('seed')}")
         if not study or not is_run:
             continue  # another folder, or a part of another run
@@ -3275,7 +3409,8 @@ def load_records(out):
 
 def measured(study, records):
     """The study's values that tell something: not those that are absent, or the same everywhere."""
-    rows, told = rows_of(records), []
+    rows = rows_of(records)
+    told = []
     for value in study.values:
         seen = {row[value] for row in rows if row.get(value) is not None}
         if len(seen) > 1 or seen and len(rows) == 1:
@@ -3290,6 +3425,7 @@ def tables(study, records):
 
 def draw(path, study, records):
     """The study's figure."""
+    # the values compared, then what only this study shows
     panels = [(dots, value) for value in measured(study, records)]
     curved = any((record["folder"] / "metrics.jsonl").exists() for record in records)
     panels += [panel for panel in study.panels if curved or panel[0] is not curves]
@@ -3302,7 +3438,8 @@ def draw(path, study, records):
 
 def report_study(folder, records, out):
     """Its section of the page: question, tables, figure, command, and what they were made with."""
-    study, rows = study_of(folder), rows_of(records)
+    study = study_of(folder)
+    rows = rows_of(records)
     draw(Path(out) / f"{folder}.png", study, records)
     if any("round" in row for row in rows):
         draw_progress(Path(out) / f"{folder}.gif", records[0]["rows"])
