@@ -142,7 +142,10 @@ Cell = namedtuple("Cell", "nodes output memory width rate", defaults=(LEAVES, 0,
 
 
 def parse(rows):
-    """The columns of rows [K, 5 + 4N] by name: those of WHOLE are [K], those of NODE [K, N]."""
+    """The columns of rows [K, 5 + 4N] by name: those of WHOLE are [K], those of NODE [K, N].
+
+    So cells.read[k, i] is the slot that node i of cell k reads.
+    """
     whole = rows[:, :len(WHOLE)].unbind(1)
     nodes = rows[:, len(WHOLE):].unflatten(1, (-1, len(NODE))).unbind(2)
     return Cells(*whole, *nodes)
@@ -154,7 +157,10 @@ def column(i, name):
 
 
 def encode(cells, nodes=0):
-    """Cells as rows [K, 5 + 4N]; N is the largest cell's number of nodes, or more."""
+    """Cells as rows [K, 5 + 4N]; N is the largest cell's number of nodes, or more.
+
+    Smaller cells are padded with zeros, which are never computed with: their count says so.
+    """
     n = max([nodes] + [len(cell.nodes) for cell in cells])
     rows = torch.zeros(len(cells), len(WHOLE) + len(NODE) * n, dtype=torch.long)
     for row, cell in zip(rows, cells):
@@ -184,7 +190,10 @@ def row_of(name):
 
 def arc(text, output=ALL):
     """A cell of ENAS's space as its authors' code prints it: predecessor and activation of nodes 1,
-    2, ...; node 0 is tanh on the input pair."""
+    2, ...; node 0 is tanh on the input pair.
+
+    Raises ValueError if a number is missing or no number.
+    """
     numbers = list(map(int, text.split()))
     if not numbers or len(numbers) % 2:
         raise ValueError(f"{len(numbers)} numbers, not two for each node")
@@ -212,7 +221,11 @@ CELLS = {
 
 
 def leaf_weights(cells):
-    """[K, N]: each node's weight in h_t, 1 / leaves for a leaf, else 0."""
+    """[K, N]: each node's weight in h_t, 1 / leaves for a leaf, else 0.
+
+    A leaf is a node that nobody reads (Pham et al. 2018, 2.1), or of a cell whose output is ALL
+    every node but node 0 (Liu et al. 2019).
+    """
     n = cells.read.shape[1]
     node = torch.arange(n, device=cells.read.device)
     # a cell of fewer nodes than the row has room for leaves the others out
@@ -346,7 +359,8 @@ def nodes_decisions(config, i, operations, activations, least):
 def search_space(config):
     """The list of Decisions. ENAS: each node but the first reads an earlier one, any activation.
 
-    Beyond it what the settings ask for; the memory is one of the first --min_nodes.
+    Beyond it what the settings ask for; the memory is one of the first --min_nodes, which every
+    cell has. Raises UserError for settings that leave nothing to choose from.
     """
     n = config.nodes
     least = config.min_nodes or config.nodes
@@ -373,7 +387,10 @@ def search_space(config):
 
 
 def matters(rows, decision):
-    """Where [K] the decision matters, given what stands in rows [K, D] of those before it."""
+    """Where [K] the decision matters, given what stands in rows [K, D] of those before it.
+
+    The activation of a node that a cell does not have, for instance, does not.
+    """
     found = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     for i, values in decision.when:
         found &= torch.stack([rows[:, i] == value for value in values]).any(0)
@@ -404,7 +421,10 @@ def edges_of(rows):
 
 
 def draw_weights(shapes, bound, seed):
-    """A dict of tensors, uniform in +- bound, each a function of the seed and its name."""
+    """A dict of tensors, uniform in +- bound, each a function of the seed and its name.
+
+    So what one network draws does not depend on what else there is.
+    """
     return {name: (torch.rand(shape, generator=rng(seed, "init", name)) * 2 - 1) * bound
             for name, shape in shapes.items()}
 
@@ -416,7 +436,7 @@ def init_bound(units):
 
 
 def shared_weights(config, words):
-    """Weights of the supernet."""
+    """Weights of the supernet: the embedding, the bank of edges, the input's, the bias."""
     h = config.hidden
     shapes = {"embedding": (words, h), "edges": (edge_index(0, config.nodes), h, 2 * h)}
     # a width cuts the input too, so it needs the general path
@@ -465,7 +485,10 @@ def is_shared(weights):
 
 
 def inherit(shared, rows):
-    """Standalone weights that start from the shared ones: each network gets its own copy."""
+    """Standalone weights that start from the shared ones: each network gets its own copy.
+
+    So one forward pass with K copies is the supernet's, but its gradient is K separate ones.
+    """
     copies = {name: w.expand(len(rows), *w.shape).clone() for name, w in shared.items()
               if name != "edges"}
     return copies | {"nodes": shared["edges"][edges_of(rows)]}
@@ -477,8 +500,10 @@ def pick(options, which):
 
 
 def node_value(p, q, z, operation, activation):
-    """One node of K cells, s_i [K, B, H]. p, q: what it reads; z [K, B, 2H]: c, u. See chapter
-    1."""
+    """One node of K cells, s_i [K, B, H], by the equations of chapter 1.
+
+    p, q [K, B, H]: the slots it reads; z [K, B, 2H]: c and u; operation, activation [K].
+    """
     c, u = z.chunk(2, dim=-1)
     gate = torch.sigmoid(c)
     through = torch.where((operation == GATE)[:, None, None], q, u)
@@ -488,7 +513,10 @@ def node_value(p, q, z, operation, activation):
 
 
 def bounded(state):
-    """The state [..., H], shrunk to norm STATE_BOUND where it is longer."""
+    """The state [..., H], shrunk to norm STATE_BOUND where it is longer.
+
+    Else a cell of relu and identity nodes grows without limit, and its loss is not a number.
+    """
     square = state.square().sum(-1, keepdim=True)  # a norm has no second derivative at 0
     return state * (STATE_BOUND * square.clamp(min=STATE_BOUND ** 2).rsqrt())
 
@@ -564,8 +592,10 @@ FREE = []  # large buffers to be used again, since fresh memory is slow: a third
 
 
 def take(like, *shape):
-    """A buffer of that shape, with anything in it. Two passes that are alive at once never share
-    one."""
+    """A buffer of that shape, with anything in it.
+
+    Two passes that are alive at once never share one: a buffer is free only once it is given back.
+    """
     for i, buffer in enumerate(FREE):
         if (buffer.shape, buffer.dtype, buffer.device) == (shape, like.dtype, like.device):
             return FREE.pop(i)
@@ -755,7 +785,11 @@ def draw_masks(config, words, batch, seeds, step):
 
 
 def embed(weights, batch):
-    """The embedded, dropped input [K or 1, T, B, H]."""
+    """The embedded, dropped input [K or 1, T, B, H]; 1 where all architectures share it.
+
+    Of the masks: a word is dropped as a whole (Gal and Ghahramani 2016), a unit for all words of
+    the segment; 'noise' is what a perturbed input adds.
+    """
     table = weights["embedding"]
     masks = batch.masks
     tables = table.view(-1, *table.shape[-2:])                                      # [K or 1, V, H]
@@ -772,8 +806,11 @@ def embed(weights, batch):
 
 
 def unroll(weights, rows, batch, dtype=torch.float32, recurrence=None):
-    """h of K architectures over a segment [K, T, B, H], and the state to go on with [2, K, B,
-    H]."""
+    """h of K architectures over a segment [K, T, B, H], and the state to go on with [2, K, B, H].
+
+    rows [K, D]; dtype: that of the recurrence, while weights and states stay float32 or better.
+    The recurrence is the fast one where there is one for these weights, or the one given.
+    """
     cells = parse(rows)
     gated = "inputs" in weights
     x = embed(weights, batch).to(dtype)                                          # [K or 1, T, B, H]
@@ -797,7 +834,8 @@ def unroll(weights, rows, batch, dtype=torch.float32, recurrence=None):
 
 
 def unroll_lstm(weights, batch):
-    """torch.nn.LSTM in the place of unroll, for one network after the other."""
+    """torch.nn.LSTM in the place of unroll, for one network after the other: h [K, T, B, H], and
+    its state (h, c) [2, K, B, units]."""
     outputs = []
     states = []
     # torch.lstm runs one network at a time: K of them are a loop
@@ -861,7 +899,11 @@ class SoftmaxLoss(torch.autograd.Function):
 
 
 def network(weights, rows, batch, dtype=torch.float32, recurrence=None):
-    """L(omega; m): mean loss per token of K architectures [K], nats; and the state they leave."""
+    """L(omega; m): mean loss per token of K architectures [K], nats; and the state they leave.
+
+    Shared weights or K networks' own, an LSTM's or a cell's: what differs is only where weights
+    come from. A pure function: nothing is stored, and the caller decides what becomes of the state.
+    """
     if "weight_hh" in weights:
         h, state = unroll_lstm(weights, batch)  # always in float32
     else:
@@ -876,7 +918,7 @@ def network(weights, rows, batch, dtype=torch.float32, recurrence=None):
 
 
 def gradients(loss, weights):
-    """d loss / d weights, a dict; weights that play no part have zeros."""
+    """d loss / d weights, a dict; weights that play no part have zeros: edges that nobody read."""
     found = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
     return dict(zip(weights, found))
 
@@ -937,7 +979,11 @@ class Controller(nn.Module):
 
     def forward(self, draws=None, rows=None, asked=None):
         """Walk the decisions, sampling with uniform draws [K, decisions], or taking those of rows
-        [K, D]: a Sample. asked [K]: what the policy is conditioned on, standardized, if it is."""
+        [K, D]: a Sample.
+
+        asked [K]: what the policy is conditioned on, standardized, if it is. Of a decision with a
+        single choice there is nothing to learn, so it costs no step of the LSTM.
+        """
         k = len(draws if rows is None else rows)
         x = self.start.expand(k, -1)
         if asked is not None:
@@ -1024,7 +1070,13 @@ Segment = namedtuple("Segment", "inputs targets before")
 
 class Stream:
     """B parallel readings of a split, cut into segments of T: every token but the first is a target
-    once an epoch."""
+    once an epoch.
+
+    Of eleven tokens and B = 2, a reading is five inputs long; with T = 3 it has two segments:
+
+        0 1 2 | 3 4 .       targets 1 2 3 | 4 5 .
+        5 6 7 | 8 9 .               6 7 8 | 9 10 .
+    """
 
     def __init__(self, tokens, batch, bptt):
         if len(tokens) <= batch:
@@ -1052,7 +1104,10 @@ class Stream:
 
 
 def carry(weights, rows, segment, carried, dtype):
-    """ENAS's: from whatever architecture read the segment before; of several, from their mean."""
+    """ENAS's: from whatever architecture read the segment before; of several, from their mean.
+
+    It costs nothing, and the state is another cell's: studies 'state' and 'kept' ask what of it.
+    """
     return carried
 
 
@@ -1110,7 +1165,10 @@ SCHEDULES = {"constant": constant, "plateau": constant, "decay": exponential, "c
 
 def train_step(weights, rows, batch, lr, config, factors=1.0):
     """SGD on the mean loss of K architectures, times factors [K]; standalone networks each on their
-    own. Returns losses [K], states and the gradient."""
+    own loss, so that it does not matter to one who else is trained.
+
+    lr [1] or [K]. Returns losses [K], the state they leave, and the gradient.
+    """
     for w in weights.values():
         w.requires_grad_()
     losses, state = network(weights, rows, batch, DTYPES[config.dtype])
@@ -1259,7 +1317,10 @@ class Search:
 
     def rewards_on(self, segment):
         """(weights, rows) -> 80 / perplexity [K] on a validation segment, without dropout, and the
-        state that is left [2, 1, B, H]. paper: with dropout in ENAS-pytorch."""
+        state that is left [2, 1, B, H].
+
+        paper: 80 is its c, for rewards near 1. ENAS-pytorch leaves dropout on.
+        """
         config = self.config
         carried = self.s["state"]["valid"]
         masks = perturbation(config.reward_input, self.s["weights"], config.seed)(
@@ -1333,7 +1394,11 @@ LOG_EVERY = 20  # steps from one line of metrics to the next; a run resumes at s
 
 def search(game, run, watch=None):
     """ENAS (Pham et al. 2018, 2.2): rounds of SGD on the shared weights, then of REINFORCE on the
-    controller. watch(round) is called before each of them."""
+    controller. watch(round) is called before each of them.
+
+    A round is a pass over the training text, or --shared_steps, then --controller_steps. Everything
+    that changes is in game; run logs it, keeps it, and restores it.
+    """
     config = game.config
     saved = run.restore()
     if saved:
@@ -1414,13 +1479,15 @@ def dot(a, b):
 
 
 def plus(a, b, scale=1.0):
-    """a + scale b of two dicts of tensors, without gradients."""
+    """a + scale b of two dicts of tensors of the same names, without gradients."""
     return {name: torch.add(a[name].detach(), b[name] * scale) for name in a}
 
 
 def mean_gradient(values, weights):
-    """d mean_k values(weights)_k / dweights, a dict, and the state; values: weights -> ([K],
-    state)."""
+    """d mean_k values(weights)_k / dweights, a dict, and the state.
+
+    values: weights -> ([K], state), a loss or a reward of K architectures.
+    """
     free = {name: w.detach().requires_grad_() for name, w in weights.items()}
     with torch.enable_grad():
         found, state = values(free)
@@ -1490,8 +1557,10 @@ def foreseen_clip(step):
 
 
 def look_ahead(weights, g, step):
-    """omega' by the rule of training's step, for g in place of a sampled architecture's
-    gradient."""
+    """omega' by the rule of training's step, for g in place of a sampled architecture's gradient.
+
+    That clips and decays as sgd_step() does, for it is sgd_step(), on a copy.
+    """
     if g is None:
         return weights
     ahead = {name: w.detach().clone() for name, w in weights.items()}
@@ -1653,7 +1722,10 @@ def evaluate(weights, rows, tokens, dtype=torch.float32, masks=None, batch=64, b
 
 
 def score(weights, rows, tokens, config, **how):
-    """Losses [K] on the CPU of a whole split under shared weights, ten architectures at a time."""
+    """Losses [K] on the CPU of a whole split under shared weights, ten architectures at a time.
+
+    how: the further arguments of evaluate().
+    """
     device = device_of(config)
     found = [evaluate(weights, some.to(device), tokens.to(device), DTYPES[config.dtype], **how)
              for some in rows.split(10)]
@@ -1678,7 +1750,10 @@ PLATEAU = 4.0  # under --schedule plateau, lr is divided by this where the loss 
 @torch.no_grad()
 def validate(config, s, valid, epoch):
     """Losses of the networks still in the batch; keep their best weights; start averaging, lower
-    lr, or let go those that have not improved for --patience epochs, and those that failed."""
+    lr, or let go those that have not improved for --patience epochs, and those that failed.
+
+    s is what start_training() made; what it has of the networks in the batch shrinks with them.
+    """
     alive = s["alive"]
     current = s["mean"] or s["weights"]
     loss = evaluate(current, s["rows"], valid, DTYPES[config.dtype]).float()
@@ -1967,7 +2042,10 @@ EXACT = 14  # up to so many pairs all sign flips are enumerated; draws are funct
 
 
 def flipped_means(values):
-    """The means of a sample of differences with their signs flipped, all ways or 9999 drawn."""
+    """The means of a sample of differences with their signs flipped, all ways or 9999 drawn.
+
+    If a and b do not differ, each pair's difference could as well have had the other sign.
+    """
     x = torch.tensor(values, dtype=torch.float64)
     if len(x) <= EXACT:
         signs = torch.cartesian_prod(*[torch.tensor((-1.0, 1.0))] * len(x)).view(-1, len(x))
@@ -2162,8 +2240,11 @@ def all_alike(cell):
 
 
 def variants(cell):
-    """{kind of change: cells of ENAS's space changed so in one place}. A connection that is added
-    is a second one; node 0, which alone reads the input pair, is never removed."""
+    """{kind of change: cells of ENAS's space changed so in one place}.
+
+    A connection that is added is a second one: the node reads the mean of both. Node 0, which alone
+    reads the input pair, is never removed.
+    """
     later = range(1, len(cell.nodes))
     added = [changed(cell, i, second=slot)
              for i in later for slot in range(1, i + 1) if slot != cell.nodes[i].read]
@@ -2218,7 +2299,10 @@ def study_factors(config, run):
 
 
 def slots_by(cell, source, combine):
-    """{slot: combine(values of the slots it reads)}, source for the input pair and the memory."""
+    """{slot: combine(values of the slots it reads)}, source for the input pair and the memory.
+
+    Numbers of paths are sums of such values, lengths of paths one more than their maximum.
+    """
     values = {None: source, INPUT: source}
     for i, node in enumerate(cell.nodes):
         values[i + 1] = combine(values[slot] for slot in slots_read(node))
@@ -2280,7 +2364,8 @@ def study_capacity(config, run):
 
 
 def policy_gradient(controller, sample, rewards):
-    """The flat leave-one-out estimate of dE[reward]/dtheta, without the entropy's part."""
+    """The flat leave-one-out estimate of dE[reward]/dtheta [parameters], without the entropy's
+    part, so that estimators differ in their rewards alone."""
     loss = policy_loss(sample, worst_for_failures(rewards.detach()), 0.0)
     grads = torch.autograd.grad(-loss, list(controller.parameters()), retain_graph=True)
     return torch.cat([g.flatten() for g in grads])
@@ -2332,7 +2417,10 @@ def cosines_to_the_next(game):
 
 def study_similarity(config, run):
     """Is the gradient that looks ahead closer to the next one? Shared and controller steps
-    alternate, and every tenth shared step is looked at."""
+    alternate, and every tenth shared step is looked at.
+
+    The controller climbs ENAS's own reward, whatever is measured beside it.
+    """
     game = anticipating(config)
     rows = []
     steps = config.epochs * game.shared_steps
@@ -2434,7 +2522,8 @@ def bench_case(config, hidden, batch, words, k, dtype, repeats=5):
 
 
 def study_bench(config, run):
-    """How fast is the hand-written backward pass?"""
+    """How fast is the hand-written backward pass? Beside the plain loop that it must equal, and the
+    library's LSTM, which has one node where a cell has twelve."""
     cases = [case for case in BENCHES if case[0] <= config.hidden]
     if not cases:
         raise UserError(f"--hidden {config.hidden}: the smallest case has {BENCHES[0][0]} units")
@@ -2496,8 +2585,8 @@ def study_state(config, run):
 
 
 def probe(x, y, folds=5):
-    """R^2 of a linear regression of y [n] on x [n, d] on the folds left out: what is linear in
-    x."""
+    """R^2 of a linear regression of y [n] on x [n, d] on the folds left out: what of y is linear in
+    x, not what it fits. nan if y is constant."""
     x = F.pad(x, (0, 1), value=1.0)
     fold = torch.randperm(len(x), generator=rng("probe", len(x))) % folds
     guess = torch.empty_like(y)
@@ -3172,7 +3261,10 @@ def table(headers, rows):
 
 
 def by_unit(rows, value):
-    """{group: {unit: its rows' mean}}: what was drawn independently counts once."""
+    """{group: {unit: its rows' mean}}: what was drawn independently counts once.
+
+    A unit is a seed: the cells of one search are not independent of each other.
+    """
     found = {}
     for row in rows:
         if row.get(value) is not None:
@@ -3183,7 +3275,10 @@ def by_unit(rows, value):
 
 def comparison(rows, value, first=""):
     """A table of each group's mean, and its difference to the first group, paired by unit where
-    both have the same ones; p is corrected for the number of groups (Bonferroni)."""
+    both have the same ones; p is corrected for the number of groups (Bonferroni).
+
+    The interval is that of a single comparison. Without a second unit there is neither.
+    """
     groups = by_unit(rows, value)
     lines = []
     if first in groups:
@@ -3221,7 +3316,8 @@ def rows_of(records):
 
 
 def dots(axes, records, value):
-    """Every unit a dot, every group's mean a larger one; far off ones as triangles at the edge."""
+    """Every unit a dot, every group's mean a larger one; far off ones as triangles at the edge, so
+    that a single failure does not take the scale from all."""
     groups = by_unit(rows_of(records), value)
     everything = torch.tensor([x for units in groups.values() for x in units.values()]).double()
     low, high = everything.quantile(torch.tensor([0.25, 0.75]).double()).tolist()
