@@ -15,11 +15,13 @@ import pytest
 import torch
 
 import menas
+from menas import draw_cell
 from small import SMALL, quick, refused, rows_of, signals, words  # noqa: F401, some are fixtures
 
 SEARCH = [*"search --nodes 3 --epochs 1 --shared_steps 3 --controller_steps 1".split(),
           "--derive_samples", "3", *SMALL]
 TRAIN = ["train", "--epochs", "1", *SMALL]
+OTHER_TENSORS = menas.serialized({"another": torch.zeros(3)})
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +137,20 @@ MISTAKES = {
     "train --cell 1-0-0-99-0-0-0-0-0": "99",
     "train --cell 1-0-0-0-0-1-0-0-0": "1-0-0-0-0-1-0-0-0",
     "train --cell 1-0-0-0-0-0-2-0-0": "memory",
+    f"train --cell {'x' * 9000}": "unknown cell 'xxx, random:SEED",
+    f"train --cell enas,{'y' * 9000}@x": "enas,yyy, 'x'",
     "train --cell 0°0°5°1": "0 0 5 1",
     "train --cell Genotype(recurrent=[('selu',°0)])": "selu",
     "train --cell Genotype(recurrent=[('tanh',°7)])": "7",
     "train --cell Genotype(\n[('selu',°0)])": "selu",
+    "train --cell random:": "'random:', random:SEED",
+    "train --cell Genotype(recurrent=[('tanh',°0),('relu',°1)],°concat=[1])": "concat",
+    "train --cell --": "'--'",
+    "search --memory=--": "'--memory=--'",
+    "search --lr --": "'--'",
+    "search --out a\nb\0": "a\\nb\\x00",
+    "search --unit chars": "'chars', did you mean char?",
+    "draw --cell treee": "'treee', did you mean tree?",
     "train --supernet nowhere": "nowhere",
     "compare": "--supernet",
     "hidden --supernet nowhere": "nowhere",
@@ -294,7 +306,7 @@ def test_a_searched_cell_trains_from_its_shared_weights(runs, words, tmp_path):
     "--supernet RUNS/train", "--supernet damaged", "--supernet other"])
 def test_shared_weights_that_do_not_fit_are_refused(more, runs, here, capsys):
     """They are those of 4 units, of cells of 3 highway nodes, and of another vocabulary."""
-    for name, content in (("damaged", b"no weights"), ("other", {"another": torch.zeros(3)})):
+    for name, content in (("damaged", b"no weights"), ("other", OTHER_TENSORS)):
         shutil.copytree(runs / "search", name)
         menas.write_atomically(here / name / "weights.pt", content)
     line = [*TRAIN, "--data", "words", "--out", "run", "--cell", runs / "search"]
@@ -313,6 +325,32 @@ def test_cells_by_every_name(runs):
         assert menas.load_cell(config, name) == cell
     some = [menas.load_cell(config, f"random:{seed}") for seed in (3, 3, 4)]
     assert some[0] == some[1] != some[2]
+
+
+@pytest.mark.parametrize("name", menas.CELLS)
+def test_a_drawing_spells_the_cell_so_that_it_is_read_again(name, here, capsys, monkeypatch):
+    """Oracle: the cell itself; ENAS's are also written as an arc and as a genotype."""
+    drawn = []
+    monkeypatch.setattr(menas, "draw_cell", lambda cell, right=draw_cell: drawn.append(cell) or right(cell))
+    assert menas.main(["draw", "--cell", name, "--out", "drawn"]) == 0
+    cell, (row, *others, _) = menas.CELLS[name], capsys.readouterr().out.splitlines()
+    assert drawn == [cell] and (here / "drawn" / "cell.png").read_bytes()[1:4] == b"PNG"
+    assert menas.load_cell(None, row.partition(": ")[2]) == cell
+    assert len(others) == 2 * menas.is_enas(cell)
+    if others:
+        numbers, genotype = (line.partition(": ")[2] for line in others)
+        assert menas.arc(numbers, cell.output) == menas.load_cell(None, genotype) == cell
+
+
+PUBLISHED = {  # as their authors' code has them
+    "enas_lm": "0 2 1 0 2 1 2 2 4 0 5 0 3 2 6 2",
+    "darts_v2": "Genotype(recurrent=[('sigmoid', 0), ('relu', 1), ('relu', 1), ('identity', 1), "
+                "('tanh', 2), ('sigmoid', 5), ('tanh', 3), ('relu', 5)], concat=range(1, 9))"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_cells_are_read(name):
+    assert menas.load_cell(None, PUBLISHED[name]) == menas.CELLS[name]
 
 
 def test_a_row_may_be_longer_than_a_files_name(here):
