@@ -1992,7 +1992,7 @@ def supernet(config):
     folder = Path(config.supernet)
     with refusing(f"--supernet {folder}"):
         settings = read_json(folder / "config.json")
-        names = [f.name for f in fields(Config) if f.name in settings]
+        names = settings_of(settings["command"])
         searched = Config(**{name: settings[name] for name in names})
         searched = replace(searched, device=config.device, dtype=config.dtype)
         check(searched)
@@ -3171,21 +3171,20 @@ class Run:
         worked = self.checkpoint.exists() or self.metrics.exists() and self.metrics.stat().st_size
         worked = worked or list(self.folder.glob("**/result.json"))
         # what an older version did not know was as by default
-        theirs = asdict(Config()) | read_json(path) if path.exists() and worked else self.settings
+        theirs = asdict(Config()) | read_json(path) if path.exists() else self.settings
         for name, value in self.settings.items():
-            if name not in WHEREABOUTS and theirs.get(name) != value:
+            if worked and name not in WHEREABOUTS and theirs.get(name) != value:
                 raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, "
                                 f"not {value!r}; give this one another --out; a training goes on "
                                 f"from a finished one with --supernet {self.folder}")
         if not finished:
-            with refusing(self.folder):
-                write_json(path, self.settings)
+            write_json(path, self.settings)
 
     def take_folder(self):
         """Make and lock it; remove what a killed run was writing."""
         with refusing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "w")
+        self.lock = open(self.folder / "lock", "w")
         try:
             import fcntl  # not on Windows
             # the system's own lock, so a killed run frees it
@@ -3300,8 +3299,8 @@ class Run:
         try:
             yield
         except OSError as error:
-            raise Halt(f"{self.folder}: {error}; safe is its checkpoint of step {self.safe}, from "
-                       "which the same command goes on") from None
+            raise Halt(f"{self.folder}: {error}; what it has up to step {self.safe} is safe, and the "
+                       "same command goes on from there") from None
         except (MemoryError, RuntimeError) as error:
             if not re.search("MemoryError|(allocate|enough|out of) memory", repr(error)):
                 raise
@@ -3329,12 +3328,13 @@ def run_command(command, config):
     if config.threads:
         torch.set_num_threads(config.threads)
     run = Run(command, config)
-    run.open()
-    if run.result.exists():
-        return run.find()
-    with run.lock, run.halting():
-        work, _, _ = COMMANDS[command]
-        return run.finish(work(config, run))
+    with run.halting():
+        run.open()
+        if run.result.exists():
+            return run.find()
+        with run.lock:
+            work, _, _ = COMMANDS[command]
+            return run.finish(work(config, run))
 
 
 # 12. The report -----------------------------------------------------------------------------------
@@ -3742,6 +3742,7 @@ LEFT_OUT = ("seed", "folder", "capped", "late", "best_loss", "best_epoch", "rate
 def summary(record):
     """What a finished command prints: its rows as a table, of sampled ones the best; losses as
     perplexities, of characters also as bits. A row has a column 'failed' only if it did."""
+    char = record["config"].get("unit") == "char"
     seen, rows = set(), []
     for row in record["rows"]:
         if row["group"] not in ("sampled", "uniform") or row["group"] not in seen:
@@ -3752,7 +3753,7 @@ def summary(record):
     for split, row in product(SPLITS, rows):
         if split in row:
             shown = {f"{split} perplexity": f"{math.exp(row[split]):.2f}"}
-            if record["config"].get("unit") == "char":
+            if char:
                 shown[f"{split} bits per character"] = row[split] / math.log(2)
             row |= shown
             columns |= shown

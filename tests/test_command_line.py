@@ -120,7 +120,8 @@ MISTAKES = {
     "search --out taken": "taken",
     "search --data pbt": "'pbt', did you mean ptb?",
     "search --data ~nobody1/x": "~nobody1",
-    "search --data words --batch 5000": "batch 5000",
+    "search --data words --batch 5000": "batch 5000, train",
+    "search --data words --batch 60": "batch 60, valid",
     "search --out words/train.txt": "words/train.txt",
     "train --cell enass": "'enass', did you mean enas?",
     "train --cell enas,tre": "'tre', did you mean tree?",
@@ -197,6 +198,17 @@ def test_numbers_out_of_range_are_refused(f):
 def test_cuda_where_there_is_none(capsys, here):
     said = refused(capsys, "search", "--device", "cuda:0")
     assert "CUDA" in said and "--device cpu" in said
+
+
+def test_a_device_that_lacks_the_dtype_is_refused(capsys, here, monkeypatch):
+    """As an old GPU, or a Mac, of which torch says so once it computes."""
+    def ones(*shape, device, dtype, right=torch.ones):
+        if dtype == torch.bfloat16:
+            raise TypeError("BFloat16 is not supported on MPS")
+        return right(*shape, device=device, dtype=dtype)
+    monkeypatch.setattr(torch, "ones", ones)
+    said = refused(capsys, *TRAIN, "--data", "words", "--out", "run", "--dtype", "bfloat16")
+    assert "--dtype bfloat16" in said and "--device cpu" in said and "not supported" in said
 
 
 @pytest.mark.parametrize("command, wrong, right", [
@@ -301,6 +313,46 @@ def test_a_searched_cell_trains_from_its_shared_weights(runs, words, tmp_path):
     assert row["valid"] == pytest.approx(rows_of(runs / "search")[0]["valid"], rel=1e-4)
 
 
+def test_a_training_goes_on_from_another(runs, words, tmp_path, capsys):
+    """Oracle: with next to no learning rate its losses are those of the one before."""
+    more = ["--data", words, "--supernet", runs / "train", "--out", tmp_path, "--cell"]
+    line = [str(word) for word in (*TRAIN, "--lr", "1e-9", *more)]
+    assert menas.main([*line, "tree,darts_v1@3"]) == 0
+    for row, before in zip(rows_of(tmp_path), rows_of(runs / "train")):
+        assert [row[split] for split in menas.SPLITS] == pytest.approx(
+            [before[split] for split in menas.SPLITS], rel=1e-4)
+    for other in ("tree", "tree,lstm_cell", "lstm", "tree,darts_v1@3 --hidden 8"):
+        assert "--supernet" in refused(capsys, *line, *other.split())
+    assert "--supernet" in refused(capsys, *line, "tree,darts_v1@3", "--epochs", "2")  # to go on
+
+
+@pytest.mark.parametrize("run", ["search", "train"])
+def test_weights_have_their_words(run, runs, words, here, capsys):
+    """Oracle: the corpus; another text with as many words is refused."""
+    corpus = menas.load_corpus(menas.Config(data=str(words)))
+    assert list(json.loads((runs / run / "words.json").read_text())) == corpus.words
+    for path in (here / "words").iterdir():
+        path.write_text(path.read_text().replace("that", "which"))
+    assert len(menas.load_corpus(menas.Config(data="words")).words) == len(corpus.words)
+    line = [*TRAIN, "--data", "words", "--cell", "tree,darts_v1@3", "--out", "run"]
+    assert "another vocabulary" in refused(capsys, *line, "--supernet", runs / run)
+
+
+def test_characters_are_also_scored_in_bits(here, capsys):
+    """Oracle: the record's losses over the logarithm of 2."""
+    line = [*TRAIN, "--data", "words/", "--unit", "char", "--cell", "tree", "--out", "run"]
+    assert menas.main(line) == 0
+    shown, (row,) = capsys.readouterr().out, rows_of(here / "run")
+    header, _, values = [line.split("|") for line in shown.splitlines()[-3:]]
+    table = {name.strip(): value.strip() for name, value in zip(header, values)}
+    for split in menas.SPLITS:
+        assert float(table[f"{split} perplexity"]) == pytest.approx(math.exp(row[split]), abs=.006)
+        bits = float(table[f"{split} bits per character"])
+        assert bits == pytest.approx(row[split] / math.log(2), abs=.0006)
+    line[line.index("words/")] = "words"  # is the same
+    assert menas.main(line) == 0 and "already finished" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("more", [
     "--cell tree --hidden 8", "--cell lstm", "--cell tree", "--cell lstm_cell", "--data toy",
     "--supernet RUNS/train", "--supernet damaged", "--supernet other"])
@@ -331,7 +383,11 @@ def test_cells_by_every_name(runs):
 def test_a_drawing_spells_the_cell_so_that_it_is_read_again(name, here, capsys, monkeypatch):
     """Oracle: the cell itself; ENAS's are also written as an arc and as a genotype."""
     drawn = []
-    monkeypatch.setattr(menas, "draw_cell", lambda cell, right=draw_cell: drawn.append(cell) or right(cell))
+
+    def draw(cell):
+        drawn.append(cell)
+        return draw_cell(cell)
+    monkeypatch.setattr(menas, "draw_cell", draw)
     assert menas.main(["draw", "--cell", name, "--out", "drawn"]) == 0
     cell, (row, *others, _) = menas.CELLS[name], capsys.readouterr().out.splitlines()
     assert drawn == [cell] and (here / "drawn" / "cell.png").read_bytes()[1:4] == b"PNG"
