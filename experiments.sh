@@ -135,6 +135,7 @@ for seed in $(seq $few); do run train-ptb/random-cell-1/$seed train --preset $pr
 run search-ptb/trained/1 search --preset $preset --retrain 0
 run search-ptb/untrained/1 search --preset $preset --retrain 0 --controller untrained
 finish
+${LAUNCH:-} python menas.py draw --cell "$out/search-ptb/trained/1" --out "$out/search-ptb"
 for seed in $(seq $few); do
     run train-ptb/found/$seed train --preset $preset --cell "$out/search-ptb/trained/1" --seed $seed
     run train-ptb/random-search/$seed train --preset $preset --cell "$out/search-ptb/untrained/1" --seed $seed

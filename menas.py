@@ -32,6 +32,7 @@ policy_loss, Search.shared_step, Search.controller_step, extra_rewards.
 import argparse
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -43,7 +44,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections import namedtuple
+from collections import Counter, namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -63,6 +64,7 @@ from matplotlib.figure import Figure
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
+    code = 2
 
 
 def choose(kind, name, choices):
@@ -1078,9 +1080,9 @@ class Stream:
         5 6 7 | 8 9 .               6 7 8 | 9 10 .
     """
 
-    def __init__(self, tokens, batch, bptt):
+    def __init__(self, tokens, batch, bptt, split="train"):
         if len(tokens) <= batch:
-            raise UserError(f"--batch {batch} is more than a split of {len(tokens)} tokens allows")
+            raise UserError(f"--batch {batch} is more than {split}, {len(tokens)} tokens, allows")
         self.length = math.ceil((len(tokens) - 1) / batch)  # of a reading
         self.bptt = bptt
         # padded, so that all segments have one shape
@@ -1250,7 +1252,7 @@ class Search:
                                      capturable=self.device.type == "cuda")
         # ahead: training text that the controller reads to foresee a step, see chapter 6
         texts = {"train": corpus.train, "valid": corpus.valid, "ahead": corpus.train}
-        self.streams = {name: Stream(tokens.to(self.device), config.batch, config.bptt)
+        self.streams = {name: Stream(tokens.to(self.device), config.batch, config.bptt, name)
                         for name, tokens in texts.items()}
         self.shared_steps = config.shared_steps or len(self.streams["train"])  # of a round
         weights = shared_weights(config, self.words)
@@ -1883,16 +1885,19 @@ CACHE = Path("~/.cache/menas/ptb")
 Corpus = namedtuple("Corpus", "train valid test words floor")
 
 
+def serialized(tensors):
+    """The bytes of a file of tensors in nested dicts; a disk's errors then have one place."""
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
 def write_atomically(path, content):
-    """The file, bytes or a dict of tensors, appears whole or not at all, also if killed in
-    between."""
+    """The file of these bytes appears whole or not at all, also if killed in between."""
     temporary = path.with_name(f".menas-{os.getpid()}-{path.name}")
     try:
         with open(temporary, "wb") as file:
-            if isinstance(content, dict):
-                torch.save(content, file)
-            else:
-                file.write(content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -2005,35 +2010,72 @@ def toy_corpus(sizes=(60000, 6000, 6000)):
     return texts, floor
 
 
-def read_words(path):
-    """The words between spaces, an <eos> at the end of every line, blank ones too."""
+# What a token is: line -> tokens. A character may be a space.
+UNITS = {"word": str.split, "char": list}
+
+
+def read_lines(path):
+    """The lines of a file; the last one may lack its newline."""
     with refusing(path):
-        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-        words = [word for line in lines for word in line.split() + ["<eos>"]]
-        if len(words) < 3:
-            raise ValueError(f"it has {len(words)} tokens with <eos>; a model needs at least 3")
-        return words
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+
+
+def read_splits(name):
+    """{split: lines} of a folder with train.txt, valid.txt and test.txt, or of ptb, or of one
+    file, whose last tenth is for validation and test."""
+    path = Path(os.path.expanduser(name))
+    if path.is_file() and name != "ptb":
+        lines = read_lines(path)
+        valid, test = len(lines) * 90 // 100, len(lines) * 95 // 100
+        print(f"{name} is split by lines: 90 % train, 5 % valid, 5 % test", flush=True)
+        return {"train": lines[:valid], "valid": lines[valid:test], "test": lines[test:]}
+    folder = ptb_folder() if name == "ptb" else path
+    if not folder.is_dir():
+        choose("data folder", name, ("ptb", "toy"))
+    return {split: read_lines(folder / f"{split}.txt") for split in SPLITS}
+
+
+def tokenize(lines, unit, name):
+    """Tokens, with an <eos> at the end of every line, blank ones too."""
+    tokens = [token for line in lines for token in UNITS[unit](line) + ["<eos>"]]
+    if len(tokens) < 3:
+        raise UserError(f"{name} has {len(tokens)} tokens with <eos>; a model needs at least 3")
+    return tokens
+
+
+def with_unk(texts, name):
+    """The texts with <unk> for what the training text lacks. If that has no <unk> to learn from,
+    what it has once becomes one."""
+    counts = Counter(texts["train"])
+    if counts.keys() >= set(texts["valid"] + texts["test"]):
+        return texts
+    least = 1 if "<unk>" in counts else 2
+    known = {token for token, n in counts.items() if n >= least} | {"<eos>"}
+    found, shares = {}, []
+    for split, text in texts.items():
+        found[split] = [token if token in known else "<unk>" for token in text]
+        new = sum(token not in known for token in text)
+        shares.append(f"{new} of {split} ({new / len(text):.2%})")
+    print(f"{name}: made <unk>, which perplexities count: {', '.join(shares)}", flush=True)
+    return found
 
 
 def load_corpus(config):
-    """The Corpus that --data names: toy, ptb, or a folder with train.txt, valid.txt and
-    test.txt."""
+    """The Corpus that --data names; with --supernet it must be of that run's vocabulary."""
     floor = {}
     if config.data == "toy":
         texts, floor = toy_corpus()
+        if config.unit != "word":
+            raise UserError(f"--unit {config.unit} is for a text of your own: toy is of words")
     else:
-        folder = ptb_folder() if config.data == "ptb" else Path(os.path.expanduser(config.data))
-        if not folder.is_dir():
-            choose("data folder", config.data, ("ptb", "toy"))
-        texts = {split: read_words(folder / f"{split}.txt") for split in SPLITS}
-    words = sorted(set(texts["train"]))
-    index, ids = {word: i for i, word in enumerate(words)}, {}
-    for split, text in texts.items():
-        new = set(text) - set(words)
-        if new and "<unk>" not in index:
-            raise UserError(f"{split}.txt has the word {min(new)!r}, which train.txt lacks, "
-                            "and train.txt has no <unk>")
-        ids[split] = torch.tensor([index.get(word, index.get("<unk>")) for word in text])
+        texts = {split: tokenize(lines, config.unit, f"{config.data}: the {split} text")
+                 for split, lines in read_splits(config.data).items()}
+        texts = with_unk(texts, config.data)
+    words = sorted(set().union(*texts.values()))
+    index = {word: i for i, word in enumerate(words)}
+    if config.supernet and read_json(Path(config.supernet, "words.json")) != index:
+        raise UserError(f"--supernet {config.supernet} is of another vocabulary")
+    ids = {split: torch.tensor([index[word] for word in text]) for split, text in texts.items()}
     return Corpus(**ids, words=words, floor=floor)
 
 
@@ -2131,19 +2173,20 @@ def supernet(config):
     if not config.supernet:
         raise UserError("this is about a finished search: name its folder as --supernet")
     folder = Path(config.supernet)
-    settings = read_json(folder / "config.json")
-    names = [f.name for f in fields(Config) if f.name in settings]
-    searched = Config(**{name: settings[name] for name in names})
-    searched = replace(searched, device=config.device, dtype=config.dtype)
-    with refusing(folder / "weights.pt"):
+    with refusing(f"--supernet {folder}"):
+        settings = read_json(folder / "config.json")
+        names = settings_of(settings["command"])
+        searched = Config(**{name: settings[name] for name in names})
+        searched = replace(searched, device=config.device, dtype=config.dtype)
+        check(searched)
         weights = load_tensors(folder / "weights.pt", device_of(config))
         if not is_shared(weights):
-            raise ValueError("it does not hold shared weights")
-    found = {"sampled": [], "uniform": []}
-    for row in read_json(folder / "result.json")["rows"]:
-        if row["group"] in found:
-            found[row["group"]].append(row_of(row["cell"]))
-    return searched, weights, {group: torch.stack(rows) for group, rows in found.items()}
+            raise ValueError("weights.pt does not hold shared weights")
+        found = {"sampled": [], "uniform": []}
+        for row in read_json(folder / "result.json")["rows"]:
+            if row["group"] in found:
+                found[row["group"]].append(row_of(row["cell"]))
+        return searched, weights, {group: torch.stack(rows) for group, rows in found.items()}
 
 
 def name_of(cell):
@@ -2691,6 +2734,44 @@ def study_progress(config, run):
 
 
 # 10. The two commands -----------------------------------------------------------------------------
+def from_genotype(text):
+    """A cell as DARTS prints it: activation and predecessor of nodes 1, 2, ...; h_t is the mean of
+    the nodes in concat."""
+    recurrent, _, concat = text.partition("concat")
+    pairs = re.findall(r"\('(\w+)', *(\d+)\)", recurrent)
+    numbers = " ".join(f"{read} {list(ACTIVATIONS).index(act)}" for act, read in pairs)
+    averaged = [int(x) for x in re.findall(r"\d+", concat)]
+    if "range" in concat:
+        averaged = list(range(*averaged))
+    for output in (ALL, LEAVES):
+        cell = checked(arc(numbers, output))
+        if leaves(cell) == averaged:
+            return cell
+    raise ValueError("its concat is neither all nodes but node 0 nor the leaves")
+
+
+def spellings(cell):
+    """The cell as --cell takes it: its row; if it is ENAS's, with tanh in node 0, also an arc and a
+    genotype. An arc does not say of which nodes h_t is the mean; --cell takes all."""
+    lines = [f"row: {name_of(cell)}"]
+    pairs = [(node.read - 1, node.activation) for node in cell.nodes[1:]]
+    numbers = " ".join(f"{read} {act}" for read, act in pairs)
+    if pairs and is_enas(cell) and arc(numbers, cell.output) == cell:
+        recurrent = [(list(ACTIVATIONS)[act], read) for read, act in pairs]
+        lines.append(f"ENAS arc, h_t the mean of {OUTPUTS[cell.output]}: {numbers}")
+        lines.append(f"DARTS genotype: Genotype(recurrent={recurrent}, concat={leaves(cell)})")
+    return "\n".join(lines)
+
+
+def draw(config):
+    """The picture of a cell, cell.png in the folder --out, and its spellings."""
+    cell = load_cell(config, config.cell)
+    path = Path(os.path.expanduser(config.out or "runs/draw"), "cell.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_cell(cell).figure.savefig(path, dpi=110)
+    print(f"{spellings(cell)}\npicture: {path}")
+
+
 def load_cell(config, name):
     """A cell by its name, 'random:SEED', its row, an ENAS arc, a DARTS genotype, or a run's
     folder."""
@@ -2700,12 +2781,10 @@ def load_cell(config, name):
     if name in CELLS:
         return CELLS[name]
     with refusing(f"the cell {name!r}"):
-        if name.startswith("random:"):
+        if re.fullmatch(r"random:\S+", name):
             return decode(uniform_rows(search_space(config), 1, "random cell", name)[0])
         if name.startswith("Genotype"):
-            nodes = re.findall(r"\('(\w+)', (\d+)\)", name)
-            name = " ".join(f"{read} {list(ACTIVATIONS).index(act)}" for act, read in nodes)
-            return checked(arc(name))
+            return from_genotype(name)
         if re.fullmatch(r"\d+( \d+)+", name):
             return checked(arc(name))
         if re.fullmatch(r"\d+(--?\d+)+", name):
@@ -2739,7 +2818,27 @@ def lstm_units(config, name):
 
 
 def save_tensors(path, tensors):
-    write_atomically(path, {name: x.detach().cpu() for name, x in tensors.items()})
+    write_atomically(path, serialized({name: x.detach().cpu() for name, x in tensors.items()}))
+
+
+def save_network(folder, weights, corpus):
+    """The weights, and the words that their columns stand for: {word: id}."""
+    save_tensors(folder / "weights.pt", weights)
+    write_json(folder / "words.json", {word: i for i, word in enumerate(corpus.words)})
+
+
+def from_training(config, names, fresh):
+    """The weights of a finished training of the same cells, in the place of fresh ones."""
+    folder = Path(config.supernet)
+    with refusing(f"--supernet {folder}"):
+        rows = read_json(folder / "result.json")["rows"]
+        trained = [row["cell"] for row in rows if row["group"] == "network"]
+        if trained != names:
+            raise ValueError(f"it has trained {','.join(trained)}, not {','.join(names)}")
+        weights = load_tensors(folder / "weights.pt")
+        if [w.shape for w in weights.values()] != [w.shape for w in fresh.values()]:
+            raise ValueError(f"its weights are not of --hidden {config.hidden} and these cells")
+        return weights
 
 
 def from_supernet(config, cells, words):
@@ -2757,8 +2856,8 @@ def from_supernet(config, cells, words):
 
 
 def study_train(config, run):
-    """Train cells from scratch, or with --supernet from its shared weights, as one batch: a row for
-    each, of the losses of its best weights on the whole of each split, in float32."""
+    """Train cells from scratch, or with --supernet from its weights, as one batch: a row for each,
+    of the losses of its best weights on the whole of each split, in float32."""
     corpus, device = load_corpus(config), device_of(config)
     words, guess = len(corpus.words), guessing(corpus)
     entries = config.cell.split(",")
@@ -2781,11 +2880,14 @@ def study_train(config, run):
         if max(cell.width for cell in cells) > config.hidden:
             raise UserError(f"--cell {config.cell}: a cell is wider than --hidden {config.hidden}")
     if config.supernet:
-        if units:
+        if read_json(Path(config.supernet, "config.json")).get("command") == "train":
+            weights = from_training(config, names, weights)
+        elif units:
             raise UserError("--supernet has the weights of cells, none of an LSTM")
-        rows, weights = from_supernet(config, cells, words)
+        else:
+            rows, weights = from_supernet(config, cells, words)
     best, ends = train_networks(config, run, corpus, weights, rows, seeds)
-    save_tensors(run.folder / "weights.pt", best)
+    save_network(run.folder, best, corpus)
     found = {"cell": names, "seed": seeds, "parameters": parameters, **ends}
     found["capped"] = [epochs >= config.epochs for epochs in ends["epochs"]]
     judged = [(split, "plain", getattr(corpus, split)) for split in SPLITS]
@@ -2812,7 +2914,7 @@ def search_rows(config, group, rows, losses, guess):
         learns, _ = TASKS[config.task](row[None])
         found.append(dict(group=group, cell=row_name(row), valid=no_worse(loss, guess),
                           parameters=recurrent_parameters(cell, config.hidden), rate=cell.rate,
-                          learns=learns.item()))
+                          learns=learns.item(), failed=not math.isfinite(loss)))
     return found
 
 
@@ -2832,7 +2934,7 @@ def study_search(config, run):
         rows, losses = derive(config, weights, rows, corpus)
         found += search_rows(config, group, rows, losses, guess)
         run.obey()
-    save_tensors(run.folder / "weights.pt", weights)
+    save_network(run.folder, weights, corpus)
     save_tensors(run.folder / "controller.pt", controller.state_dict())
     sampled = [row["cell"] for row in found[:k]]
     best = sampled[0]
@@ -2853,7 +2955,7 @@ def study_search(config, run):
 
 def train_config(config):
     """The Config of trainings beside a search: the preset's, on its data and at its size."""
-    names = ("data", "seed", "device", "dtype", "threads", "nodes", "hidden", "perturb")
+    names = ("data", "unit", "seed", "device", "dtype", "threads", "nodes", "hidden", "perturb")
     return configure("train", config.preset, **{name: getattr(config, name) for name in names})
 
 
@@ -2868,7 +2970,9 @@ def option(default, help, least=1, most=10**6):
 class Config:
     """Every setting; each field is a flag of the commands that use it."""
     preset: str = option("tiny", "smoke, tiny, ptb or paper: sizes and schedules")
-    data: str = option("toy", "toy, ptb, or a folder with train.txt, valid.txt and test.txt")
+    data: str = option("toy", "toy, ptb, a folder with train.txt, valid.txt and test.txt, or a "
+                       "file, of which 90 % train")
+    unit: str = option("word", "what a token is: word, between spaces, or char, spaces too")
     out: str = option("", "the run's folder (default: runs/COMMAND/PRESET-SEED)")
     seed: int = option(1, "every random draw is a function of this number", -10**6)
     device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: cuda where there is one")
@@ -2877,10 +2981,10 @@ class Config:
     # chapter 2: the search space
     nodes: int = option(12, "nodes of a cell", 1, 100)
     min_nodes: int = option(0, "the controller chooses their number from this on (0: --nodes)", 0)
-    activations: str = option("tanh,relu,sigmoid,identity", "activations to choose from")
+    activations: str = option("tanh,relu,sigmoid,identity", "to choose from; '' is tanh alone")
     one_activation: bool = option(False, "one activation for the whole cell")
     connections: str = option("any", "any, chain or tree")
-    operations: str = option("highway", "highway (ENAS), glu, gate, sum; see chapter 1")
+    operations: str = option("highway", "highway (ENAS, or ''), glu, gate, sum; see chapter 1")
     memory: bool = option(False, "a node's value is carried as a memory for gate and sum")
     widths: str = option("", "hidden sizes to choose from, up to --hidden, such as 50,100,200")
     rates: str = option("", "factors of --lr to choose from, powers of 2, such as 0.25,1,4")
@@ -2921,7 +3025,8 @@ class Config:
     cell: str = option("enas", "cells to train as one, comma-separated: a name, a row, an ENAS "
                        "arc, a DARTS genotype, a search's folder, random:SEED; or lstm, lstm:400, "
                        "lstm:CELL, with as many weights; NAME@3 has a seed of its own")
-    supernet: str = option("", "a finished search: to start from, or that a study is about")
+    supernet: str = option("", "a finished search: to start from, or that a study is about; a "
+                           "finished training: to go on from")
     patience: int = option(5, "epochs without improvement before training stops")
     average: bool = option(False, "evaluate the mean of the weights since the loss stopped falling")
     perturb: bool = option(False, "measure the test loss also with words dropped, and with noise")
@@ -2932,15 +3037,16 @@ SPACE = ("nodes min_nodes activations one_activation connections operations memo
          "hidden")
 NETWORK = ("word_dropout input_dropout hidden_dropout output_dropout batch bptt lr schedule clip "
            "weight_decay epochs")
-GAME = (f"{RUN} {SPACE} {NETWORK} state shared_steps shared_samples warm_epochs settle controller "
-        "controller_steps controller_samples controller_lr entropy anneal reward_input task "
-        "derive_samples lookahead response fold")
+GAME = (f"{RUN} unit {SPACE} {NETWORK} state shared_steps shared_samples warm_epochs settle "
+        "controller controller_steps controller_samples controller_lr entropy anneal reward_input "
+        "task derive_samples lookahead response fold")
 TRAIN = f"{NETWORK} patience average perturb"
-OF_CELLS = f"{RUN} hidden {TRAIN} supernet derive_samples"
+OF_CELLS = f"{RUN} unit hidden {TRAIN} supernet derive_samples"
 # command -> its function, what it does, the settings it uses
 COMMANDS = {
     "search": (study_search, "find a cell", f"{GAME} retrain perturb"),
-    "train": (study_train, "train cells from scratch", f"{RUN} {SPACE} {TRAIN} cell supernet"),
+    "train": (study_train, "train cells from scratch",
+              f"{RUN} unit {SPACE} {TRAIN} cell supernet"),
     "compare": (study_compare, "cells of a search beside others", OF_CELLS),
     "ablate": (study_ablate, "nodes removed, connections added, activations changed", OF_CELLS),
     "factors": (study_factors, "connections or activations?", OF_CELLS),
@@ -2955,6 +3061,8 @@ COMMANDS = {
     "progress": (study_progress, "a search, watched", GAME),
     "bench": (study_bench, "speed beside the plain loop and torch.nn.LSTM",
               "preset out device threads hidden bptt"),
+    "draw": (None, "a cell's picture, row, ENAS arc and DARTS genotype",
+             f"preset out {SPACE} cell"),
     "report": (None, "tables and figures of the records under --out", "out"),
 }
 
@@ -3024,9 +3132,10 @@ def configure(command, preset="tiny", **given):
     return Config(**settings | parts.get(command, {}) | {"preset": preset} | given)
 
 
-CHOICES = {"preset": PRESETS, "dtype": DTYPES, "connections": CONNECTIONS, "schedule": SCHEDULES,
-           "state": STATES, "controller": ("trained", "untrained", "uniform"), "task": TASKS,
-           "reward_input": INPUTS, "lookahead": LOOKAHEAD, "response": RESPONSE}
+CHOICES = {"preset": PRESETS, "unit": UNITS, "dtype": DTYPES, "connections": CONNECTIONS,
+           "schedule": SCHEDULES, "state": STATES, "task": TASKS,
+           "controller": ("trained", "untrained", "uniform"), "reward_input": INPUTS,
+           "lookahead": LOOKAHEAD, "response": RESPONSE}
 
 
 def check(config):
@@ -3035,6 +3144,8 @@ def check(config):
         choose(f"--{name}", getattr(config, name), choices)
     for f in fields(config):
         value, (least, most) = getattr(config, f.name), f.metadata["range"]
+        if not isinstance(value, (int, float) if f.type is float else f.type):  # in a file
+            raise UserError(f"--{f.name} {value!r} is no {f.type.__name__}")
         if f.type in (int, float) and not least <= value <= most:  # nan neither
             about = f.metadata["help"]
             raise UserError(f"--{f.name} {value} must be from {least} to {most}: {about}")
@@ -3057,11 +3168,13 @@ def check(config):
 
 def device_of(config):
     """The torch.device that --device names, or with auto CUDA where there is one."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with refusing(f"--device {config.device}", "; use --device cpu"):
-        device = torch.device(config.device)
-        torch.empty(1, device=device)
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with refusing(f"--device {name} with --dtype {config.dtype}", "; use --device cpu"):
+        device = torch.device(name)
+        x = torch.ones(1, 1, device=device, dtype=DTYPES[config.dtype])
+        x @ x  # not every device has every dtype
         return device
 
 
@@ -3097,7 +3210,13 @@ def machine(device):
 
 CHECKPOINT_SECONDS = 30.0  # least time between two
 WHEREABOUTS = {"out", "device", "threads"}  # may differ when a run resumes
+SEAL = 64  # bytes of a hash in hex
 STOP = []  # the signal that asked to stop
+
+
+class Halt(UserError):
+    """The machine ends a run: no memory, no disk. One line, exit code 1."""
+    code = 1
 
 
 class Run:
@@ -3113,17 +3232,37 @@ class Run:
         default = f"runs/{command}/{config.preset}-{config.seed}"
         self.folder = Path(os.path.expanduser(config.out or default))
         self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "checkpoint.pt"
+        self.result = self.folder / "result.json"
         self.good, self.good_bytes = None, 0  # the last good state, and the length of metrics then
+        self.safe = 0                         # the step of the checkpoint
         self.started = self.saved_at = time.time()
         self.spoke_at = 0.0
         settings = {name: getattr(config, name) for name in settings_of(command)}
         self.settings = {"command": command, **settings, "inputs": digest(config)}
 
     def open(self):
-        """Make the folder, lock it, and refuse it if it holds a run with other settings."""
+        """Make the folder and lock it, unless the run is finished; refuse other settings than
+        its."""
+        finished, path = self.result.exists(), self.folder / "config.json"
+        if not finished:
+            self.take_folder()
+        worked = self.checkpoint.exists() or self.metrics.exists() and self.metrics.stat().st_size
+        worked = worked or list(self.folder.glob("**/result.json"))
+        # what an older version did not know was as by default
+        theirs = asdict(Config()) | read_json(path) if path.exists() else self.settings
+        for name, value in self.settings.items():
+            if worked and name not in WHEREABOUTS and theirs.get(name) != value:
+                raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, "
+                                f"not {value!r}; give this one another --out; a training goes on "
+                                f"from a finished one with --supernet {self.folder}")
+        if not finished:
+            write_json(path, self.settings)
+
+    def take_folder(self):
+        """Make and lock it; remove what a killed run was writing."""
         with refusing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "w")
+        self.lock = open(self.folder / "lock", "w")
         try:
             import fcntl  # not on Windows
             # the system's own lock, so a killed run frees it
@@ -3133,32 +3272,32 @@ class Run:
             raise UserError(busy) from None
         except (ImportError, OSError):
             self.say("this system has no file locks: run nothing else in this folder")
-        path = self.folder / "config.json"
-        worked = self.metrics.exists() or list(self.folder.glob("**/result.json"))
-        theirs = read_json(path) if path.exists() and worked else self.settings
-        for name, value in self.settings.items():
-            if name not in WHEREABOUTS and theirs.get(name) != value:
-                raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, "
-                                f"not {value!r}; give this one another --out")
-        with refusing(self.folder):
-            write_json(path, self.settings)
+        for left in self.folder.glob(".menas-*"):
+            left.unlink()
 
     def key(self):
         """What a resumed run must share, as text."""
         return str([(name, x) for name, x in self.settings.items() if name not in WHEREABOUTS])
+
+    def seal(self, content):
+        """What a checkpoint begins with: a hash of its run's settings and of all that follows."""
+        return sha256(self.key().encode() + content).encode()
 
     def restore(self):
         """The state to resume from, or None at the start; metrics.jsonl is cut back to what it
         was."""
         if self.checkpoint.exists():
             with refusing(self.checkpoint, "; delete it to start again"):
-                saved = load_tensors(self.checkpoint, device_of(self.config))
-                if saved["key"] != self.key():
-                    raise ValueError("it is another run's")
+                content = self.checkpoint.read_bytes()
+                seal, content = content[:SEAL], content[SEAL:]
+                if seal != self.seal(content):
+                    raise ValueError("it is damaged, or another run's")
+                saved = load_tensors(io.BytesIO(content), device_of(self.config))
                 self.good, self.good_bytes = saved["state"], saved["metrics_bytes"]
                 if self.metrics.stat().st_size < self.good_bytes:
                     raise ValueError("metrics.jsonl is shorter than when it was written")
                 self.started -= saved["seconds"]
+                self.safe = self.good["step"]
         with open(self.metrics, "ab") as file:
             file.truncate(self.good_bytes)
         return copy.deepcopy(self.good)
@@ -3171,9 +3310,10 @@ class Run:
 
     def save(self):
         if self.good is not None:
-            write_atomically(self.checkpoint, dict(
-                key=self.key(), state=self.good, metrics_bytes=self.good_bytes,
-                seconds=time.time() - self.started))
+            content = serialized(dict(state=self.good, metrics_bytes=self.good_bytes,
+                                      seconds=time.time() - self.started))
+            write_atomically(self.checkpoint, self.seal(content) + content)
+            self.safe = self.good["step"]
         self.saved_at = time.time()
 
     def obey(self):
@@ -3220,17 +3360,44 @@ class Run:
                   "versions": {"python": platform.python_version(), "torch": torch.__version__},
                   "machine": machine(device_of(self.config)),
                   "seconds": round(time.time() - self.started, 1), "rows": rows}
-        write_json(self.folder / "result.json", record)
-        return record
+        write_json(self.result, record)
+        return strict(record)
+
+    def find(self):
+        """The record of a finished run."""
+        self.say("already finished")
+        with refusing(self.result, "; delete it to make it again"):
+            record = read_json(self.result) | {"found": True}
+            summary(record)  # can be shown, so it is whole
+            return record
+
+    @contextmanager
+    def halting(self):
+        """Where the machine fails, one line says what is safe and how to go on."""
+        try:
+            yield
+        except OSError as error:
+            raise Halt(f"{self.folder}: {error}; what it has up to step {self.safe} is safe, and the "
+                       "same command goes on from there") from None
+        except (MemoryError, RuntimeError) as error:
+            if not re.search("MemoryError|(allocate|enough|out of) memory", repr(error)):
+                raise
+            raise Halt(f"{self.folder}: out of memory; lower --hidden, --batch, --bptt, or the "
+                       "architectures at once: --controller_samples, --shared_samples, --fold, "
+                       "cells of --cell") from None
 
 
 def digest(config):
-    """Of the files that a run reads, so that it does not go on with others: texts, and cells."""
-    paths = [Path(os.path.expanduser(config.data)) / f"{split}.txt" for split in SPLITS]
-    names = [entry.partition("@")[0] for entry in config.cell.split(",")] + [config.supernet]
+    """Of the files that a run reads, so that it does not go on with others: texts, cells, shared
+    weights."""
+    data, supernet = Path(os.path.expanduser(config.data)), Path(config.supernet)
+    paths = [data, *(data / f"{split}.txt" for split in SPLITS)]
+    names = [entry.partition("@")[0] for entry in config.cell.split(",")]
     paths += [Path(name, "result.json") for name in names if name]
-    content = b"".join(path.read_bytes() for path in paths if os.path.isfile(path))
-    return sha256(content)[:12] if content else ""
+    if config.supernet:
+        paths += [supernet / "result.json", supernet / "weights.pt"]
+    content = [sha256(path.read_bytes()) for path in paths if os.path.isfile(path)]
+    return sha256("".join(content).encode())[:12] if content else ""
 
 
 def run_command(command, config):
@@ -3239,15 +3406,13 @@ def run_command(command, config):
     if config.threads:
         torch.set_num_threads(config.threads)
     run = Run(command, config)
-    run.open()
-    try:
-        if (run.folder / "result.json").exists():
-            run.say("already finished")
-            return read_json(run.folder / "result.json") | {"found": True}
-        work, _, _ = COMMANDS[command]
-        return run.finish(work(config, run))
-    finally:
-        run.lock.close()
+    with run.halting():
+        run.open()
+        if run.result.exists():
+            return run.find()
+        with run.lock:
+            work, _, _ = COMMANDS[command]
+            return run.finish(work(config, run))
 
 
 # 12. The report -----------------------------------------------------------------------------------
@@ -3575,27 +3740,20 @@ def boolean(text):
 def usage():
     """All commands, a line each."""
     lines = [f"    {name:12s} {about}" for name, (_, about, _) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: python menas.py COMMAND [--SETTING VALUE ...]; COMMAND --help lists settings",
-            "",
-            *lines,
-        ]
-    )
+    how = "usage: python menas.py COMMAND [--SETTING VALUE ...]; COMMAND --help lists settings"
+    return "\n".join([how, "", *lines])
 
 
 def parse_command(command, arguments):
     """The Config of a command line; --help shows the settings used, with the defaults of the
     preset."""
-
     def fail(message):
         raise UserError(message)
 
     preset = re.search(r"--preset[ =](\w+)", " ".join(arguments))
     shown = configure(command, preset[1] if preset else "tiny")
-    parser = argparse.ArgumentParser(
-        prog=f"menas.py {command}", allow_abbrev=False, description=COMMANDS[command][1]
-    )
+    parser = argparse.ArgumentParser(prog=f"menas.py {command}", allow_abbrev=False,
+                                     description=COMMANDS[command][1])
     parser.error = fail
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=34)
     names = settings_of(command)
@@ -3603,18 +3761,18 @@ def parse_command(command, arguments):
         if f.name in names:
             how = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
             text = f"{f.metadata['help']} [{getattr(shown, f.name)}]".replace("%", "%%")
-            parser.add_argument(
-                f"--{f.name}",
-                default=argparse.SUPPRESS,
-                help=text,
-                metavar=f.type.__name__.upper(),
-                **how,
-            )
+            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text,
+                                metavar=f.type.__name__.upper(), **how)
+    for word in arguments:
+        if word.rpartition("=")[2] == "--":  # argparse would make it a list
+            fail(f"unknown argument {word!r}")
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         choose(f"setting of {command}", unknown[0].split("=")[0], [f"--{name}" for name in names])
-        raise UserError(f"unknown argument {unknown[0]!r}")
-    return configure(command, **vars(given))
+        fail(f"unknown argument {unknown[0]!r}")
+    # --data F/ is --data F
+    given = {name: x.rstrip("/") if isinstance(x, str) else x for name, x in vars(given).items()}
+    return configure(command, **given)
 
 
 def on_signal(number, frame):
@@ -3624,42 +3782,39 @@ def on_signal(number, frame):
     STOP.append(number)
 
 
-LEFT_OUT = (
-    "seed",
-    "folder",
-    "failed",
-    "capped",
-    "late",
-    "best_loss",
-    "best_epoch",
-    "rate",
-    "learns",
-)
+LEFT_OUT = ("seed", "folder", "capped", "late", "best_loss", "best_epoch", "rate", "learns")
 
 
 def summary(record):
     """What a finished command prints: its rows as a table, of sampled ones the best; losses as
-    perplexities."""
+    perplexities, of characters also as bits. A row has a column 'failed' only if it did."""
+    char = record["config"].get("unit") == "char"
     seen, rows = set(), []
     for row in record["rows"]:
         if row["group"] not in ("sampled", "uniform") or row["group"] not in seen:
-            rows.append({name: x for name, x in row.items() if name not in LEFT_OUT})
+            rows.append({name: x for name, x in row.items()
+                         if name not in LEFT_OUT and (x or name != "failed")})
         seen.add(row["group"])
-    losses = ("train", "valid", "test")
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in losses))
-    names += [name for name in losses if any(name in row for row in rows)]
-    lines = [
-        [
-            f"{math.exp(row[name]):.2f}" if name in losses and name in row else row.get(name, "")
-            for name in names
-        ]
-        for row in rows
-    ]
-    return table([f"{name} perplexity" if name in losses else name for name in names], lines)
+    columns = dict.fromkeys(name for row in rows for name in row if name not in SPLITS)
+    for split, row in product(SPLITS, rows):
+        if split in row:
+            shown = {f"{split} perplexity": f"{math.exp(row[split]):.2f}"}
+            if char:
+                shown[f"{split} bits per character"] = row[split] / math.log(2)
+            row |= shown
+            columns |= shown
+    return table(list(columns), [[row.get(name, "") for name in columns] for row in rows])
+
+
+def one_line(error):
+    """An error in at most 300 characters, the middle left out, of which none breaks the line."""
+    text = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in str(error))
+    return text if len(text) <= 290 else f"{text[:140]} ... {text[-140:]}"
 
 
 def main(arguments=None):
-    """Run a command line; a UserError is one line on stderr and exit code 2."""
+    """Run a command line; an error is one line on stderr, exit code 2 if the user can mend it, 1 if
+    the machine is at fault."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -3670,12 +3825,15 @@ def main(arguments=None):
         if command == "report":
             report(config.out or "results")
             return 0
+        if command == "draw":
+            draw(config)
+            return 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
         print(f"\n{summary(run_command(command, config))}")
-    except UserError as error:
-        print(f"menas: {' '.join(str(error).split())[:290]}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        print(f"menas: {one_line(error)}", file=sys.stderr)
+        return getattr(error, "code", 1)
     return 0
 
 

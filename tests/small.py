@@ -43,12 +43,12 @@ def words(tmp_path_factory):
     return folder
 
 
-def refused(capsys, *arguments):
-    """The one line on stderr with which a command line is refused."""
+def refused(capsys, *arguments, code=2):
+    """The one line on stderr with which a command line is refused, or ends a run (code 1)."""
     capsys.readouterr()
-    code = menas.main([str(word) for word in arguments])
+    ended = menas.main([str(word) for word in arguments])
     err = capsys.readouterr().err
-    assert code == 2 and re.fullmatch("menas: [^\n]{1,293}\n", err)
+    assert ended == code and re.fullmatch("menas: [^\n]{1,293}\n", err)
     return err
 
 

@@ -15,11 +15,13 @@ import pytest
 import torch
 
 import menas
+from menas import draw_cell
 from small import SMALL, quick, refused, rows_of, signals, words  # noqa: F401, some are fixtures
 
 SEARCH = [*"search --nodes 3 --epochs 1 --shared_steps 3 --controller_steps 1".split(),
           "--derive_samples", "3", *SMALL]
 TRAIN = ["train", "--epochs", "1", *SMALL]
+OTHER_TENSORS = menas.serialized({"another": torch.zeros(3)})
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +120,8 @@ MISTAKES = {
     "search --out taken": "taken",
     "search --data pbt": "'pbt', did you mean ptb?",
     "search --data ~nobody1/x": "~nobody1",
-    "search --data words --batch 5000": "batch 5000",
+    "search --data words --batch 5000": "batch 5000, train",
+    "search --data words --batch 60": "batch 60, valid",
     "search --out words/train.txt": "words/train.txt",
     "train --cell enass": "'enass', did you mean enas?",
     "train --cell enas,tre": "'tre', did you mean tree?",
@@ -135,10 +138,20 @@ MISTAKES = {
     "train --cell 1-0-0-99-0-0-0-0-0": "99",
     "train --cell 1-0-0-0-0-1-0-0-0": "1-0-0-0-0-1-0-0-0",
     "train --cell 1-0-0-0-0-0-2-0-0": "memory",
+    f"train --cell {'x' * 9000}": "unknown cell 'xxx, random:SEED",
+    f"train --cell enas,{'y' * 9000}@x": "enas,yyy, 'x'",
     "train --cell 0°0°5°1": "0 0 5 1",
     "train --cell Genotype(recurrent=[('selu',°0)])": "selu",
     "train --cell Genotype(recurrent=[('tanh',°7)])": "7",
     "train --cell Genotype(\n[('selu',°0)])": "selu",
+    "train --cell random:": "'random:', random:SEED",
+    "train --cell Genotype(recurrent=[('tanh',°0),('relu',°1)],°concat=[1])": "concat",
+    "train --cell --": "'--'",
+    "search --memory=--": "'--memory=--'",
+    "search --lr --": "'--'",
+    "search --out a\nb\0": "a\\nb\\x00",
+    "search --unit chars": "'chars', did you mean char?",
+    "draw --cell treee": "'treee', did you mean tree?",
     "train --supernet nowhere": "nowhere",
     "compare": "--supernet",
     "hidden --supernet nowhere": "nowhere",
@@ -185,6 +198,17 @@ def test_numbers_out_of_range_are_refused(f):
 def test_cuda_where_there_is_none(capsys, here):
     said = refused(capsys, "search", "--device", "cuda:0")
     assert "CUDA" in said and "--device cpu" in said
+
+
+def test_a_device_that_lacks_the_dtype_is_refused(capsys, here, monkeypatch):
+    """As an old GPU, or a Mac, of which torch says so once it computes."""
+    def ones(*shape, device, dtype, right=torch.ones):
+        if dtype == torch.bfloat16:
+            raise TypeError("BFloat16 is not supported on MPS")
+        return right(*shape, device=device, dtype=dtype)
+    monkeypatch.setattr(torch, "ones", ones)
+    said = refused(capsys, *TRAIN, "--data", "words", "--out", "run", "--dtype", "bfloat16")
+    assert "--dtype bfloat16" in said and "--device cpu" in said and "not supported" in said
 
 
 @pytest.mark.parametrize("command, wrong, right", [
@@ -289,12 +313,52 @@ def test_a_searched_cell_trains_from_its_shared_weights(runs, words, tmp_path):
     assert row["valid"] == pytest.approx(rows_of(runs / "search")[0]["valid"], rel=1e-4)
 
 
+def test_a_training_goes_on_from_another(runs, words, tmp_path, capsys):
+    """Oracle: with next to no learning rate its losses are those of the one before."""
+    more = ["--data", words, "--supernet", runs / "train", "--out", tmp_path, "--cell"]
+    line = [str(word) for word in (*TRAIN, "--lr", "1e-9", *more)]
+    assert menas.main([*line, "tree,darts_v1@3"]) == 0
+    for row, before in zip(rows_of(tmp_path), rows_of(runs / "train")):
+        assert [row[split] for split in menas.SPLITS] == pytest.approx(
+            [before[split] for split in menas.SPLITS], rel=1e-4)
+    for other in ("tree", "tree,lstm_cell", "lstm", "tree,darts_v1@3 --hidden 8"):
+        assert "--supernet" in refused(capsys, *line, *other.split())
+    assert "--supernet" in refused(capsys, *line, "tree,darts_v1@3", "--epochs", "2")  # to go on
+
+
+@pytest.mark.parametrize("run", ["search", "train"])
+def test_weights_have_their_words(run, runs, words, here, capsys):
+    """Oracle: the corpus; another text with as many words is refused."""
+    corpus = menas.load_corpus(menas.Config(data=str(words)))
+    assert list(json.loads((runs / run / "words.json").read_text())) == corpus.words
+    for path in (here / "words").iterdir():
+        path.write_text(path.read_text().replace("that", "which"))
+    assert len(menas.load_corpus(menas.Config(data="words")).words) == len(corpus.words)
+    line = [*TRAIN, "--data", "words", "--cell", "tree,darts_v1@3", "--out", "run"]
+    assert "another vocabulary" in refused(capsys, *line, "--supernet", runs / run)
+
+
+def test_characters_are_also_scored_in_bits(here, capsys):
+    """Oracle: the record's losses over the logarithm of 2."""
+    line = [*TRAIN, "--data", "words/", "--unit", "char", "--cell", "tree", "--out", "run"]
+    assert menas.main(line) == 0
+    shown, (row,) = capsys.readouterr().out, rows_of(here / "run")
+    header, _, values = [line.split("|") for line in shown.splitlines()[-3:]]
+    table = {name.strip(): value.strip() for name, value in zip(header, values)}
+    for split in menas.SPLITS:
+        assert float(table[f"{split} perplexity"]) == pytest.approx(math.exp(row[split]), abs=.006)
+        bits = float(table[f"{split} bits per character"])
+        assert bits == pytest.approx(row[split] / math.log(2), abs=.0006)
+    line[line.index("words/")] = "words"  # is the same
+    assert menas.main(line) == 0 and "already finished" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("more", [
     "--cell tree --hidden 8", "--cell lstm", "--cell tree", "--cell lstm_cell", "--data toy",
     "--supernet RUNS/train", "--supernet damaged", "--supernet other"])
 def test_shared_weights_that_do_not_fit_are_refused(more, runs, here, capsys):
     """They are those of 4 units, of cells of 3 highway nodes, and of another vocabulary."""
-    for name, content in (("damaged", b"no weights"), ("other", {"another": torch.zeros(3)})):
+    for name, content in (("damaged", b"no weights"), ("other", OTHER_TENSORS)):
         shutil.copytree(runs / "search", name)
         menas.write_atomically(here / name / "weights.pt", content)
     line = [*TRAIN, "--data", "words", "--out", "run", "--cell", runs / "search"]
@@ -313,6 +377,36 @@ def test_cells_by_every_name(runs):
         assert menas.load_cell(config, name) == cell
     some = [menas.load_cell(config, f"random:{seed}") for seed in (3, 3, 4)]
     assert some[0] == some[1] != some[2]
+
+
+@pytest.mark.parametrize("name", menas.CELLS)
+def test_a_drawing_spells_the_cell_so_that_it_is_read_again(name, here, capsys, monkeypatch):
+    """Oracle: the cell itself; ENAS's are also written as an arc and as a genotype."""
+    drawn = []
+
+    def draw(cell):
+        drawn.append(cell)
+        return draw_cell(cell)
+    monkeypatch.setattr(menas, "draw_cell", draw)
+    assert menas.main(["draw", "--cell", name, "--out", "drawn"]) == 0
+    cell, (row, *others, _) = menas.CELLS[name], capsys.readouterr().out.splitlines()
+    assert drawn == [cell] and (here / "drawn" / "cell.png").read_bytes()[1:4] == b"PNG"
+    assert menas.load_cell(None, row.partition(": ")[2]) == cell
+    assert len(others) == 2 * menas.is_enas(cell)
+    if others:
+        numbers, genotype = (line.partition(": ")[2] for line in others)
+        assert menas.arc(numbers, cell.output) == menas.load_cell(None, genotype) == cell
+
+
+PUBLISHED = {  # as their authors' code has them
+    "enas_lm": "0 2 1 0 2 1 2 2 4 0 5 0 3 2 6 2",
+    "darts_v2": "Genotype(recurrent=[('sigmoid', 0), ('relu', 1), ('relu', 1), ('identity', 1), "
+                "('tanh', 2), ('sigmoid', 5), ('tanh', 3), ('relu', 5)], concat=range(1, 9))"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_cells_are_read(name):
+    assert menas.load_cell(None, PUBLISHED[name]) == menas.CELLS[name]
 
 
 def test_a_row_may_be_longer_than_a_files_name(here):

@@ -101,22 +101,61 @@ def test_words_are_split_at_spaces_and_every_line_ends_in_eos(tmp_path, content,
         assert " ".join(corpus.words[i] for i in tokens) == words
 
 
-def test_an_unknown_word_is_unk_where_the_training_text_has_it(tmp_path):
-    corpus = corpus_of(tmp_path, "a <unk> b\n", "a new b\n")
-    assert [corpus.words[i] for i in corpus.valid] == ["a", "<unk>", "b", "<eos>"]
-    line = complaint(corpus_of, tmp_path, "a b\n", "a b\n", "a novel b\n")
-    assert "'novel'" in line and "test.txt" in line
+UNKNOWN = [
+    # train, valid -> train and valid as they are read; and of each split how many are made <unk>
+    ("a <unk> b\n", "a new b\n", ["a <unk> b <eos>", "a <unk> b <eos>"], "0, 1, 0"),
+    # no <unk> to learn from: what train has once is one, also where valid has it
+    ("a a b b c\n", "c new b\n", ["a a b b <unk> <eos>", "<unk> <unk> b <eos>"], "1, 2, 0"),
+    # nothing is seen once
+    ("a a b b\n", "a new\n", ["a a b b <eos>", "a <unk> <eos>"], "0, 1, 0"),
+    # nobody needs one
+    ("a b c\n", "a b\n", ["a b c <eos>", "a b <eos>"], None)]
 
 
-@pytest.mark.parametrize("train, says", [("", "1 token"), ("word\n", "2 tokens"),
-                                         (b"ab\xff\n", "utf-8")])
+@pytest.mark.parametrize("train, valid, read, counts", UNKNOWN)
+def test_what_the_training_text_lacks_is_unk(train, valid, read, counts, tmp_path, capsys):
+    corpus = corpus_of(tmp_path, train, valid, "a b\n")
+    for tokens, words in zip(corpus, read):
+        assert " ".join(corpus.words[i] for i in tokens) == words
+    assert set(corpus.words) == set(" ".join(read).split())
+    said = capsys.readouterr().out
+    if counts is None:
+        assert said == ""
+        return
+    sizes = [len(tokens) for tokens in corpus[:3]]
+    expected = [f"{n} of {split} ({int(n) / size:.2%})"
+                for n, split, size in zip(counts.split(", "), menas.SPLITS, sizes)]
+    assert said.count("\n") == 1 and ", ".join(expected) in said
+
+
+def test_a_character_is_a_token_also_a_space(tmp_path):
+    """Oracle: written out by hand."""
+    for split in menas.SPLITS:
+        (tmp_path / f"{split}.txt").write_text("a  b\n\né字\n")
+    corpus = menas.load_corpus(menas.Config(data=str(tmp_path), unit="char"))
+    read = [corpus.words[i] for i in corpus.valid]
+    assert read == ["a", " ", " ", "b", "<eos>", "<eos>", "é", "字", "<eos>"]
+    assert "toy" in complaint(menas.load_corpus, menas.Config(data="toy", unit="char"))
+
+
+def test_one_file_is_split_by_lines(tmp_path, capsys):
+    """Oracle: of 40 lines 36, 2 and 2, in their order."""
+    (tmp_path / "text").write_text("".join(f"a b {i // 38}\n" for i in range(40)))
+    corpus = menas.load_corpus(menas.Config(data=str(tmp_path / "text")))
+    sizes = [(tokens == corpus.words.index("<eos>")).sum().item() for tokens in corpus[:3]]
+    assert sizes == [36, 2, 2] and "90 %" in capsys.readouterr().out
+    assert [corpus.words[i] for i in corpus.test] == "a b <unk> <eos>".split() * 2
+
+
+@pytest.mark.parametrize("train, says", [("", "train text has 1 token"), (b"ab\xff\n", "utf-8"),
+                                         ("word\n", "train text has 2 tokens")])
 def test_bad_files_are_named(tmp_path, train, says):
     line = complaint(corpus_of, tmp_path, train)
-    assert str(tmp_path / "train.txt") in line and says in line
+    assert str(tmp_path) in line and "train" in line and says in line
 
 
 @pytest.mark.parametrize("name, says", [("nowhere", "nowhere"), ("pbt", "did you mean ptb?"),
-                                        ("file", "'file'"), (".", "train.txt")])
+                                        ("file", "file: the train text"), (".", "train.txt")])
 def test_missing_folders_and_files_are_named(name, says, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)

@@ -2,12 +2,14 @@
 
     pytest -q tests/test_readme.py
 """
+import json
 import math
 import re
 from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch
 
 import menas
 
@@ -115,16 +117,41 @@ def test_the_intervals_and_p_are_those_of_the_module():
     assert f"p = {shown(4 * p, 3)}" in finding  # four groups beside the trained one
 
 
-def test_its_code_scores_a_trained_network(tmp_path, text, monkeypatch):
-    """The perplexity that it prints is the record's."""
+def code(mark):
+    """A block of its code, ready to run."""
+    return "\n".join(line[4:] for line in between(mark).splitlines())
+
+
+def test_its_code_scores_a_trained_network_and_writes(tmp_path, text, capsys):
+    """The loss is the record's, to the last bit; the words are of the vocabulary."""
     run = menas.run_command("train", menas.configure("train", "smoke", data=str(text), epochs=1,
                                                      out=str(tmp_path / "run")))
-    code = "\n".join(line[4:] for line in between("code").splitlines())
-    code = code.replace('configure("train", "ptb")', f'configure("train", "smoke", data={str(text)!r})')
-    code = code.replace("runs/train/enas/1", str(tmp_path / "run"))
+    program = code("code").replace("runs/train/enas/1", str(tmp_path / "run"))
+    program = program.replace('"train", "ptb"', f'"train", "smoke", data={str(text)!r}')
     space = {}
-    exec(code, space)
-    assert math.isclose(space["loss"].item(), run["rows"][0]["valid"], abs_tol=1e-6)
+    capsys.readouterr()
+    exec(program, space)
+    assert space["loss"].tolist() == [run["rows"][0]["valid"]]
+    written = capsys.readouterr().out.split()
+    words = json.loads((tmp_path / "run" / "words.json").read_text())
+    assert len(written) == 20 and len(set(written)) > 2 and words.keys() >= set(written)
+
+
+@pytest.mark.parametrize("name, scale", [("enas", 1), ("enas_lm", 1), ("tree", 1), ("enas", 30)])
+def test_its_module_is_the_cell(name, scale):
+    """Oracle: unroll(), in float64."""
+    cell, space = menas.CELLS[name], {"torch": torch}
+    exec(code("cell"), space)
+    weights = menas.standalone_weights(menas.Config(hidden=5), 7, [cell], [1])
+    weights = {key: scale * w.double() for key, w in weights.items()}
+    words = torch.randint(7, (9, 3), generator=menas.rng("words"))
+    batch = menas.Batch(words, None, menas.zero_state(weights, 3), {})
+    h, _ = menas.unroll(weights, menas.encode([cell]), batch, torch.float64)
+    module = space["Recurrence"](cell, 5, 5).double()
+    module.input.data, module.nodes.data = weights["input"][0, 0], weights["nodes"][0]
+    torch.testing.assert_close(module(weights["embedding"][0][words]), h[0])
+    assert (h.norm(dim=-1).max() > 24.9) == (scale == 30)  # which meets the bound
+    assert space["Recurrence"](cell, 4, 6)(torch.zeros(2, 3, 4)).shape == (2, 3, 6)
 
 
 def test_it_is_short():

@@ -3,9 +3,11 @@
 Run: pytest tests/test_runs.py
 """
 import gc
+import io
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -115,6 +117,8 @@ def test_kills_change_nothing(name, killed, undisturbed):
     expected = outcome(undisturbed(name))
     assert deaths[name] >= 3 and outcome(folder / name) == expected
     assert len(expected) > 2 or name in ("train", "progress")  # those of trainings within
+    for left in (folder / name).rglob(".menas-*"):  # what a kill cut short goes with the next run
+        assert not (left.parent / "config.json").exists()
 
 
 # stopped
@@ -154,7 +158,8 @@ def test_asked_to_stop_it_saves_and_leaves(name, step, where, number, undisturbe
         asked(patch, step, number)
         assert stopped(arguments) == 128 + number
     checkpoint, = tmp_path.glob(f"{where}/checkpoint.pt")
-    assert torch.load(checkpoint, weights_only=True)["state"]["step"] > 0
+    saved = io.BytesIO(checkpoint.read_bytes()[menas.SEAL:])
+    assert torch.load(saved, weights_only=True)["state"]["step"] > 0
     assert not (tmp_path / "result.json").exists()
     with open(checkpoint.with_name("metrics.jsonl"), "a") as file:
         file.write('{"step": 1000, "torn')  # as a disk may leave it
@@ -192,6 +197,29 @@ def other_tensors(path):
     torch.save({"weights": torch.zeros(3)}, path)
 
 
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def zeroed(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:2000] + bytes(64) + content[2064:])
+
+
+def edited(path, **new):
+    """Its seal, and another state: without an entry, or with one of another type."""
+    content = path.read_bytes()
+    saved = torch.load(io.BytesIO(content[menas.SEAL:]), weights_only=True)
+    saved["state"] = {name: x for name, x in saved["state"].items() if name != "weights"} | new
+    path.write_bytes(content[:menas.SEAL] + menas.serialized(saved))
+
+
+def another_type(path):
+    edited(path, weights=[1, 2])
+
+
 def with_shorter_metrics(path):
     os.truncate(path.with_name("metrics.jsonl"), 50)
 
@@ -201,8 +229,8 @@ def without_metrics(path):
 
 
 @pytest.mark.parametrize("damage", [
-    truncated, a_text, other_tensors, with_shorter_metrics, without_metrics, "--seed 2", "--lr 4.0",
-    "--data COPY"])
+    truncated, a_text, other_tensors, flipped, zeroed, edited, another_type, with_shorter_metrics,
+    without_metrics, "--seed 2", "--lr 4.0", "--data COPY"])
 def test_a_bad_checkpoint_is_refused_and_nothing_lost(damage, undisturbed, words, tmp_path, capsys,
                                                       monkeypatch):
     """Also one of other settings. Deleted, as the refusal says, the run starts again."""
@@ -223,6 +251,113 @@ def test_a_bad_checkpoint_is_refused_and_nothing_lost(damage, undisturbed, words
         (folder / "checkpoint.pt").unlink()
         assert menas.main(arguments) == 0
         assert outcome(folder) == outcome(undisturbed("search"))
+
+
+# the machine fails: no memory, no disk. The oracle is the run that nothing happened to
+
+def failing(monkeypatch, at, fail):
+    """In the n-th step of SGD fail() is called first."""
+    steps = []
+
+    def step(*arguments, right=menas.train_step):
+        steps.append(arguments)
+        if len(steps) == at:
+            fail()
+        return right(*arguments)
+    monkeypatch.setattr(menas, "train_step", step)
+
+
+def beyond_memory():
+    """As torch says it of the CPU."""
+    torch.empty(2 ** 60)
+
+
+def beyond_gpu_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def beyond_pythons_memory():
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fail", [beyond_memory, beyond_gpu_memory, beyond_pythons_memory])
+@pytest.mark.parametrize("name", ["search", "train"])
+def test_out_of_memory_is_one_line_and_does_not_claim_the_folder(name, fail, words, tmp_path,
+                                                                 monkeypatch, capsys):
+    monkeypatch.setattr(menas, "CHECKPOINT_SECONDS", 3600)
+    with monkeypatch.context() as patch:
+        failing(patch, 1, fail)
+        said = refused(capsys, *command(name, words, tmp_path), code=1)
+    for setting in ("--hidden", "--batch", "--bptt", "--controller_samples", "--cell"):
+        assert setting in said
+    assert menas.main(command(name, words, tmp_path, "--hidden", "3")) == 0
+
+
+def test_a_mistake_of_ours_is_no_lack_of_memory(words, tmp_path, monkeypatch):
+    failing(monkeypatch, 1, lambda: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError):
+        menas.main(command("train", words, tmp_path))
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(undisturbed, words, tmp_path, capsys):
+    """A file may not grow to its last byte, first the smallest one, at last the largest."""
+    sizes, arguments = [], command("search", words, tmp_path)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in sorted({len(content) for content in contents(undisturbed("search")).values()} - {0}):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, most))
+        try:
+            said = refused(capsys, *arguments, code=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        assert str(tmp_path) in said and "File too large" in said and "the same command" in said
+        sizes.append(sum(len(content) for content in contents(tmp_path).values()))
+    assert sizes[0] == 0 < sizes[-1] and not list(tmp_path.rglob(".menas-*"))
+    assert menas.main(arguments) == 0
+    assert outcome(tmp_path) == outcome(undisturbed("search"))
+
+
+def test_a_folder_that_vanishes_is_one_line(undisturbed, words, tmp_path, monkeypatch, capsys):
+    arguments = command("train", words, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        failing(patch, 5, lambda: shutil.rmtree(tmp_path / "run"))
+        assert "run" in refused(capsys, *arguments, code=1)
+    assert menas.main(arguments) == 0
+    assert outcome(tmp_path / "run") == outcome(undisturbed("train"))
+
+
+def test_on_a_read_only_disk_a_finished_run_is_shown(undisturbed, words, tmp_path, monkeypatch,
+                                                     capsys):
+    """One that is not is one line."""
+    folder = half_done(undisturbed, tmp_path)
+
+    def read_only(path, mode="r"):
+        raise OSError(30, "Read-only file system", str(path))
+    monkeypatch.setattr(menas, "open", read_only, raising=False)
+    assert menas.main(command("search", words, undisturbed("search"))) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert "Read-only" in refused(capsys, *command("search", words, folder), code=1)
+
+
+def test_what_a_killed_run_was_writing_is_removed(undisturbed, words, tmp_path):
+    folder = half_done(undisturbed, tmp_path)
+    (folder / ".menas-123-checkpoint.pt").write_bytes(b"half")
+    assert menas.main(command("search", words, folder)) == 0
+    assert outcome(folder) == outcome(undisturbed("search")) and not list(folder.glob(".menas-*"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"rows": 3}', '{"rows": [{}]}',
+                                     '{"hidden": "x", "rows": [{"group": "sampled", "cell": 1}]}'])
+@pytest.mark.parametrize("file", ["result.json", "config.json"])
+def test_damaged_records_are_refused(file, content, undisturbed, words, tmp_path, capsys):
+    """Of a run that is named, or found finished."""
+    folder = shutil.copytree(undisturbed("search"), tmp_path / "run")
+    (folder / file).write_text(content)
+    said = [refused(capsys, *command("train", words, tmp_path / "new", "--supernet", folder)),
+            refused(capsys, "compare", "--data", words, "--supernet", folder, "--out", tmp_path),
+            refused(capsys, *command("search", words, folder))]
+    assert all(str(folder) in line for line in said)
+    if file == "result.json":
+        refused(capsys, *command("train", words, tmp_path / "new", "--cell", folder))
 
 
 # one folder, one run
@@ -261,6 +396,17 @@ def test_a_text_or_cell_that_changed_in_place_is_refused(finished, undisturbed, 
     assert menas.main(train) == 0
     with open(text / "test.txt", "a") as file:
         file.write("<unk>\n")
+    assert "inputs" in refused(capsys, *train)
+
+
+def test_shared_weights_that_changed_are_refused(undisturbed, words, tmp_path, capsys):
+    search = shutil.copytree(undisturbed("search"), tmp_path / "search")
+    train = command("train", words, tmp_path / "run", "--cell", search, "--supernet", search)
+    train = [str(word) for word in train]
+    assert menas.main(train) == 0
+    weights = torch.load(search / "weights.pt", weights_only=True)
+    weights["bias"] += 1
+    menas.save_tensors(search / "weights.pt", weights)
     assert "inputs" in refused(capsys, *train)
 
 
@@ -303,16 +449,32 @@ def test_what_is_no_number_is_null(tmp_path):
     assert found == value | {"a": [None, {"b": [None, None, 1.5]}]}
 
 
-def test_metrics_are_strict_json_also_where_all_networks_fail(words, tmp_path, monkeypatch):
-    """They count as guessing."""
+def test_metrics_are_strict_json_also_where_all_networks_fail(words, tmp_path, monkeypatch,
+                                                              capsys):
+    """They count as guessing, and are marked."""
     def broken(*arguments, right=menas.standalone_weights):
         return {name: w * math.nan for name, w in right(*arguments).items()}
     monkeypatch.setattr(menas, "standalone_weights", broken)
     assert menas.main(command("train", words, tmp_path)) == 0
+    header, _, *lines = capsys.readouterr().out.splitlines()[-5:]
+    at = [name.strip() for name in header.split("|")].index("failed")
+    assert [line.split("|")[at].strip() for line in lines] == ["1"] * 3
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
     guess = math.log(len(menas.load_corpus(menas.Config(data=str(words))).words))
     assert [(row["failed"], row["test"]) for row in rows_of(tmp_path)] == [(1, guess)] * 3
+
+
+def test_a_search_marks_what_is_no_number(words, tmp_path, monkeypatch, capsys):
+    """Not where all is well."""
+    assert menas.main(command("search", words, tmp_path / "well", "--retrain", "0")) == 0
+    assert "failed" not in capsys.readouterr().out
+    def score(weights, rows, *_, **__):
+        return torch.full([len(rows)], math.nan)
+    monkeypatch.setattr(menas, "score", score)
+    assert menas.main(command("search", words, tmp_path / "run", "--retrain", "0")) == 0
+    assert "failed" in capsys.readouterr().out
+    assert all(row["failed"] for row in rows_of(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("content", ["text, not bytes", None, b"new"])
