@@ -2758,7 +2758,8 @@ def spellings(cell):
     numbers = " ".join(f"{read} {act}" for read, act in pairs)
     if pairs and is_enas(cell) and arc(numbers, cell.output) == cell:
         recurrent = [(list(ACTIVATIONS)[act], read) for read, act in pairs]
-        lines.append(f"ENAS arc, h_t the mean of {OUTPUTS[cell.output]}: {numbers}")
+        averaged = "all nodes" if cell.output == ALL else "the leaves"
+        lines.append(f"ENAS arc, h_t the mean of {averaged}: {numbers}")
         lines.append(f"DARTS genotype: Genotype(recurrent={recurrent}, concat={leaves(cell)})")
     return "\n".join(lines)
 
@@ -3249,7 +3250,7 @@ class Run:
         worked = self.checkpoint.exists() or self.metrics.exists() and self.metrics.stat().st_size
         worked = worked or list(self.folder.glob("**/result.json"))
         # what an older version did not know was as by default
-        theirs = asdict(Config()) | read_json(path) if path.exists() else self.settings
+        theirs = vars(Config()) | read_json(path) if path.exists() else self.settings
         for name, value in self.settings.items():
             if worked and name not in WHEREABOUTS and theirs.get(name) != value:
                 raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, "
@@ -3377,8 +3378,8 @@ class Run:
         try:
             yield
         except OSError as error:
-            raise Halt(f"{self.folder}: {error}; what it has up to step {self.safe} is safe, and the "
-                       "same command goes on from there") from None
+            raise Halt(f"{self.folder}: {error}; what it has up to step {self.safe} is safe, and "
+                       "the same command goes on from there") from None
         except (MemoryError, RuntimeError) as error:
             if not re.search("MemoryError|(allocate|enough|out of) memory", repr(error)):
                 raise
@@ -3684,7 +3685,7 @@ def tables(study, records):
     return [comparison(rows_of(records), value, study.first) for value in measured(study, records)]
 
 
-def draw(path, study, records):
+def draw_study(path, study, records):
     """The study's figure."""
     # the values compared, then what only this study shows
     panels = [(dots, value) for value in measured(study, records)]
@@ -3701,7 +3702,7 @@ def report_study(folder, records, out):
     """Its section of the page: question, tables, figure, command, and what they were made with."""
     study = study_of(folder)
     rows = rows_of(records)
-    draw(Path(out) / f"{folder}.png", study, records)
+    draw_study(Path(out) / f"{folder}.png", study, records)
     if any("round" in row for row in rows):
         draw_progress(Path(out) / f"{folder}.gif", records[0]["rows"])
     machines = "; ".join(sorted({record["machine"] for record in records}))
