@@ -3495,7 +3495,7 @@ def dots(axes, records, value):
             axes.plot(min(x, edge), y, ">" if x > edge else ".", color="#999999")
         axes.plot(min(centre, edge), y, ">" if centre > edge else "o", color="C0")
     axes.set(yticks=range(len(groups)), yticklabels=groups, xlabel=value)
-    axes.invert_yaxis()
+    axes.set(ylim=(len(groups) - 0.5, -0.5))  # the first on top
 
 
 def densities(axes, records, value):
