@@ -1810,6 +1810,36 @@ def start_training(config, weights, rows, seeds):
         "best_epoch": full(0), "epochs": full(0), "bad": full(0), "step": 0, "steps": 0}
 
 
+def training_step(config, s, stream, words):
+    """A step of SGD on the next segment for all networks in the batch, and a step of averaging."""
+    alive = s["alive"]
+    progress = s["step"] / len(stream)
+    segment = stream.segment(s["step"])
+    if segment.before is None:
+        s["state"] = zero_state(s["weights"], config.batch)
+    lr = s["lr"][alive] * SCHEDULES[config.schedule](progress, config.epochs)
+    masks = draw_masks(config, words, config.batch, s["seeds"], s["step"])
+    masks = {name: move(mask, alive.device) for name, mask in masks.items()}
+    batch = Batch(segment.inputs, segment.targets, s["state"], masks)
+    losses, state, _ = train_step(s["weights"], s["rows"], batch, lr, config)
+
+    # who fails does not learn any more (see sgd_step), and is let go at the end of the epoch
+    finite = torch.isfinite(losses)
+    failed = s["failed"][alive]
+    s["failed"][alive] = torch.where(finite | (failed > 0), failed, int(progress) + 1)
+    s["state"] = torch.where(finite[:, None, None], state, 0.0)
+    s["loss"][alive] += losses
+    s["step"] += 1
+    s["steps"] += 1
+
+    # averaging (Merity et al. 2018): mean <- mean + (w - mean) / n; until a network averages n is
+    # 1, and the mean is w alone
+    n = (s["step"] - s["since"][alive]).clamp(min=1)
+    for name, average in s["mean"].items():
+        share = (1 / n).to(average.dtype).view(-1, *[1] * (average.dim() - 1))
+        average.lerp_(s["weights"][name].detach(), share)
+
+
 def train_networks(config, run, corpus, weights, rows, seeds):
     """Train K standalone networks as one, each by itself: its masks, clipping, lr, averaging,
     stopping.
@@ -1822,37 +1852,16 @@ def train_networks(config, run, corpus, weights, rows, seeds):
     valid = corpus.valid.to(device)
     stream = Stream(corpus.train.to(device), config.batch, config.bptt)
     weights = {name: w.to(device) for name, w in weights.items()}
+    total = config.epochs * len(stream)
     s = run.restore() or start_training(config, weights, rows.to(device), seeds)
-    while s["seeds"] and s["step"] < config.epochs * len(stream):
-        # one step of SGD on the next segment
-        alive = s["alive"]
-        epoch = s["step"] // len(stream) + 1
-        segment = stream.segment(s["step"])
-        if segment.before is None:
-            s["state"] = zero_state(s["weights"], config.batch)
-        lr = s["lr"][alive] * SCHEDULES[config.schedule](s["step"] / len(stream), config.epochs)
-        masks = draw_masks(config, len(corpus.words), config.batch, s["seeds"], s["step"])
-        masks = {name: move(mask, device) for name, mask in masks.items()}
-        batch = Batch(segment.inputs, segment.targets, s["state"], masks)
-        losses, state, _ = train_step(s["weights"], s["rows"], batch, lr, config)
-        finite = torch.isfinite(losses)
-        failed = s["failed"][alive]
-        s["failed"][alive] = torch.where(finite | (failed > 0), failed, epoch)
-        s["state"] = torch.where(finite[:, None, None], state, 0.0)
-        s["loss"][alive] += losses
-        s["step"] += 1
-        s["steps"] += 1
-
-        # averaging (Merity et al. 2018): mean <- mean + (w - mean) / n; until a network averages n
-        # is 1, and the mean is w alone
-        n = (s["step"] - s["since"][alive]).clamp(min=1)
-        for name, average in s["mean"].items():
-            share = (1 / n).to(average.dtype).view(-1, *[1] * (average.dim() - 1))
-            average.lerp_(s["weights"][name].detach(), share)
+    while s["seeds"] and s["step"] < total:
+        training_step(config, s, stream, len(corpus.words))
 
         # a line of metrics, after which the state may be a checkpoint
         ends = s["step"] % len(stream) == 0
         if ends or s["steps"] >= LOG_EVERY:
+            alive = s["alive"]
+            epoch = math.ceil(s["step"] / len(stream))
             loss = (s["loss"][alive] / s["steps"]).nanmean().item()  # of those that have not failed
             line = {"step": s["step"], "epoch": epoch, "loss": loss, "perplexity": perplexity(loss)}
             if ends:
@@ -1863,8 +1872,7 @@ def train_networks(config, run, corpus, weights, rows, seeds):
                 line["valid_perplexity"] = [perplexity(x) for x in scores]
             s["loss"] = torch.zeros_like(s["loss"])
             s["steps"] = 0
-            words = s["step"] * config.batch * config.bptt
-            run.log(line, s["step"], config.epochs * len(stream), words)
+            run.log(line, s["step"], total, s["step"] * config.batch * config.bptt)
             run.keep(s)
         run.obey()
     found = {name: s[name].tolist() for name in ("best_loss", "best_epoch", "epochs", "failed")}
