@@ -3447,9 +3447,12 @@ def by_unit(rows, value):
             for group, units in found.items()}
 
 
+HEADERS = ("", "seeds", "rows", "mean", "median", "difference", "95 %", "p, corrected")
+
+
 def comparison(rows, value, first=""):
-    """A table of each group's mean, and its difference to the first group, paired by unit where
-    both have the same ones; p is corrected for the number of groups (Bonferroni).
+    """A line under HEADERS for each group: its mean, and its difference to the first group, paired
+    by unit where both have the same ones; p is corrected for the number of groups (Bonferroni).
 
     The interval is that of a single comparison. Without a second unit there is neither.
     """
@@ -3471,8 +3474,18 @@ def comparison(rows, value, first=""):
             if ends:
                 line[6] = f"{ends[0]:+.3f} to {ends[1]:+.3f}"
         lines.append(line)
-    headers = ("", "seeds", "rows", value, "median", "difference", "95 %", "p, corrected")
-    return table(headers, lines)
+    return lines
+
+
+def answer(lines):
+    """In words, which groups of a comparison differ from the first one, at .05 after correction."""
+    tested = [line for line in lines if line[7]]
+    differ = [f"{line[0]} ({line[5]}, p = {line[7]})" for line in tested if float(line[7]) <= .05]
+    rest = [line[0] for line in tested if float(line[7]) > .05]
+    if not tested:
+        return "Too few seeds for a test."
+    return (f"From {lines[0][0]} differ: {', '.join(differ) or 'none'}. "
+            f"Not shown to: {', '.join(rest) or 'none'}.")
 
 
 def figure_of(columns, width=4.5, height=3.6):
@@ -3689,8 +3702,23 @@ def measured(study, records):
 
 
 def tables(study, records):
-    """Its comparisons, as text."""
-    return [comparison(rows_of(records), value, study.first) for value in measured(study, records)]
+    """Its comparisons, as text: of each value a table and what it says."""
+    parts = []
+    for value in measured(study, records):
+        lines = comparison(rows_of(records), value, study.first)
+        parts += [f"**{value}**. {answer(lines)}", table(HEADERS, lines)]
+    return parts
+
+
+def flags(records):
+    """{arm: the settings in which the arms differ}: what a label stands for."""
+    arms = {record["folder"].parent.name: record["config"] for record in records}
+    known = {f.name for f in fields(Config)} - WHEREABOUTS - {"seed", "supernet"}
+    base = next(iter(arms.values()))
+    differ = [name for name in base if name in known
+              and any(config.get(name) != base[name] for config in arms.values())]
+    return {arm: " ".join(f"--{name} {config.get(name)}" for name in differ)
+            for arm, config in arms.items()}
 
 
 def draw_study(path, study, records):
@@ -3718,8 +3746,9 @@ def report_study(folder, records, out):
     notes = "".join(sorted({f" {record.get('converted', '')}" for record in records})).strip()
     made = (f"`python menas.py {records[0]['command']}`, see experiments.sh. {len(records)} runs, "
             f"{len(rows)} rows, {hours:.1f} hours on {machines}. {notes}".strip())
+    arms = [f"- {arm}: `{given}`" for arm, given in flags(records).items() if given]
     return [f"## {folder}: {study.question}", *tables(study, records),
-            f"![{folder}]({folder}.png)", made]
+            f"![{folder}]({folder}.png)", made, *(["\n".join(arms)] if arms else [])]
 
 
 def report(out):

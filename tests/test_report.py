@@ -13,12 +13,12 @@ import menas
 from menas import CELLS, draw_cell, load_records, report, slots_read
 
 
-def save(out, place, rows, seed=None, metrics=()):
+def save(out, place, rows, seed=None, metrics=(), **config):
     """A record in the folder OUT/PLACE, whose last part is its seed."""
     folder = out / place
     folder.mkdir(parents=True, exist_ok=True)
     record = dict(command="search", seed=seed or int(folder.name), seconds=60.0,
-                  machine="an abacus", rows=rows)
+                  machine="an abacus", config=config, rows=rows)
     (folder / "result.json").write_text(json.dumps(record))
     if metrics:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
@@ -72,25 +72,43 @@ def check_comparison(monkeypatch):
         rows += [dict(group="c", unit=seed + 9, x=99 + seed), dict(group="d", unit=seed, x=None)]
     rows += [dict(group="e", unit=seed, x=3.0 + 18 * seed) for seed in range(2)]
     rows += [dict(group="f", unit=0, x=3.0), dict(group="a", unit=0, x=7), dict(group="z", unit=1)]
-    lines = lines_of(menas.comparison(rows, "x", first="a"))
+    lines = lines_of(menas.table(menas.HEADERS, menas.comparison(rows, "x", first="a")))
     assert list(lines) == ["a", "b", "c", "e", "f"]
     values = [row["x"] for row in rows if row["group"] == "a"]
     average = mean([3, 2, 5, 10, 17, 26])
     assert [lines["a"][name] for name in ("seeds", "rows", "difference")] == ["6", "13", ""]
-    assert float(lines["a"]["x"]) == pytest.approx(average, abs=1e-3)
+    assert float(lines["a"]["mean"]) == pytest.approx(average, abs=1e-3)
     assert float(lines["a"]["median"]) == median(values)
     assert [lines["b"][name] for name in ("difference", "95 %", "p, corrected")] == [
         "+4.167", "+2.000 to +5.000", f"{4 * 2 / 64:.3f}"]
     assert float(lines["c"]["difference"]) == pytest.approx(101.5 - average, abs=1e-3)
     assert 0 < float(lines["c"]["p, corrected"]) < .03 and lines["c"]["95 %"] == "-"
     assert (lines["e"]["difference"], lines["e"]["p, corrected"]) == ("+1.500", "1.000")
-    assert lines["f"]["difference"] == "" and float(lines["f"]["x"]) == 3
-    lines = lines_of(menas.comparison(rows, "x", first="b"))
+    assert lines["f"]["difference"] == "" and float(lines["f"]["mean"]) == 3
+    lines = lines_of(menas.table(menas.HEADERS, menas.comparison(rows, "x", first="b")))
     assert list(lines) == ["b", "a", "c", "e", "f"] and lines["a"]["difference"] == "-4.167"
 
 
 def test_a_comparison(monkeypatch):
     check_comparison(monkeypatch)
+
+
+def test_an_answer_is_what_the_test_says():
+    """By hand: p of .05 and less, corrected, differ; a group without a p is not spoken of."""
+    lines = [["a", 9, 9, 1., 1., "", "", ""], ["b", 9, 9, 2., 2., "+1.000", "-", "0.050"],
+             ["c", 9, 9, 2., 2., "+1.000", "-", "0.051"], ["d", 1, 1, 2., 2., "", "", ""]]
+    expected = "From a differ: b (+1.000, p = 0.050). Not shown to: c."
+    assert menas.answer(lines) == expected
+    assert menas.answer(lines[:1]) == "Too few seeds for a test."
+
+
+def test_a_label_says_what_it_stands_for(tmp_path):
+    """The settings in which arms differ; not the seed, nor where it ran."""
+    for arm, lr in (("plain", 1.0), ("fast", 2.0)):
+        for seed in "12":
+            save(tmp_path, f"extra/{arm}/{seed}", [], lr=lr, clip=.25, seed_=seed, threads=seed)
+    found = menas.flags(load_records(tmp_path)["extra"])
+    assert found == {"plain": "--lr 1.0", "fast": "--lr 2.0"}
 
 
 @pytest.mark.parametrize("name, old, new", [
@@ -153,7 +171,7 @@ def test_a_user_sees_the_projects_own_beside(tmp_path, monkeypatch, capsys):
     report("runs")
     tables = [part for part in capsys.readouterr().out.split("\n\n") if part.startswith("| ")]
     mine, theirs = [lines_of(made) for made in tables]
-    assert [line["valid"] for line in (*mine.values(), *theirs.values())] == [
+    assert [line["mean"] for line in (*mine.values(), *theirs.values())] == [
         "1.650", "1.150", "6.650", "6.150"]
     assert mine["fresh"]["difference"] == theirs["fresh"]["difference"] == "-0.500"
 
