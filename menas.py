@@ -62,7 +62,6 @@ from matplotlib.figure import Figure
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
-    code = 2
 
 
 def choose(kind, name, choices):
@@ -1731,12 +1730,8 @@ def write_atomically(path, content):
 
 
 def strict(value):
-    """What is no number is null, as strict readers of JSON want it."""
-    if isinstance(value, dict):
-        return {key: strict(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """The value as JSON's strict readers want it: what is no number is null."""
+    return json.loads(json.dumps(value), parse_constant=lambda word: None)
 
 
 def write_json(path, value):
@@ -1848,16 +1843,15 @@ def read_lines(path):
 def read_splits(name):
     """{split: lines} of a folder with train.txt, valid.txt and test.txt, or of ptb, or of one
     file, whose last tenth is for validation and test."""
-    path = Path(os.path.expanduser(name))
-    if path.is_file() and name != "ptb":
+    path = ptb_folder() if name == "ptb" else Path(os.path.expanduser(name))
+    if path.is_file():
+        print(f"{name} is split by lines: 90 % train, 5 % valid, 5 % test", flush=True)
         lines = read_lines(path)
         valid, test = len(lines) * 90 // 100, len(lines) * 95 // 100
-        print(f"{name} is split by lines: 90 % train, 5 % valid, 5 % test", flush=True)
         return {"train": lines[:valid], "valid": lines[valid:test], "test": lines[test:]}
-    folder = ptb_folder() if name == "ptb" else path
-    if not folder.is_dir():
+    if not path.is_dir():
         choose("data folder", name, ("ptb", "toy"))
-    return {split: read_lines(folder / f"{split}.txt") for split in SPLITS}
+    return {split: read_lines(path / f"{split}.txt") for split in SPLITS}
 
 
 def tokenize(lines, unit, name):
@@ -1958,8 +1952,8 @@ def interval(a, b, paired):
 def kendall(x, y):
     """Kendall's tau-b: concordant minus discordant pairs, divided by the geometric mean of the
     numbers of pairs that differ in x and in y (Kendall 1945); nan if there are none."""
-    x, y = (torch.tensor(values, dtype=torch.float64) for values in (x, y))
-    x, y = (torch.sign(values[:, None] - values) for values in (x, y))
+    both = torch.tensor([x, y], dtype=torch.float64)
+    x, y = torch.sign(both[:, :, None] - both[:, None])
     return ((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()).item()
 
 
@@ -2749,30 +2743,28 @@ def save_network(folder, weights, corpus):
     write_json(folder / "words.json", {word: i for i, word in enumerate(corpus.words)})
 
 
-def from_training(config, names, fresh):
+def from_training(config, fresh):
     """The weights of a finished training of the same cells, in the place of fresh ones."""
     folder = Path(config.supernet)
     with refusing(f"--supernet {folder}"):
-        rows = read_json(folder / "result.json")["rows"]
-        trained = [row["cell"] for row in rows if row["group"] == "network"]
-        if trained != names:
-            raise ValueError(f"it has trained {','.join(trained)}, not {','.join(names)}")
+        trained = read_json(folder / "config.json")["cell"]
         weights = load_tensors(folder / "weights.pt")
-        if [w.shape for w in weights.values()] != [w.shape for w in fresh.values()]:
-            raise ValueError(f"its weights are not of --hidden {config.hidden} and these cells")
+        fits = [w.shape for w in weights.values()] == [w.shape for w in fresh.values()]
+        if trained != config.cell or not fits:
+            raise ValueError(f"it has trained {trained}, not this of --hidden {config.hidden}")
         return weights
 
 
-def from_supernet(config, cells, words):
+def from_supernet(config, cells):
     """Rows of cells, and standalone weights that start from a search's, which must fit."""
     searched, shared, _ = supernet(config)
-    if shared["embedding"].shape != (words, config.hidden):
-        raise UserError(f"--supernet {config.supernet} is of {len(shared['embedding'])} words and "
-                        f"--hidden {searched.hidden}, not of {words} and {config.hidden}")
+    fits = searched.hidden == config.hidden
     for cell in cells:
-        if len(cell.nodes) > searched.nodes or "input" in shared and not is_enas(cell):
-            raise UserError(f"--supernet {config.supernet}, of {searched.nodes} nodes and "
-                            f"{searched.operations}, does not hold the cell {name_of(cell)}")
+        fits &= len(cell.nodes) <= searched.nodes and ("inputs" in shared or is_enas(cell))
+    if not fits:
+        raise UserError(f"--supernet {config.supernet}, of {searched.nodes} nodes, --hidden "
+                        f"{searched.hidden} and {searched.operations}, does not hold {config.cell} "
+                        f"of --hidden {config.hidden}")
     rows = encode(cells, searched.nodes)
     return rows, inherit(shared, rows)
 
@@ -2803,11 +2795,11 @@ def study_train(config, run):
             raise UserError(f"--cell {config.cell}: a cell is wider than --hidden {config.hidden}")
     if config.supernet:
         if read_json(Path(config.supernet, "config.json")).get("command") == "train":
-            weights = from_training(config, names, weights)
+            weights = from_training(config, weights)
         elif units:
             raise UserError("--supernet has the weights of cells, none of an LSTM")
         else:
-            rows, weights = from_supernet(config, cells, words)
+            rows, weights = from_supernet(config, cells)
     best, ends = train_networks(config, run, corpus, weights, rows, seeds)
     save_network(run.folder, best, corpus)
     found = {"cell": names, "seed": seeds, "parameters": parameters, **ends}
@@ -2868,16 +2860,16 @@ def study_search(config, run):
     run.say(f"its picture is {run.folder}/cell.png, the numbers are in result.json beside it")
     if config.retrain:
         order = torch.randperm(k, generator=rng(config.seed, "retrain")).tolist()
-        entries = [dict(group="found", cell=best, seed=config.seed)]
-        entries += [dict(group="a sample", cell=sampled[i]) for i in order[:config.retrain - 1]]
-        entries += [dict(group="LSTM", cell="lstm", seed=config.seed)]
+        entries = [dict(group="found", cell=best, seed=config.seed),
+                   *(dict(group="a sample", cell=sampled[i]) for i in order[:config.retrain - 1]),
+                   dict(group="LSTM", cell="lstm", seed=config.seed)]
         found += train_rows(train_config(config), run, entries)
     return found + floor_row(corpus)
 
 
 def train_config(config):
     """The Config of trainings beside a search: the preset's, on its data and at its size."""
-    names = ("data", "unit", "seed", "device", "dtype", "threads", "nodes", "hidden", "perturb")
+    names = "data unit seed device dtype threads nodes hidden perturb".split()
     return configure("train", config.preset, **{name: getattr(config, name) for name in names})
 
 
@@ -3049,7 +3041,7 @@ def configure(command, preset="tiny", **given):
     """The Config of a command under a preset, then the user's own settings."""
     parts = PRESETS[choose("preset", preset, PRESETS)]
     settings = dict(parts["all"])
-    if command in ("compare", "ablate", "factors", "state", "capacity"):
+    if command in "compare ablate factors state capacity".split():
         settings |= parts.get("studies", {})
     return Config(**settings | parts.get(command, {}) | {"preset": preset} | given)
 
@@ -3066,8 +3058,6 @@ def check(config):
         choose(f"--{name}", getattr(config, name), choices)
     for f in fields(config):
         value, (least, most) = getattr(config, f.name), f.metadata["range"]
-        if not isinstance(value, (int, float) if f.type is float else f.type):  # in a file
-            raise UserError(f"--{f.name} {value!r} is no {f.type.__name__}")
         if f.type in (int, float) and not least <= value <= most:  # nan neither
             about = f.metadata["help"]
             raise UserError(f"--{f.name} {value} must be from {least} to {most}: {about}")
@@ -3084,6 +3074,7 @@ def check(config):
     if config.rates and config.shared_samples > 1:
         raise UserError(f"--rates {config.rates}: a shared step has one architecture's rate; use "
                         "--shared_samples 1")
+    search_space(config)
     if device_of(config).type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {config.device} is neither cpu, cuda nor mps")
 
@@ -3137,8 +3128,7 @@ STOP = []  # the signal that asked to stop
 
 
 class Halt(UserError):
-    """The machine ends a run: no memory, no disk. One line, exit code 1."""
-    code = 1
+    """The machine ends a run, as its memory or disk does: one line, exit code 1."""
 
 
 class Run:
@@ -3168,8 +3158,8 @@ class Run:
         finished, path = self.result.exists(), self.folder / "config.json"
         if not finished:
             self.take_folder()
-        worked = self.checkpoint.exists() or self.metrics.exists() and self.metrics.stat().st_size
-        worked = worked or list(self.folder.glob("**/result.json"))
+        records = [*self.folder.rglob("metrics.jsonl"), *self.folder.rglob("result.json")]
+        worked = any(record.stat().st_size for record in records)
         # what an older version did not know was as by default
         theirs = asdict(Config()) | read_json(path) if path.exists() else self.settings
         for name, value in self.settings.items():
@@ -3197,13 +3187,11 @@ class Run:
         for left in self.folder.glob(".menas-*"):
             left.unlink()
 
-    def key(self):
-        """What a resumed run must share, as text."""
-        return str([(name, x) for name, x in self.settings.items() if name not in WHEREABOUTS])
-
     def seal(self, content):
-        """What a checkpoint begins with: a hash of its run's settings and of all that follows."""
-        return sha256(self.key().encode() + content).encode()
+        """What a checkpoint begins with: a hash of the settings that who resumes must share, and of
+        all that follows."""
+        key = str([(name, x) for name, x in self.settings.items() if name not in WHEREABOUTS])
+        return sha256(key.encode() + content).encode()
 
     def restore(self):
         """The state to resume from, or None at the start; metrics.jsonl is cut back to what it
@@ -3274,9 +3262,8 @@ class Run:
 
     def finish(self, rows):
         """Write result.json: the rows, and all that it takes to make them again."""
-        config = dict(self.settings)
-        for name in ("command", "out", "inputs"):
-            config.pop(name, None)
+        names = settings_of(self.command)
+        config = {name: self.settings[name] for name in names if name != "out"}
         record = {"command": self.command, "config": config, "seed": self.config.seed,
                   "commit": self.commit, "date": time.strftime("%Y-%m-%d"),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -3299,8 +3286,8 @@ class Run:
         try:
             yield
         except OSError as error:
-            raise Halt(f"{self.folder}: {error}; what it has up to step {self.safe} is safe, and the "
-                       "same command goes on from there") from None
+            raise Halt(f"{self.folder}: {error}; what it has up to step {self.safe} is safe, and "
+                       "the same command goes on from there") from None
         except (MemoryError, RuntimeError) as error:
             if not re.search("MemoryError|(allocate|enough|out of) memory", repr(error)):
                 raise
@@ -3312,14 +3299,12 @@ class Run:
 def digest(config):
     """Of the files that a run reads, so that it does not go on with others: texts, cells, shared
     weights."""
-    data, supernet = Path(os.path.expanduser(config.data)), Path(config.supernet)
-    paths = [data, *(data / f"{split}.txt" for split in SPLITS)]
-    names = [entry.partition("@")[0] for entry in config.cell.split(",")]
-    paths += [Path(name, "result.json") for name in names if name]
-    if config.supernet:
-        paths += [supernet / "result.json", supernet / "weights.pt"]
-    content = [sha256(path.read_bytes()) for path in paths if os.path.isfile(path)]
-    return sha256("".join(content).encode())[:12] if content else ""
+    data = os.path.expanduser(config.data)
+    paths = [data, *(f"{data}/{split}.txt" for split in SPLITS)]
+    paths += [f"{entry.partition('@')[0]}/result.json" for entry in config.cell.split(",")]
+    paths += [f"{config.supernet}/result.json", f"{config.supernet}/weights.pt"]
+    content = b"".join(Path(path).read_bytes() for path in paths if os.path.isfile(path))
+    return sha256(content)[:12] if content else ""
 
 
 def run_command(command, config):
@@ -3717,9 +3702,8 @@ def parse_command(command, arguments):
             text = f"{f.metadata['help']} [{getattr(shown, f.name)}]".replace("%", "%%")
             parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text,
                                 metavar=f.type.__name__.upper(), **how)
-    for word in arguments:
-        if word.rpartition("=")[2] == "--":  # argparse would make it a list
-            fail(f"unknown argument {word!r}")
+    if re.search("(^|[ =])--( |$)", " ".join(arguments)):  # argparse would make it a list
+        fail("unknown argument '--'")
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         choose(f"setting of {command}", unknown[0].split("=")[0], [f"--{name}" for name in names])
@@ -3736,27 +3720,27 @@ def on_signal(number, frame):
     STOP.append(number)
 
 
-LEFT_OUT = ("seed", "folder", "capped", "late", "best_loss", "best_epoch", "rate", "learns")
+LEFT_OUT = "seed folder capped late best_loss best_epoch rate learns".split()
 
 
 def summary(record):
     """What a finished command prints: its rows as a table, of sampled ones the best; losses as
     perplexities, of characters also as bits. A row has a column 'failed' only if it did."""
     char = record["config"].get("unit") == "char"
-    seen, rows = set(), []
-    for row in record["rows"]:
-        if row["group"] not in ("sampled", "uniform") or row["group"] not in seen:
-            rows.append({name: x for name, x in row.items()
-                         if name not in LEFT_OUT and (x or name != "failed")})
-        seen.add(row["group"])
+    shown = {}
+    for i, row in enumerate(record["rows"]):
+        key = row["group"] if row["group"] in ("sampled", "uniform") else i
+        shown.setdefault(key, {name: x for name, x in row.items()
+                               if name not in LEFT_OUT and (x or name != "failed")})
+    rows = list(shown.values())
     columns = dict.fromkeys(name for row in rows for name in row if name not in SPLITS)
     for split, row in product(SPLITS, rows):
         if split in row:
-            shown = {f"{split} perplexity": f"{math.exp(row[split]):.2f}"}
+            measures = {f"{split} perplexity": f"{math.exp(row[split]):.2f}"}
             if char:
-                shown[f"{split} bits per character"] = row[split] / math.log(2)
-            row |= shown
-            columns |= shown
+                measures[f"{split} bits per character"] = row[split] / math.log(2)
+            row |= measures
+            columns |= measures
     return table(list(columns), [[row.get(name, "") for name in columns] for row in rows])
 
 
@@ -3778,16 +3762,15 @@ def main(arguments=None):
         config = parse_command(command, arguments[1:])
         if command == "report":
             report(config.out or "results")
-            return 0
-        if command == "draw":
+        elif command == "draw":
             draw(config)
-            return 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, on_signal)
-        print(f"\n{summary(run_command(command, config))}")
+        else:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, on_signal)
+            print(f"\n{summary(run_command(command, config))}")
     except (UserError, OSError) as error:
         print(f"menas: {one_line(error)}", file=sys.stderr)
-        return getattr(error, "code", 1)
+        return 2 if type(error) is UserError else 1
     return 0
 
 
