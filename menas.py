@@ -1845,7 +1845,7 @@ def read_splits(name):
     file, whose last tenth is for validation and test."""
     path = ptb_folder() if name == "ptb" else Path(os.path.expanduser(name))
     if path.is_file():
-        print(f"{name} is split by lines: 90 % train, 5 % valid, 5 % test", flush=True)
+        print(f"{name} is split by lines: 90 % train, 5 % valid, 5 % test")
         lines = read_lines(path)
         valid, test = len(lines) * 90 // 100, len(lines) * 95 // 100
         return {"train": lines[:valid], "valid": lines[valid:test], "test": lines[test:]}
@@ -1875,7 +1875,7 @@ def with_unk(texts, name):
         found[split] = [token if token in known else "<unk>" for token in text]
         new = sum(token not in known for token in text)
         shares.append(f"{new} of {split} ({new / len(text):.2%})")
-    print(f"{name}: made <unk>, which perplexities count: {', '.join(shares)}", flush=True)
+    print(f"{name}: made <unk>, which perplexities count: {', '.join(shares)}")
     return found
 
 
@@ -1934,7 +1934,7 @@ def p_value(a, b, paired, shift=0.0):
 def interval(a, b, paired):
     """The 95 % interval that goes with it: shifts not refused at .05; None if none can be."""
     seen, ends = mean(b) - mean(a), []
-    spread = max(map(abs, [y - x for x, y in product(a, b)])) + 1e-9
+    spread = max(*a, *b) - min(*a, *b) + 1e-9
     for side in (-1, 1):
         inside, outside = seen, seen + 4 * side * spread
         if p_value(a, b, paired, outside) > .05:
@@ -1986,9 +1986,8 @@ def supernet(config):
     folder = Path(config.supernet)
     with refusing(f"--supernet {folder}"):
         settings = read_json(folder / "config.json")
-        names = settings_of(settings["command"])
-        searched = Config(**{name: settings[name] for name in names})
-        searched = replace(searched, device=config.device, dtype=config.dtype)
+        searched = {name: settings[name] for name in settings_of(settings["command"])}
+        searched = replace(Config(**searched), device=config.device, dtype=config.dtype)
         check(searched)
         weights = load_tensors(folder / "weights.pt", device_of(config))
         if not is_shared(weights):
@@ -2669,23 +2668,23 @@ def from_genotype(text):
 def spellings(cell):
     """The cell as --cell takes it: its row; if it is ENAS's, with tanh in node 0, also an arc and a
     genotype. An arc does not say of which nodes h_t is the mean; --cell takes all."""
-    lines = [f"row: {name_of(cell)}"]
+    said = f"row: {name_of(cell)}"
     pairs = [(node.read - 1, node.activation) for node in cell.nodes[1:]]
     numbers = " ".join(f"{read} {act}" for read, act in pairs)
     if pairs and is_enas(cell) and arc(numbers, cell.output) == cell:
         recurrent = [(list(ACTIVATIONS)[act], read) for read, act in pairs]
-        lines.append(f"ENAS arc, h_t the mean of {OUTPUTS[cell.output]}: {numbers}")
-        lines.append(f"DARTS genotype: Genotype(recurrent={recurrent}, concat={leaves(cell)})")
-    return "\n".join(lines)
+        said += f"\nENAS arc, h_t the mean of {OUTPUTS[cell.output]}: {numbers}"
+        said += f"\nDARTS genotype: Genotype(recurrent={recurrent}, concat={leaves(cell)})"
+    return said
 
 
 def draw(config):
     """The picture of a cell, cell.png in the folder --out, and its spellings."""
     cell = load_cell(config, config.cell)
-    path = Path(os.path.expanduser(config.out or "runs/draw"), "cell.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_cell(cell).figure.savefig(path, dpi=110)
-    print(f"{spellings(cell)}\npicture: {path}")
+    folder = Path(os.path.expanduser(config.out or "runs/draw"))
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_cell(cell).figure.savefig(folder / "cell.png", dpi=110)
+    print(f"{spellings(cell)}\npicture: {folder}/cell.png")
 
 
 def load_cell(config, name):
@@ -2780,8 +2779,8 @@ def study_train(config, run):
     names = [entry.partition("@")[0] for entry in entries]
     with refusing(f"--cell {config.cell}"):
         seeds = [int(entry.partition("@")[2] or config.seed) for entry in entries]
-    units = lstm_units(config, names[0])
-    if any(lstm_units(config, name) != units for name in names):
+    units, *others = {lstm_units(config, name) for name in names}
+    if others:
         raise UserError(f"--cell {config.cell}: train an LSTM in a run of its own")
     if units:
         rows = torch.zeros(len(names), 9, dtype=torch.long)
@@ -2803,7 +2802,6 @@ def study_train(config, run):
     best, ends = train_networks(config, run, corpus, weights, rows, seeds)
     save_network(run.folder, best, corpus)
     found = {"cell": names, "seed": seeds, "parameters": parameters, **ends}
-    found["capped"] = [epochs >= config.epochs for epochs in ends["epochs"]]
     judged = [(split, "plain", getattr(corpus, split)) for split in SPLITS]
     if config.perturb:
         judged += [(f"test, {kind}", kind, corpus.test) for kind in INPUTS if kind != "plain"]
@@ -2823,12 +2821,12 @@ def floor_row(corpus):
 def search_rows(config, group, rows, losses, guess):
     """What is recorded of architectures scored under the shared weights."""
     found = []
-    for row, loss in zip(rows, losses.tolist()):
+    learns, _ = TASKS[config.task](rows)
+    for row, loss, factor in zip(rows, losses.tolist(), learns.tolist()):
         cell = decode(row)
-        learns, _ = TASKS[config.task](row[None])
         found.append(dict(group=group, cell=row_name(row), valid=no_worse(loss, guess),
                           parameters=recurrent_parameters(cell, config.hidden), rate=cell.rate,
-                          learns=learns.item(), failed=not math.isfinite(loss)))
+                          learns=factor, failed=not math.isfinite(loss)))
     return found
 
 
@@ -3039,11 +3037,11 @@ PRESETS = {
 
 def configure(command, preset="tiny", **given):
     """The Config of a command under a preset, then the user's own settings."""
-    parts = PRESETS[choose("preset", preset, PRESETS)]
-    settings = dict(parts["all"])
+    parts, studies = PRESETS[choose("preset", preset, PRESETS)], {}
     if command in "compare ablate factors state capacity".split():
-        settings |= parts.get("studies", {})
-    return Config(**settings | parts.get(command, {}) | {"preset": preset} | given)
+        studies = parts.get("studies", {})
+    settings = parts["all"] | studies | parts.get(command, {})
+    return Config(**settings | {"preset": preset} | given)
 
 
 CHOICES = {"preset": PRESETS, "unit": UNITS, "dtype": DTYPES, "connections": CONNECTIONS,
@@ -3069,14 +3067,11 @@ def check(config):
         raise UserError(f"--lookahead {look}: a controller that is {config.controller} has none")
     if config.anneal > max(0, learning):
         raise UserError(f"--anneal {config.anneal} is more than the {learning} rounds of learning")
-    if config.rates and look in ("momentum", "recent"):
-        raise UserError(f"--rates {config.rates}: past gradients have no rate, fresh ones do")
-    if config.rates and config.shared_samples > 1:
-        raise UserError(f"--rates {config.rates}: a shared step has one architecture's rate; use "
-                        "--shared_samples 1")
+    if config.rates and (look in ("momentum", "recent") or config.shared_samples > 1):
+        raise UserError(f"--rates {config.rates} needs --shared_samples 1, and --lookahead none or "
+                        "fresh: a step then has one architecture's rate, and past gradients none")
     search_space(config)
-    if device_of(config).type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {config.device} is neither cpu, cuda nor mps")
+    device_of(config)
 
 
 def device_of(config):
@@ -3085,10 +3080,9 @@ def device_of(config):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with refusing(f"--device {name} with --dtype {config.dtype}", "; use --device cpu"):
-        device = torch.device(name)
-        x = torch.ones(1, 1, device=device, dtype=DTYPES[config.dtype])
-        x @ x  # not every device has every dtype
-        return device
+        x = torch.ones(1, 1, device=name, dtype=DTYPES[config.dtype])
+        (x @ x).item()  # not every device has every dtype, nor a memory
+        return x.device
 
 
 @lru_cache
@@ -3104,10 +3098,9 @@ def tensorboard(folder):
 
 def commit():
     """The commit that this file is at, '+' if it has changed since; '' outside a repository."""
-    changed = f"git diff --quiet HEAD -- {Path(__file__).name} || echo +"
-    ask = f"git rev-parse --short=12 HEAD && ({changed})"
-    here = Path(__file__).parent
-    answer = subprocess.run(ask, shell=True, cwd=here, capture_output=True, text=True)
+    here = Path(__file__)
+    ask = f"git rev-parse --short=12 HEAD && (git diff --quiet HEAD -- {here.name} || echo +)"
+    answer = subprocess.run(ask, shell=True, cwd=here.parent, capture_output=True, text=True)
     return answer.stdout.replace("\n", "")
 
 
@@ -3158,8 +3151,8 @@ class Run:
         finished, path = self.result.exists(), self.folder / "config.json"
         if not finished:
             self.take_folder()
-        records = [*self.folder.rglob("metrics.jsonl"), *self.folder.rglob("result.json")]
-        worked = any(record.stat().st_size for record in records)
+        worked = any(record.stat().st_size for record in self.folder.rglob("*.json*")
+                     if record.name != "config.json")
         # what an older version did not know was as by default
         theirs = asdict(Config()) | read_json(path) if path.exists() else self.settings
         for name, value in self.settings.items():
@@ -3180,8 +3173,8 @@ class Run:
             # the system's own lock, so a killed run frees it
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            busy = f"another run is at work in {self.folder}: give this one another --out"
-            raise UserError(busy) from None
+            raise UserError(f"another run is at work in {self.folder}: give this one another "
+                            "--out") from None
         except (ImportError, OSError):
             self.say("this system has no file locks: run nothing else in this folder")
         for left in self.folder.glob(".menas-*"):
@@ -3230,8 +3223,8 @@ class Run:
         """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
         if STOP:
             self.save()
-            goes_on = "the same command goes on from here" if self.good else "nothing was saved"
-            self.say(f"stopped by {signal.Signals(STOP[0]).name}; {goes_on}")
+            self.say(f"stopped by {signal.Signals(STOP[0]).name} at step {self.safe}; the same "
+                     "command goes on from here")
             raise SystemExit(128 + STOP[0])
 
     def say(self, text):
@@ -3257,8 +3250,8 @@ class Run:
             self.spoke_at, spent = now, now - self.started
             shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if not isinstance(v, list))
             left = timedelta(seconds=int(spent * (total / done - 1)))
-            pace = f"{words / spent:,.0f} words/s  {left} left"
-            self.say(f"{100 * done / total:3.0f} %  {shown}  {pace}")
+            self.say(f"{100 * done / total:3.0f} %  {shown}  {words / spent:,.0f} words/s  "
+                     f"{left} left")
 
     def finish(self, rows):
         """Write result.json: the rows, and all that it takes to make them again."""
@@ -3270,15 +3263,7 @@ class Run:
                   "machine": machine(device_of(self.config)),
                   "seconds": round(time.time() - self.started, 1), "rows": rows}
         write_json(self.result, record)
-        return strict(record)
-
-    def find(self):
-        """The record of a finished run."""
-        self.say("already finished")
-        with refusing(self.result, "; delete it to make it again"):
-            record = read_json(self.result) | {"found": True}
-            summary(record)  # can be shown, so it is whole
-            return record
+        return record
 
     @contextmanager
     def halting(self):
@@ -3316,7 +3301,11 @@ def run_command(command, config):
     with run.halting():
         run.open()
         if run.result.exists():
-            return run.find()
+            run.say("already finished")
+            with refusing(run.result, "; delete it to make it again"):
+                record = read_json(run.result)
+                summary(record)  # can be shown, so it is whole
+                return record | {"found": True}
         with run.lock:
             work, _, _ = COMMANDS[command]
             return run.finish(work(config, run))
@@ -3694,7 +3683,6 @@ def parse_command(command, arguments):
     parser = argparse.ArgumentParser(prog=f"menas.py {command}", allow_abbrev=False,
                                      description=COMMANDS[command][1])
     parser.error = fail
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=34)
     names = settings_of(command)
     for f in fields(Config):
         if f.name in names:
@@ -3720,7 +3708,7 @@ def on_signal(number, frame):
     STOP.append(number)
 
 
-LEFT_OUT = "seed folder capped late best_loss best_epoch rate learns".split()
+LEFT_OUT = "seed folder capped late best_loss best_epoch rate learns".split()  # in old ones too
 
 
 def summary(record):
@@ -3732,7 +3720,7 @@ def summary(record):
         key = row["group"] if row["group"] in ("sampled", "uniform") else i
         shown.setdefault(key, {name: x for name, x in row.items()
                                if name not in LEFT_OUT and (x or name != "failed")})
-    rows = list(shown.values())
+    rows = shown.values()
     columns = dict.fromkeys(name for row in rows for name in row if name not in SPLITS)
     for split, row in product(SPLITS, rows):
         if split in row:
