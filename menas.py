@@ -64,7 +64,6 @@ from matplotlib.figure import Figure
 
 class UserError(Exception):
     """Something the user can mend: printed as one line, exit code 2."""
-    code = 2
 
 
 def choose(kind, name, choices):
@@ -1917,12 +1916,8 @@ def write_atomically(path, content):
 
 
 def strict(value):
-    """What is no number is null, as strict readers of JSON want it."""
-    if isinstance(value, dict):
-        return {key: strict(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """The value as JSON's strict readers want it: what is no number is null."""
+    return json.loads(json.dumps(value), parse_constant=lambda word: None)
 
 
 def write_json(path, value):
@@ -2034,16 +2029,15 @@ def read_lines(path):
 def read_splits(name):
     """{split: lines} of a folder with train.txt, valid.txt and test.txt, or of ptb, or of one
     file, whose last tenth is for validation and test."""
-    path = Path(os.path.expanduser(name))
-    if path.is_file() and name != "ptb":
+    path = ptb_folder() if name == "ptb" else Path(os.path.expanduser(name))
+    if path.is_file():
+        print(f"{name} is split by lines: 90 % train, 5 % valid, 5 % test")
         lines = read_lines(path)
         valid, test = len(lines) * 90 // 100, len(lines) * 95 // 100
-        print(f"{name} is split by lines: 90 % train, 5 % valid, 5 % test", flush=True)
         return {"train": lines[:valid], "valid": lines[valid:test], "test": lines[test:]}
-    folder = ptb_folder() if name == "ptb" else path
-    if not folder.is_dir():
+    if not path.is_dir():
         choose("data folder", name, ("ptb", "toy"))
-    return {split: read_lines(folder / f"{split}.txt") for split in SPLITS}
+    return {split: read_lines(path / f"{split}.txt") for split in SPLITS}
 
 
 def tokenize(lines, unit, name):
@@ -2067,7 +2061,7 @@ def with_unk(texts, name):
         found[split] = [token if token in known else "<unk>" for token in text]
         new = sum(token not in known for token in text)
         shares.append(f"{new} of {split} ({new / len(text):.2%})")
-    print(f"{name}: made <unk>, which perplexities count: {', '.join(shares)}", flush=True)
+    print(f"{name}: made <unk>, which perplexities count: {', '.join(shares)}")
     return found
 
 
@@ -2130,7 +2124,7 @@ def interval(a, b, paired):
     """The 95 % interval that goes with it: shifts not refused at .05; None if none can be."""
     seen = mean(b) - mean(a)
     ends = []
-    spread = max(map(abs, [y - x for x, y in product(a, b)])) + 1e-9
+    spread = max(*a, *b) - min(*a, *b) + 1e-9
     # by bisection, from the difference seen to one that is refused
     for side in (-1, 1):
         inside = seen
@@ -2150,8 +2144,8 @@ def interval(a, b, paired):
 def kendall(x, y):
     """Kendall's tau-b: concordant minus discordant pairs, divided by the geometric mean of the
     numbers of pairs that differ in x and in y (Kendall 1945); nan if there are none."""
-    x, y = (torch.tensor(values, dtype=torch.float64) for values in (x, y))
-    x, y = (torch.sign(values[:, None] - values) for values in (x, y))
+    both = torch.tensor([x, y], dtype=torch.float64)
+    x, y = torch.sign(both[:, :, None] - both[:, None])
     return ((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()).item()
 
 
@@ -2186,9 +2180,8 @@ def supernet(config):
     folder = Path(config.supernet)
     with refusing(f"--supernet {folder}"):
         settings = read_json(folder / "config.json")
-        names = settings_of(settings["command"])
-        searched = Config(**{name: settings[name] for name in names})
-        searched = replace(searched, device=config.device, dtype=config.dtype)
+        searched = {name: settings[name] for name in settings_of(settings["command"])}
+        searched = replace(Config(**searched), device=config.device, dtype=config.dtype)
         check(searched)
         weights = load_tensors(folder / "weights.pt", device_of(config))
         if not is_shared(weights):
@@ -2773,24 +2766,24 @@ def from_genotype(text):
 def spellings(cell):
     """The cell as --cell takes it: its row; if it is ENAS's, with tanh in node 0, also an arc and a
     genotype. An arc does not say of which nodes h_t is the mean; --cell takes all."""
-    lines = [f"row: {name_of(cell)}"]
+    said = f"row: {name_of(cell)}"
     pairs = [(node.read - 1, node.activation) for node in cell.nodes[1:]]
     numbers = " ".join(f"{read} {act}" for read, act in pairs)
     if pairs and is_enas(cell) and arc(numbers, cell.output) == cell:
         recurrent = [(list(ACTIVATIONS)[act], read) for read, act in pairs]
         averaged = "all nodes" if cell.output == ALL else "the leaves"
-        lines.append(f"ENAS arc, h_t the mean of {averaged}: {numbers}")
-        lines.append(f"DARTS genotype: Genotype(recurrent={recurrent}, concat={leaves(cell)})")
-    return "\n".join(lines)
+        said += f"\nENAS arc, h_t the mean of {averaged}: {numbers}"
+        said += f"\nDARTS genotype: Genotype(recurrent={recurrent}, concat={leaves(cell)})"
+    return said
 
 
 def draw(config):
     """The picture of a cell, cell.png in the folder --out, and its spellings."""
     cell = load_cell(config, config.cell)
-    path = Path(os.path.expanduser(config.out or "runs/draw"), "cell.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_cell(cell).figure.savefig(path, dpi=110)
-    print(f"{spellings(cell)}\npicture: {path}")
+    folder = Path(os.path.expanduser(config.out or "runs/draw"))
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_cell(cell).figure.savefig(folder / "cell.png", dpi=110)
+    print(f"{spellings(cell)}\npicture: {folder}/cell.png")
 
 
 def load_cell(config, name):
@@ -2848,30 +2841,28 @@ def save_network(folder, weights, corpus):
     write_json(folder / "words.json", {word: i for i, word in enumerate(corpus.words)})
 
 
-def from_training(config, names, fresh):
+def from_training(config, fresh):
     """The weights of a finished training of the same cells, in the place of fresh ones."""
     folder = Path(config.supernet)
     with refusing(f"--supernet {folder}"):
-        rows = read_json(folder / "result.json")["rows"]
-        trained = [row["cell"] for row in rows if row["group"] == "network"]
-        if trained != names:
-            raise ValueError(f"it has trained {','.join(trained)}, not {','.join(names)}")
+        trained = read_json(folder / "config.json")["cell"]
         weights = load_tensors(folder / "weights.pt")
-        if [w.shape for w in weights.values()] != [w.shape for w in fresh.values()]:
-            raise ValueError(f"its weights are not of --hidden {config.hidden} and these cells")
+        fits = [w.shape for w in weights.values()] == [w.shape for w in fresh.values()]
+        if trained != config.cell or not fits:
+            raise ValueError(f"it has trained {trained}, not this of --hidden {config.hidden}")
         return weights
 
 
-def from_supernet(config, cells, words):
+def from_supernet(config, cells):
     """Rows of cells, and standalone weights that start from a search's, which must fit."""
     searched, shared, _ = supernet(config)
-    if shared["embedding"].shape != (words, config.hidden):
-        raise UserError(f"--supernet {config.supernet} is of {len(shared['embedding'])} words and "
-                        f"--hidden {searched.hidden}, not of {words} and {config.hidden}")
+    fits = searched.hidden == config.hidden
     for cell in cells:
-        if len(cell.nodes) > searched.nodes or "input" in shared and not is_enas(cell):
-            raise UserError(f"--supernet {config.supernet}, of {searched.nodes} nodes and "
-                            f"{searched.operations}, does not hold the cell {name_of(cell)}")
+        fits &= len(cell.nodes) <= searched.nodes and ("inputs" in shared or is_enas(cell))
+    if not fits:
+        raise UserError(f"--supernet {config.supernet}, of {searched.nodes} nodes, --hidden "
+                        f"{searched.hidden} and {searched.operations}, does not hold {config.cell} "
+                        f"of --hidden {config.hidden}")
     rows = encode(cells, searched.nodes)
     return rows, inherit(shared, rows)
 
@@ -2887,8 +2878,8 @@ def study_train(config, run):
     names = [entry.partition("@")[0] for entry in entries]
     with refusing(f"--cell {config.cell}"):
         seeds = [int(entry.partition("@")[2] or config.seed) for entry in entries]
-    units = lstm_units(config, names[0])
-    if any(lstm_units(config, name) != units for name in names):
+    units, *others = {lstm_units(config, name) for name in names}
+    if others:
         raise UserError(f"--cell {config.cell}: train an LSTM in a run of its own")
     if units:
         rows = torch.zeros(len(names), 9, dtype=torch.long)
@@ -2902,15 +2893,14 @@ def study_train(config, run):
             raise UserError(f"--cell {config.cell}: a cell is wider than --hidden {config.hidden}")
     if config.supernet:
         if read_json(Path(config.supernet, "config.json")).get("command") == "train":
-            weights = from_training(config, names, weights)
+            weights = from_training(config, weights)
         elif units:
             raise UserError("--supernet has the weights of cells, none of an LSTM")
         else:
-            rows, weights = from_supernet(config, cells, words)
+            rows, weights = from_supernet(config, cells)
     best, ends = train_networks(config, run, corpus, weights, rows, seeds)
     save_network(run.folder, best, corpus)
     found = {"cell": names, "seed": seeds, "parameters": parameters, **ends}
-    found["capped"] = [epochs >= config.epochs for epochs in ends["epochs"]]
     judged = [(split, "plain", getattr(corpus, split)) for split in SPLITS]
     if config.perturb:
         judged += [(f"test, {kind}", kind, corpus.test) for kind in INPUTS if kind != "plain"]
@@ -2930,12 +2920,12 @@ def floor_row(corpus):
 def search_rows(config, group, rows, losses, guess):
     """What is recorded of architectures scored under the shared weights."""
     found = []
-    for row, loss in zip(rows, losses.tolist()):
+    learns, _ = TASKS[config.task](rows)
+    for row, loss, factor in zip(rows, losses.tolist(), learns.tolist()):
         cell = decode(row)
-        learns, _ = TASKS[config.task](row[None])
         found.append(dict(group=group, cell=row_name(row), valid=no_worse(loss, guess),
                           parameters=recurrent_parameters(cell, config.hidden), rate=cell.rate,
-                          learns=learns.item(), failed=not math.isfinite(loss)))
+                          learns=factor, failed=not math.isfinite(loss)))
     return found
 
 
@@ -2967,16 +2957,16 @@ def study_search(config, run):
     run.say(f"its picture is {run.folder}/cell.png, the numbers are in result.json beside it")
     if config.retrain:
         order = torch.randperm(k, generator=rng(config.seed, "retrain")).tolist()
-        entries = [dict(group="found", cell=best, seed=config.seed)]
-        entries += [dict(group="a sample", cell=sampled[i]) for i in order[:config.retrain - 1]]
-        entries += [dict(group="LSTM", cell="lstm", seed=config.seed)]
+        entries = [dict(group="found", cell=best, seed=config.seed),
+                   *(dict(group="a sample", cell=sampled[i]) for i in order[:config.retrain - 1]),
+                   dict(group="LSTM", cell="lstm", seed=config.seed)]
         found += train_rows(train_config(config), run, entries)
     return found + floor_row(corpus)
 
 
 def train_config(config):
     """The Config of trainings beside a search: the preset's, on its data and at its size."""
-    names = ("data", "unit", "seed", "device", "dtype", "threads", "nodes", "hidden", "perturb")
+    names = "data unit seed device dtype threads nodes hidden perturb".split()
     return configure("train", config.preset, **{name: getattr(config, name) for name in names})
 
 
@@ -3146,11 +3136,11 @@ PRESETS = {
 
 def configure(command, preset="tiny", **given):
     """The Config of a command under a preset, then the user's own settings."""
-    parts = PRESETS[choose("preset", preset, PRESETS)]
-    settings = dict(parts["all"])
-    if command in ("compare", "ablate", "factors", "state", "capacity"):
-        settings |= parts.get("studies", {})
-    return Config(**settings | parts.get(command, {}) | {"preset": preset} | given)
+    parts, studies = PRESETS[choose("preset", preset, PRESETS)], {}
+    if command in "compare ablate factors state capacity".split():
+        studies = parts.get("studies", {})
+    settings = parts["all"] | studies | parts.get(command, {})
+    return Config(**settings | {"preset": preset} | given)
 
 
 CHOICES = {"preset": PRESETS, "unit": UNITS, "dtype": DTYPES, "connections": CONNECTIONS,
@@ -3165,8 +3155,6 @@ def check(config):
         choose(f"--{name}", getattr(config, name), choices)
     for f in fields(config):
         value, (least, most) = getattr(config, f.name), f.metadata["range"]
-        if not isinstance(value, (int, float) if f.type is float else f.type):  # in a file
-            raise UserError(f"--{f.name} {value!r} is no {f.type.__name__}")
         if f.type in (int, float) and not least <= value <= most:  # nan neither
             about = f.metadata["help"]
             raise UserError(f"--{f.name} {value} must be from {least} to {most}: {about}")
@@ -3178,13 +3166,11 @@ def check(config):
         raise UserError(f"--lookahead {look}: a controller that is {config.controller} has none")
     if config.anneal > max(0, learning):
         raise UserError(f"--anneal {config.anneal} is more than the {learning} rounds of learning")
-    if config.rates and look in ("momentum", "recent"):
-        raise UserError(f"--rates {config.rates}: past gradients have no rate, fresh ones do")
-    if config.rates and config.shared_samples > 1:
-        raise UserError(f"--rates {config.rates}: a shared step has one architecture's rate; use "
-                        "--shared_samples 1")
-    if device_of(config).type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {config.device} is neither cpu, cuda nor mps")
+    if config.rates and (look in ("momentum", "recent") or config.shared_samples > 1):
+        raise UserError(f"--rates {config.rates} needs --shared_samples 1, and --lookahead none or "
+                        "fresh: a step then has one architecture's rate, and past gradients none")
+    search_space(config)
+    device_of(config)
 
 
 def device_of(config):
@@ -3193,10 +3179,9 @@ def device_of(config):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with refusing(f"--device {name} with --dtype {config.dtype}", "; use --device cpu"):
-        device = torch.device(name)
-        x = torch.ones(1, 1, device=device, dtype=DTYPES[config.dtype])
-        x @ x  # not every device has every dtype
-        return device
+        x = torch.ones(1, 1, device=name, dtype=DTYPES[config.dtype])
+        (x @ x).item()  # not every device has every dtype, nor a memory
+        return x.device
 
 
 @lru_cache
@@ -3212,10 +3197,9 @@ def tensorboard(folder):
 
 def commit():
     """The commit that this file is at, '+' if it has changed since; '' outside a repository."""
-    changed = f"git diff --quiet HEAD -- {Path(__file__).name} || echo +"
-    ask = f"git rev-parse --short=12 HEAD && ({changed})"
-    here = Path(__file__).parent
-    answer = subprocess.run(ask, shell=True, cwd=here, capture_output=True, text=True)
+    here = Path(__file__)
+    ask = f"git rev-parse --short=12 HEAD && (git diff --quiet HEAD -- {here.name} || echo +)"
+    answer = subprocess.run(ask, shell=True, cwd=here.parent, capture_output=True, text=True)
     return answer.stdout.replace("\n", "")
 
 
@@ -3236,8 +3220,7 @@ STOP = []  # the signal that asked to stop
 
 
 class Halt(UserError):
-    """The machine ends a run: no memory, no disk. One line, exit code 1."""
-    code = 1
+    """The machine ends a run, as its memory or disk does: one line, exit code 1."""
 
 
 class Run:
@@ -3267,8 +3250,8 @@ class Run:
         finished, path = self.result.exists(), self.folder / "config.json"
         if not finished:
             self.take_folder()
-        worked = self.checkpoint.exists() or self.metrics.exists() and self.metrics.stat().st_size
-        worked = worked or list(self.folder.glob("**/result.json"))
+        worked = any(record.stat().st_size for record in self.folder.rglob("*.json*")
+                     if record.name != "config.json")
         # what an older version did not know was as by default
         theirs = vars(Config()) | read_json(path) if path.exists() else self.settings
         for name, value in self.settings.items():
@@ -3289,20 +3272,18 @@ class Run:
             # the system's own lock, so a killed run frees it
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            busy = f"another run is at work in {self.folder}: give this one another --out"
-            raise UserError(busy) from None
+            raise UserError(f"another run is at work in {self.folder}: give this one another "
+                            "--out") from None
         except (ImportError, OSError):
             self.say("this system has no file locks: run nothing else in this folder")
         for left in self.folder.glob(".menas-*"):
             left.unlink()
 
-    def key(self):
-        """What a resumed run must share, as text."""
-        return str([(name, x) for name, x in self.settings.items() if name not in WHEREABOUTS])
-
     def seal(self, content):
-        """What a checkpoint begins with: a hash of its run's settings and of all that follows."""
-        return sha256(self.key().encode() + content).encode()
+        """What a checkpoint begins with: a hash of the settings that who resumes must share, and of
+        all that follows."""
+        key = str([(name, x) for name, x in self.settings.items() if name not in WHEREABOUTS])
+        return sha256(key.encode() + content).encode()
 
     def restore(self):
         """The state to resume from, or None at the start; metrics.jsonl is cut back to what it
@@ -3341,8 +3322,8 @@ class Run:
         """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
         if STOP:
             self.save()
-            goes_on = "the same command goes on from here" if self.good else "nothing was saved"
-            self.say(f"stopped by {signal.Signals(STOP[0]).name}; {goes_on}")
+            self.say(f"stopped by {signal.Signals(STOP[0]).name} at step {self.safe}; the same "
+                     "command goes on from here")
             raise SystemExit(128 + STOP[0])
 
     def say(self, text):
@@ -3368,29 +3349,20 @@ class Run:
             self.spoke_at, spent = now, now - self.started
             shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if not isinstance(v, list))
             left = timedelta(seconds=int(spent * (total / done - 1)))
-            pace = f"{words / spent:,.0f} words/s  {left} left"
-            self.say(f"{100 * done / total:3.0f} %  {shown}  {pace}")
+            self.say(f"{100 * done / total:3.0f} %  {shown}  {words / spent:,.0f} words/s  "
+                     f"{left} left")
 
     def finish(self, rows):
         """Write result.json: the rows, and all that it takes to make them again."""
-        config = dict(self.settings)
-        for name in ("command", "out", "inputs"):
-            config.pop(name, None)
+        names = settings_of(self.command)
+        config = {name: self.settings[name] for name in names if name != "out"}
         record = {"command": self.command, "config": config, "seed": self.config.seed,
                   "commit": self.commit, "date": time.strftime("%Y-%m-%d"),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__},
                   "machine": machine(device_of(self.config)),
                   "seconds": round(time.time() - self.started, 1), "rows": rows}
         write_json(self.result, record)
-        return strict(record)
-
-    def find(self):
-        """The record of a finished run."""
-        self.say("already finished")
-        with refusing(self.result, "; delete it to make it again"):
-            record = read_json(self.result) | {"found": True}
-            summary(record)  # can be shown, so it is whole
-            return record
+        return record
 
     @contextmanager
     def halting(self):
@@ -3411,14 +3383,12 @@ class Run:
 def digest(config):
     """Of the files that a run reads, so that it does not go on with others: texts, cells, shared
     weights."""
-    data, supernet = Path(os.path.expanduser(config.data)), Path(config.supernet)
-    paths = [data, *(data / f"{split}.txt" for split in SPLITS)]
-    names = [entry.partition("@")[0] for entry in config.cell.split(",")]
-    paths += [Path(name, "result.json") for name in names if name]
-    if config.supernet:
-        paths += [supernet / "result.json", supernet / "weights.pt"]
-    content = [sha256(path.read_bytes()) for path in paths if os.path.isfile(path)]
-    return sha256("".join(content).encode())[:12] if content else ""
+    data = os.path.expanduser(config.data)
+    paths = [data, *(f"{data}/{split}.txt" for split in SPLITS)]
+    paths += [f"{entry.partition('@')[0]}/result.json" for entry in config.cell.split(",")]
+    paths += [f"{config.supernet}/result.json", f"{config.supernet}/weights.pt"]
+    content = b"".join(Path(path).read_bytes() for path in paths if os.path.isfile(path))
+    return sha256(content)[:12] if content else ""
 
 
 def run_command(command, config):
@@ -3430,7 +3400,11 @@ def run_command(command, config):
     with run.halting():
         run.open()
         if run.result.exists():
-            return run.find()
+            run.say("already finished")
+            with refusing(run.result, "; delete it to make it again"):
+                record = read_json(run.result)
+                summary(record)  # can be shown, so it is whole
+                return record | {"found": True}
         with run.lock:
             work, _, _ = COMMANDS[command]
             return run.finish(work(config, run))
@@ -3643,8 +3617,8 @@ STUDIES = {
                     panels=((curves, "entropy"), (curves, "reward"))),
     "train": Study("What do cells reach under one budget?", ("valid", "test"), "network", "enas",
                    panels=((curves, "valid_perplexity"),)),
-    "compare": Study("Is a trained controller better than chance?", ("test", "best", "shared", "distinct"),
-                     panels=((densities, "test"),)),
+    "compare": Study("Is a trained controller better than chance?",
+                     ("test", "best", "shared", "distinct"), panels=((densities, "test"),)),
     "factors": Study("Is it the connections or the activations?", ("test",)),
     "ablate": Study("What in a cell matters?", ("test",)),
     "capacity": Study("How much can a cell learn by heart?", ("train",)),
@@ -3805,7 +3779,6 @@ def parse_command(command, arguments):
     parser = argparse.ArgumentParser(prog=f"menas.py {command}", allow_abbrev=False,
                                      description=COMMANDS[command][1])
     parser.error = fail
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=34)
     names = settings_of(command)
     for f in fields(Config):
         if f.name in names:
@@ -3813,9 +3786,8 @@ def parse_command(command, arguments):
             text = f"{f.metadata['help']} [{getattr(shown, f.name)}]".replace("%", "%%")
             parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text,
                                 metavar=f.type.__name__.upper(), **how)
-    for word in arguments:
-        if word.rpartition("=")[2] == "--":  # argparse would make it a list
-            fail(f"unknown argument {word!r}")
+    if re.search("(^|[ =])--( |$)", " ".join(arguments)):  # argparse would make it a list
+        fail("unknown argument '--'")
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         choose(f"setting of {command}", unknown[0].split("=")[0], [f"--{name}" for name in names])
@@ -3832,27 +3804,27 @@ def on_signal(number, frame):
     STOP.append(number)
 
 
-LEFT_OUT = ("seed", "folder", "capped", "late", "best_loss", "best_epoch", "rate", "learns")
+LEFT_OUT = "seed folder capped late best_loss best_epoch rate learns".split()  # in old ones too
 
 
 def summary(record):
     """What a finished command prints: its rows as a table, of sampled ones the best; losses as
     perplexities, of characters also as bits. A row has a column 'failed' only if it did."""
     char = record["config"].get("unit") == "char"
-    seen, rows = set(), []
-    for row in record["rows"]:
-        if row["group"] not in ("sampled", "uniform") or row["group"] not in seen:
-            rows.append({name: x for name, x in row.items()
-                         if name not in LEFT_OUT and (x or name != "failed")})
-        seen.add(row["group"])
+    shown = {}
+    for i, row in enumerate(record["rows"]):
+        key = row["group"] if row["group"] in ("sampled", "uniform") else i
+        shown.setdefault(key, {name: x for name, x in row.items()
+                               if name not in LEFT_OUT and (x or name != "failed")})
+    rows = shown.values()
     columns = dict.fromkeys(name for row in rows for name in row if name not in SPLITS)
     for split, row in product(SPLITS, rows):
         if split in row:
-            shown = {f"{split} perplexity": f"{math.exp(row[split]):.2f}"}
+            measures = {f"{split} perplexity": f"{math.exp(row[split]):.2f}"}
             if char:
-                shown[f"{split} bits per character"] = row[split] / math.log(2)
-            row |= shown
-            columns |= shown
+                measures[f"{split} bits per character"] = row[split] / math.log(2)
+            row |= measures
+            columns |= measures
     return table(list(columns), [[row.get(name, "") for name in columns] for row in rows])
 
 
@@ -3874,16 +3846,15 @@ def main(arguments=None):
         config = parse_command(command, arguments[1:])
         if command == "report":
             report(config.out or "results")
-            return 0
-        if command == "draw":
+        elif command == "draw":
             draw(config)
-            return 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, on_signal)
-        print(f"\n{summary(run_command(command, config))}")
+        else:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, on_signal)
+            print(f"\n{summary(run_command(command, config))}")
     except (UserError, OSError) as error:
         print(f"menas: {one_line(error)}", file=sys.stderr)
-        return getattr(error, "code", 1)
+        return 2 if type(error) is UserError else 1
     return 0
 
 

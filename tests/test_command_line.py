@@ -147,7 +147,7 @@ MISTAKES = {
     "train --cell random:": "'random:', random:SEED",
     "train --cell Genotype(recurrent=[('tanh',°0),('relu',°1)],°concat=[1])": "concat",
     "train --cell --": "'--'",
-    "search --memory=--": "'--memory=--'",
+    "search --memory=--": "'--'",
     "search --lr --": "'--'",
     "search --out a\nb\0": "a\\nb\\x00",
     "search --unit chars": "'chars', did you mean char?",
