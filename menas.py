@@ -1883,8 +1883,7 @@ def train_networks(config, run, corpus, weights, rows, seeds):
 
 # 8. Texts -----------------------------------------------------------------------------------------
 SPLITS = ("train", "valid", "test")
-PTB_MIRRORS = ("https://raw.githubusercontent.com/carpedm20/ENAS-pytorch/master/data/ptb/{}.txt",
-               "https://raw.githubusercontent.com/timbmg/RNNLM/master/data/ptb.{}.txt")
+PTB = "https://raw.githubusercontent.com/carpedm20/ENAS-pytorch/master/data/ptb/{}.txt"
 PTB_SHA256 = {"train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
               "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
               "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}
@@ -1921,6 +1920,7 @@ def strict(value):
 
 
 def write_json(path, value):
+    """The value as JSON, whole or not at all."""
     write_atomically(path, (json.dumps(strict(value), indent=1) + "\n").encode())
 
 
@@ -1931,30 +1931,27 @@ def read_json(path):
 
 
 def sha256(content):
+    """The hash of bytes, in hex."""
     return hashlib.sha256(content).hexdigest()
 
 
-def ptb_folder(folder=CACHE, mirrors=PTB_MIRRORS):
-    """The folder of the three PTB files; an absent one comes from the first mirror with the right
-    hash."""
+def ptb_folder(folder=CACHE, address=PTB):
+    """The folder of the three PTB files; those that are absent are fetched.
+
+    Raises UserError if that fails, or a file's SHA-256 is not that of the standard one.
+    """
     folder = folder.expanduser()
     for split, right in PTB_SHA256.items():
-        path, reasons = folder / f"{split}.txt", []
-        for address in mirrors:
-            if path.exists():
-                break
-            try:
-                with urllib.request.urlopen(address.format(split), timeout=30) as answer:
+        path = folder / f"{split}.txt"
+        if not path.exists():
+            source = address.format(split)
+            with refusing(f"PTB from {source}", "; pass a folder that has it as --data"):
+                with urllib.request.urlopen(source, timeout=30) as answer:
                     content = answer.read()
                 if sha256(content) != right:
                     raise ValueError("wrong SHA-256")
                 folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, content)
-            except Exception as error:  # of the network, the server, the disk: the user reads it
-                reasons.append(f"{address.format(split)}: {error}")
-        if not path.exists():
-            raise UserError(f"cannot get PTB's {split}.txt: {'; '.join(reasons)}; "
-                            "pass a folder that has it as --data")
         if sha256(path.read_bytes()) != right:
             raise UserError(f"{path} is not the standard PTB file (wrong SHA-256); delete it")
     return folder
@@ -1963,9 +1960,14 @@ def ptb_folder(folder=CACHE, mirrors=PTB_MIRRORS):
 # The toy corpus: nouns and their verbs agree in class, and often in letter, across clauses nested
 # in between: 'n3b that n1a v1a v3b'. A stack machine writes it, so the distribution of the next
 # word given ALL words before is known exactly.
-TOY_CLASSES, TOY_DEPTH = 8, 4
-TOY_NEST, TOY_ADVERB, TOY_TOPIC, TOY_ECHO = 0.4, 0.3, 0.75, 0.6  # probabilities, see toy_next
+TOY_CLASSES = 8
+TOY_DEPTH = 4     # of clauses in one another
+TOY_NEST = 0.4    # probabilities, see toy_next()
+TOY_ADVERB = 0.3
+TOY_TOPIC = 0.75
+TOY_ECHO = 0.6
 HARMONIC = sum(1 / rank for rank in range(1, 7))
+# the six letters have Zipf's distribution: 1 / rank
 TOY_ZIPF = {letter: 1 / rank / HARMONIC for rank, letter in enumerate("abcdef", 1)}
 
 
@@ -1979,7 +1981,8 @@ def toy_next(state):
     TOY_ECHO.
     """
     topic, due, phase = state
-    moves, left = [], 1.0
+    moves = []
+    left = 1.0  # the probability of what is not among the moves yet
     if phase == "start":
         for c in range(TOY_CLASSES):
             keeps = TOY_TOPIC if c == topic else (1 - TOY_TOPIC) / (TOY_CLASSES - 1)
@@ -1988,7 +1991,8 @@ def toy_next(state):
                       for x, q in TOY_ZIPF.items()]
         return moves
     if phase == "noun" and len(due) < TOY_DEPTH:
-        moves, left = [("that", TOY_NEST, (topic, due, "start"))], 1 - TOY_NEST
+        moves = [("that", TOY_NEST, (topic, due, "start"))]
+        left = 1 - TOY_NEST
     elif phase == "verb":
         moves = [(f"adv{x}", TOY_ADVERB * q, (topic, due, "adverb")) for x, q in TOY_ZIPF.items()]
         left = 1 - TOY_ADVERB
@@ -2003,9 +2007,13 @@ def toy_next(state):
 def toy_corpus(sizes=(60000, 6000, 6000)):
     """{split: words} and {split: loss under the grammar}; whole sentences, the same on every
     machine."""
-    draw, texts, floor = random.Random(20180209), {}, {}
+    draw = random.Random(20180209)
+    texts = {}
+    floor = {}
     for split, size in zip(SPLITS, sizes):
-        state, words, nats = (0, (), "start"), [], []
+        state = (0, (), "start")
+        words = []
+        nats = []
         while len(words) < size or words[-1] != "<eos>":
             moves = toy_next(state)
             word, p, state = draw.choices(moves, weights=[move[1] for move in moves])[0]
@@ -2033,7 +2041,8 @@ def read_splits(name):
     if path.is_file():
         print(f"{name} is split by lines: 90 % train, 5 % valid, 5 % test")
         lines = read_lines(path)
-        valid, test = len(lines) * 90 // 100, len(lines) * 95 // 100
+        valid = len(lines) * 90 // 100
+        test = len(lines) * 95 // 100
         return {"train": lines[:valid], "valid": lines[valid:test], "test": lines[test:]}
     if not path.is_dir():
         choose("data folder", name, ("ptb", "toy"))
@@ -2054,9 +2063,11 @@ def with_unk(texts, name):
     counts = Counter(texts["train"])
     if counts.keys() >= set(texts["valid"] + texts["test"]):
         return texts
+    # a word seen once stands for all those that were never seen
     least = 1 if "<unk>" in counts else 2
     known = {token for token, n in counts.items() if n >= least} | {"<eos>"}
-    found, shares = {}, []
+    found = {}
+    shares = []
     for split, text in texts.items():
         found[split] = [token if token in known else "<unk>" for token in text]
         new = sum(token not in known for token in text)
@@ -2832,6 +2843,7 @@ def lstm_units(config, name):
 
 
 def save_tensors(path, tensors):
+    """A dict of tensors, for load_tensors() on any device."""
     write_atomically(path, serialized({name: x.detach().cpu() for name, x in tensors.items()}))
 
 
@@ -2867,47 +2879,58 @@ def from_supernet(config, cells):
     return rows, inherit(shared, rows)
 
 
-def study_train(config, run):
-    """Train cells from scratch, or with --supernet from its weights, as one batch: a row for each,
-    of the losses of its best weights on the whole of each split, in float32."""
-    corpus, device = load_corpus(config), device_of(config)
-    words, guess = len(corpus.words), guessing(corpus)
+def named_networks(config, words):
+    """What --cell names: names, seeds, rows [K, D], fresh weights and numbers of parameters, of K
+    networks. The rows of LSTMs are zeros. Raises UserError for what cannot be trained together."""
     entries = config.cell.split(",")
-    if config.cell.startswith("Genotype"):
+    if config.cell.startswith("Genotype"):  # which has commas of its own
         entries = [config.cell]
     names = [entry.partition("@")[0] for entry in entries]
     with refusing(f"--cell {config.cell}"):
         seeds = [int(entry.partition("@")[2] or config.seed) for entry in entries]
-    units, *others = {lstm_units(config, name) for name in names}
-    if others:
+    units = lstm_units(config, names[0])
+    if any(lstm_units(config, name) != units for name in names):
         raise UserError(f"--cell {config.cell}: train an LSTM in a run of its own")
     if units:
         rows = torch.zeros(len(names), 9, dtype=torch.long)
-        weights = lstm_weights(config, words, units, seeds)
         parameters = [lstm_parameters(config, units)] * len(names)
-    else:
-        cells = [load_cell(config, name) for name in names]
-        rows, weights = encode(cells), standalone_weights(config, words, cells, seeds)
-        parameters = [recurrent_parameters(cell, config.hidden) for cell in cells]
-        if max(cell.width for cell in cells) > config.hidden:
-            raise UserError(f"--cell {config.cell}: a cell is wider than --hidden {config.hidden}")
-    if config.supernet:
-        if read_json(Path(config.supernet, "config.json")).get("command") == "train":
-            weights = from_training(config, weights)
-        elif units:
-            raise UserError("--supernet has the weights of cells, none of an LSTM")
-        else:
-            rows, weights = from_supernet(config, cells)
+        return names, seeds, rows, lstm_weights(config, words, units, seeds), parameters
+    cells = [load_cell(config, name) for name in names]
+    if max(cell.width for cell in cells) > config.hidden:
+        raise UserError(f"--cell {config.cell}: a cell is wider than --hidden {config.hidden}")
+    parameters = [recurrent_parameters(cell, config.hidden) for cell in cells]
+    return names, seeds, encode(cells), standalone_weights(config, words, cells, seeds), parameters
+
+
+def inherited(config, rows, fresh):
+    """Rows and weights that start from --supernet, a search or a finished training, or fresh."""
+    if not config.supernet:
+        return rows, fresh
+    if read_json(Path(config.supernet, "config.json")).get("command") == "train":
+        return rows, from_training(config, fresh)
+    if "weight_hh" in fresh:
+        raise UserError("--supernet has the weights of cells, none of an LSTM")
+    return from_supernet(config, [decode(row) for row in rows])
+
+
+def study_train(config, run):
+    """Train cells from scratch, or with --supernet from its weights, as one batch: a row for each,
+    of the losses of its best weights on the whole of each split, in float32."""
+    corpus = load_corpus(config)
+    device = device_of(config)
+    names, seeds, rows, weights, parameters = named_networks(config, len(corpus.words))
+    rows, weights = inherited(config, rows, weights)
     best, ends = train_networks(config, run, corpus, weights, rows, seeds)
     save_network(run.folder, best, corpus)
     found = {"cell": names, "seed": seeds, "parameters": parameters, **ends}
+    found["capped"] = [epochs >= config.epochs for epochs in ends["epochs"]]
     judged = [(split, "plain", getattr(corpus, split)) for split in SPLITS]
     if config.perturb:
         judged += [(f"test, {kind}", kind, corpus.test) for kind in INPUTS if kind != "plain"]
     for name, kind, tokens in judged:
         masks = perturbation(kind, best, config.seed)
         losses = evaluate(best, rows.to(device), tokens.to(device), masks=masks)
-        found[name] = [no_worse(loss, guess) for loss in losses.tolist()]
+        found[name] = [no_worse(loss, guessing(corpus)) for loss in losses.tolist()]
     rows = [{"group": "network"} | dict(zip(found, values)) for values in zip(*found.values())]
     return rows + floor_row(corpus)
 
@@ -2933,20 +2956,26 @@ def study_search(config, run):
     """Search, then derive: the controller's samples beside as many uniform ones, under the shared
     weights. With --retrain the best cell, --retrain - 1 of the samples and an LSTM are trained from
     scratch."""
-    corpus, k = load_corpus(config), config.derive_samples
+    corpus = load_corpus(config)
+    k = config.derive_samples
     game = game_of(config, corpus)
     search(game, run)
-    weights, controller, guess = game.s["weights"], game.controller, guessing(corpus)
+    weights = game.s["weights"]
+    controller = game.controller
+
+    # derive the best of the samples, and as many uniform ones beside them
     run.say(f"scoring {k} sampled and {k} uniform architectures on the whole validation split")
     drawn = {"sampled": controller.sample(k, config.seed, "derive").rows,
              "uniform": uniform_rows(controller.decisions, k, config.seed, "uniform")}
     found = []
     for group, rows in drawn.items():
         rows, losses = derive(config, weights, rows, corpus)
-        found += search_rows(config, group, rows, losses, guess)
+        found += search_rows(config, group, rows, losses, guessing(corpus))
         run.obey()
     save_network(run.folder, weights, corpus)
     save_tensors(run.folder / "controller.pt", controller.state_dict())
+
+    # the cell found, and its picture
     sampled = [row["cell"] for row in found[:k]]
     best = sampled[0]
     if config.anneal:  # the policy's own choice
@@ -2955,6 +2984,8 @@ def study_search(config, run):
     draw_cell(load_cell(config, best)).figure.savefig(run.folder / "cell.png", dpi=110)
     run.say(f"the cell found, of {len(set(sampled))} distinct ones in {k} samples: {best}")
     run.say(f"its picture is {run.folder}/cell.png, the numbers are in result.json beside it")
+
+    # what it is worth from scratch, beside other samples and an LSTM
     if config.retrain:
         order = torch.randperm(k, generator=rng(config.seed, "retrain")).tolist()
         entries = [dict(group="found", cell=best, seed=config.seed),
@@ -3136,7 +3167,8 @@ PRESETS = {
 
 def configure(command, preset="tiny", **given):
     """The Config of a command under a preset, then the user's own settings."""
-    parts, studies = PRESETS[choose("preset", preset, PRESETS)], {}
+    parts = PRESETS[choose("preset", preset, PRESETS)]
+    studies = {}
     if command in "compare ablate factors state capacity".split():
         studies = parts.get("studies", {})
     settings = parts["all"] | studies | parts.get(command, {})
@@ -3154,11 +3186,13 @@ def check(config):
     for name, choices in CHOICES.items():
         choose(f"--{name}", getattr(config, name), choices)
     for f in fields(config):
-        value, (least, most) = getattr(config, f.name), f.metadata["range"]
+        value = getattr(config, f.name)
+        least, most = f.metadata["range"]
         if f.type in (int, float) and not least <= value <= most:  # nan neither
             about = f.metadata["help"]
             raise UserError(f"--{f.name} {value} must be from {least} to {most}: {about}")
-    learning, look = config.epochs - config.warm_epochs, config.lookahead
+    learning = config.epochs - config.warm_epochs  # rounds in which the controller does
+    look = config.lookahead
     if config.response != "none" and look != "fresh":
         raise UserError(f"--response {config.response} needs --lookahead fresh: only a fresh "
                         "gradient depends on the policy")
@@ -3207,7 +3241,8 @@ def machine(device):
     """The name of the GPU or of the processor, with what it can and the threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux, which knows more
     if cpuinfo.exists():
         name = re.search(r"model name\s*: (.*)|$", cpuinfo.read_text())[1] or name
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
@@ -3232,14 +3267,19 @@ class Run:
     """
 
     def __init__(self, command, config):
-        self.command, self.config, self.commit = command, config, commit()
+        self.command = command
+        self.config = config
+        self.commit = commit()
         default = f"runs/{command}/{config.preset}-{config.seed}"
         self.folder = Path(os.path.expanduser(config.out or default))
-        self.metrics, self.checkpoint = self.folder / "metrics.jsonl", self.folder / "checkpoint.pt"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.checkpoint = self.folder / "checkpoint.pt"
         self.result = self.folder / "result.json"
-        self.good, self.good_bytes = None, 0  # the last good state, and the length of metrics then
-        self.safe = 0                         # the step of the checkpoint
-        self.started = self.saved_at = time.time()
+        self.good = None       # the last good state
+        self.good_bytes = 0    # the length of metrics.jsonl then
+        self.safe = 0          # the step of the checkpoint
+        self.started = time.time()
+        self.saved_at = self.started
         self.spoke_at = 0.0
         settings = {name: getattr(config, name) for name in settings_of(command)}
         self.settings = {"command": command, **settings, "inputs": digest(config)}
@@ -3247,9 +3287,11 @@ class Run:
     def open(self):
         """Make the folder and lock it, unless the run is finished; refuse other settings than
         its."""
-        finished, path = self.result.exists(), self.folder / "config.json"
+        finished = self.result.exists()
+        path = self.folder / "config.json"
         if not finished:
             self.take_folder()
+        # a run that has done nothing refuses nothing
         worked = any(record.stat().st_size for record in self.folder.rglob("*.json*")
                      if record.name != "config.json")
         # what an older version did not know was as by default
@@ -3295,7 +3337,8 @@ class Run:
                 if seal != self.seal(content):
                     raise ValueError("it is damaged, or another run's")
                 saved = load_tensors(io.BytesIO(content), device_of(self.config))
-                self.good, self.good_bytes = saved["state"], saved["metrics_bytes"]
+                self.good = saved["state"]
+                self.good_bytes = saved["metrics_bytes"]
                 if self.metrics.stat().st_size < self.good_bytes:
                     raise ValueError("metrics.jsonl is shorter than when it was written")
                 self.started -= saved["seconds"]
@@ -3306,11 +3349,13 @@ class Run:
 
     def keep(self, state):
         """Remember a state known to be good; write it if the last checkpoint is old."""
-        self.good, self.good_bytes = copy.deepcopy(state), self.metrics.stat().st_size
+        self.good = copy.deepcopy(state)
+        self.good_bytes = self.metrics.stat().st_size
         if time.time() - self.saved_at >= CHECKPOINT_SECONDS:
             self.save()
 
     def save(self):
+        """Write the last good state as a checkpoint."""
         if self.good is not None:
             content = serialized(dict(state=self.good, metrics_bytes=self.good_bytes,
                                       seconds=time.time() - self.started))
@@ -3327,6 +3372,7 @@ class Run:
             raise SystemExit(128 + STOP[0])
 
     def say(self, text):
+        """A line for who waits, with the run's folder."""
         print(f"[{self.folder}] {text}", flush=True)
 
     def log(self, line, done, total, words):
@@ -3346,7 +3392,8 @@ class Run:
                     show(f"{name} of network {k}", x, line["step"])
         now = time.time()
         if now - self.spoke_at >= 5 or done >= total:
-            self.spoke_at, spent = now, now - self.started
+            self.spoke_at = now
+            spent = now - self.started
             shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if not isinstance(v, list))
             left = timedelta(seconds=int(spent * (total / done - 1)))
             self.say(f"{100 * done / total:3.0f} %  {shown}  {words / spent:,.0f} words/s  "

@@ -37,30 +37,29 @@ def offline(monkeypatch):
     monkeypatch.setattr(menas.urllib.request, "urlopen", opened)
 
 
-def fetch(folder, *contents):
-    """ptb_folder() with a mirror for each content; None is a file that does not exist."""
-    for i, content in enumerate(contents):
-        if content is not None:
-            (folder / f"mirror{i}-train.txt").write_bytes(content)
-    mirrors = tuple(f"{folder.as_uri()}/mirror{i}-{{}}.txt" for i in range(len(contents)))
-    return menas.ptb_folder(folder / "cache", mirrors)
+def fetch(folder, content=None):
+    """ptb_folder() from an address with this content; None is one that does not exist."""
+    if content is not None:
+        (folder / "source-train.txt").write_bytes(content)
+    return menas.ptb_folder(folder / "cache", f"{folder.as_uri()}/source-{{}}.txt")
 
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.glob("cache/*")}
 
 
-@pytest.mark.parametrize("bad", [[], [None], [b"an error page"], [None, b"", CONTENT + b"x"]])
-def test_the_first_mirror_with_the_right_hash_wins(tmp_path, bad):
-    assert fetch(tmp_path, *bad, CONTENT, b"never asked") == tmp_path / "cache"
+def test_what_is_absent_is_fetched_once(tmp_path):
+    assert fetch(tmp_path, CONTENT) == tmp_path / "cache"
     assert files(tmp_path) == {"train.txt": CONTENT}
-    assert fetch(tmp_path) == tmp_path / "cache"  # which needs no mirror now
+    (tmp_path / "source-train.txt").unlink()
+    assert fetch(tmp_path) == tmp_path / "cache"
 
 
-def test_a_failed_download_says_why_and_leaves_nothing(tmp_path):
-    line = complaint(fetch, tmp_path, None, b"an error page")
-    assert "train.txt" in line and "--data" in line
-    assert "mirror0" in line and "mirror1-train.txt: wrong SHA-256" in line
+@pytest.mark.parametrize("content, reason", [
+    (None, "No such file"), (b"an error page", "wrong SHA-256"), (CONTENT + b"x", "wrong SHA-256")])
+def test_a_failed_download_says_why_and_leaves_nothing(content, reason, tmp_path):
+    line = complaint(fetch, tmp_path, content)
+    assert "source-train.txt" in line and "--data" in line and reason in line
     assert files(tmp_path) == {}
 
 
