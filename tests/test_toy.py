@@ -1,4 +1,5 @@
-"""The one-parameter ENAS passes its own checks, and fails where a function of menas.py is wrong.
+"""The one-parameter ENAS passes its own checks, and fails where a function of menas.py, or one of
+its own, is wrong. Clips and past gradients are held in test_gradients.py.
 
 Run: pytest tests/test_toy.py
 """
@@ -8,16 +9,28 @@ import torch
 import menas
 import toy_enas
 
-real = dict(vars(menas))  # before anything is patched
+menas_, toy = dict(vars(menas)), dict(vars(toy_enas))  # before anything is patched
+
+
+@pytest.fixture(autouse=True)
+def a_table_of_its_own(monkeypatch):
+    monkeypatch.setattr(menas, "RESPONSE", dict(menas.RESPONSE))
 
 
 def test_every_check_holds(tmp_path, capsys):
-    before = dict(menas.RESPONSE)
     assert toy_enas.main(["--out", str(tmp_path / "new" / "toy.png")]) == 0
     assert (tmp_path / "new" / "toy.png").stat().st_size > 10000
     out = capsys.readouterr().out
-    assert "the direct term alone trains the wrong architecture" in out and "FAILED" not in out
-    assert torch.get_default_dtype() == torch.float32 and menas.RESPONSE == before
+    assert "Every check holds" in out and "FAILED" not in out
+    ends = [line.split()[3][1:] for line in out.splitlines() if "after 250 steps" in line]
+    assert len(ends) == 3 and all(f" {end}" in toy_enas.__doc__ for end in ends)
+
+
+def test_the_best_p_is_what_the_docstring_says():
+    """Oracle: the largest F on a grid."""
+    theta = torch.linspace(-6, 6, 601, dtype=torch.float64)
+    f = torch.stack([toy_enas.objective(toy_enas.optimum, x, x) for x in theta])
+    assert f"best at p = {theta[f.argmax()].sigmoid():.2f}".replace("0.", ".") in toy_enas.__doc__
 
 
 @pytest.mark.parametrize("arguments, code", [
@@ -32,54 +45,46 @@ def test_the_command_line(arguments, code, tmp_path, monkeypatch, capsys):
     assert "--out" in (printed.err if code else printed.out)
 
 
-def unclipped(name):
-    return lambda v, w, g, step, cells: real[name](v, w, g, step._replace(clip=1e9), cells)
-
-
 def rateless(name):
     def wrong(*args):
-        return real[name](*(x._replace(rates=menas.no_rates) if isinstance(x, menas.Step) else x
-                            for x in args))
+        return menas_[name](*(x._replace(rates=menas.no_rates) if isinstance(x, menas.Step) else x
+                              for x in args))
     return wrong
 
 
-def no_projection(v, g, step):
-    scale = step.lr * (menas.foreseen_clip(step) / menas.dot(g, g).sqrt()).clamp(max=1)
-    return {name: scale * x for name, x in v.items()}
-
-
-def no_longer(v, w, g, step, cells):
-    """A larger rate does not lengthen a clipped step."""
-    return -menas.directional(step, w, cells, menas.through_clip(v, g, step))
-
-
-MODULE = vars(menas)
 MUTANTS = {
-    "wrong sign": (menas.RESPONSE, "unrolled", lambda *args: -real["unrolled"](*args)),
-    "no response": (menas.RESPONSE, "unrolled", menas.no_response),
-    "step not longer": (menas.RESPONSE, "unrolled", no_longer),
-    "unrolled, unclipped": (menas.RESPONSE, "unrolled", unclipped("unrolled")),
-    "sampled is unrolled": (menas.RESPONSE, "sampled", real["unrolled"]),
-    "sampled, unclipped": (menas.RESPONSE, "sampled", unclipped("sampled")),
-    "sum for mean": (menas.LOOKAHEAD, "momentum", lambda w, step: (step.past["sum"], None)),
-    "fresh without rates": (menas.LOOKAHEAD, "fresh", rateless("fresh")),
-    "/ 2 * eps": (MODULE, "directional", lambda *args: real["directional"](*args) * 1e-4),
-    "directional without rates": (MODULE, "directional", rateless("directional")),
-    "look_ahead without clip": (MODULE, "look_ahead", lambda w, g, step: (
-        real["look_ahead"](w, g, step._replace(clip=1e9)))),
-    "clip without rates": (MODULE, "foreseen_clip", lambda step: torch.tensor(step.clip)),
-    "no projection": (MODULE, "through_clip", no_projection),
-    "baseline of all": (MODULE, "leave_one_out", lambda r: r.mean().expand(len(r))),
+    "wrong sign": ("unrolled", lambda *args: -menas_["unrolled"](*args)),
+    "no response": ("unrolled", menas.no_response),
+    "sampled without rates": ("sampled", rateless("sampled")),
+    "fresh without rates": ("fresh", rateless("fresh")),
+    "directional without rates": ("directional", rateless("directional")),
+    "/ 2 * eps": ("directional", lambda *args: menas_["directional"](*args) * 1e-4),
+    "no step ahead": ("look_ahead", lambda w, g, step: w),
+    "baseline of all": ("leave_one_out", lambda r: r.mean().expand(len(r))),
+    "minus the loss": ("policy_loss", lambda *args: -menas_["policy_loss"](*args)),
+    "a term more": ("neumann", lambda *args: toy["neumann"](*args) + menas_["unrolled"](*args)),
+    "K-FAC without G": ("kfac", lambda v, *args: (
+        toy["kfac"]({"omega": toy_enas.G @ v["omega"]}, *args))),
+    "optimum of one": ("optimum", lambda theta: 0 * theta),
+    "not a number": ("layer_optimum", lambda theta: toy["layer_optimum"](theta) * torch.nan),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_wrong_estimator_is_exit_code_1(mutant, tmp_path, monkeypatch, capsys):
-    namespace, name, wrong = MUTANTS[mutant]
-    monkeypatch.setitem(namespace, name, wrong)
+def test_a_mutant_is_exit_code_1(mutant, tmp_path, monkeypatch, capsys):
+    name, wrong = MUTANTS[mutant]
+    for namespace in (menas.RESPONSE, menas.LOOKAHEAD, vars(menas), vars(toy_enas)):
+        if name in namespace:
+            monkeypatch.setitem(namespace, name, wrong)
     assert toy_enas.main(["--out", str(tmp_path / "toy.png")], steps=1) == 1
     assert "FAILED: " in capsys.readouterr().out
 
 
-def test_one_step_already_tells_the_architectures_apart(tmp_path):
-    assert toy_enas.main(["--out", str(tmp_path / "toy.png")], steps=1) == 0
+@pytest.mark.parametrize("way", [None, *toy_enas.WAYS])
+def test_where_training_ends_is_a_check(way, tmp_path, monkeypatch, capsys):
+    """One step already tells the architectures apart, and one way in place of another fails."""
+    if way:
+        other = toy_enas.WAYS["unrolled" if way == "ENAS" else "ENAS"]
+        monkeypatch.setitem(toy_enas.WAYS, way, other)
+    assert toy_enas.main(["--out", str(tmp_path / "toy.png")], steps=1) == bool(way)
+    assert not way or f"FAILED: {way}\n" in capsys.readouterr().out
