@@ -67,7 +67,10 @@ class UserError(Exception):
 
 
 def choose(kind, name, choices):
-    """The name, if it is one of the choices; or a UserError that names the nearest."""
+    """The name, if it is one of the choices; or a UserError that names the nearest.
+
+    kind is what the message calls it, such as 'cell' or '--preset'.
+    """
     choices = list(choices)
     if name in choices:
         return name
@@ -78,7 +81,10 @@ def choose(kind, name, choices):
 
 @contextmanager
 def refusing(what, advice=""):
-    """Whatever goes wrong inside becomes a UserError, one line that names the file or setting."""
+    """Whatever goes wrong inside becomes a UserError, one line that names the file or setting.
+
+    advice is appended: what the user can do.
+    """
     try:
         yield
     except Exception as error:  # torch.load alone raises many kinds: all mean, not this file
@@ -264,7 +270,10 @@ def is_enas(cell):
 
 
 def recurrent_parameters(cell, hidden):
-    """Weights that the recurrence uses; there are no biases. A gate needs no u, a sum nothing."""
+    """Weights that the recurrence uses; there are no biases. A gate needs no u, a sum nothing.
+
+    It is the number by which an LSTM of as many weights is chosen.
+    """
     units = cell.width or hidden
     matrices = {HIGHWAY: 2, GLU: 2, GATE: 1, SUM: 0}  # of units x units, for c and u
     # the input pair has two sets of them, for h_{t-1} and for x_t
@@ -528,6 +537,7 @@ def step(cells, w, xw, h, memory, mask, live, leaf):
     w [N, K, H, 2H]: each node's weights; xw [K, 1 or N, B, 2H]: x_t times its input weights;
     mask [K or 1, B or 1, H]: dropout on what nodes read; live [K, 1, H]: the units a cell has.
     """
+    # what the next node can read: the input pair's h, then the nodes so far
     slots = [h]
     for i in range(len(w)):
         read = cells.read[:, i]
@@ -543,6 +553,7 @@ def step(cells, w, xw, h, memory, mask, live, leaf):
         if i < xw.shape[1]:
             z = z + (read == INPUT)[:, None, None] * xw[:, i]
         slots.append(live * node_value(p, q, z, operation, cells.activation[:, i]))
+    # out of the cell: the mean of the leaves, and the node that is carried
     values = torch.stack(slots)                                                   # [N + 1, K, B, H]
     h = torch.einsum("kn,nkbh->kbh", leaf, values[1:])
     memory = pick(values, cells.memory) * (cells.memory > 0)[:, None, None]
@@ -1375,6 +1386,7 @@ class Search:
     def line(self, epoch):
         """Metrics since the last line: the shared steps' loss; the controller steps' reward,
         entropy, and the response's spread as a share of the direct term's."""
+        # the only place where a search waits for the device
         loss, *rewarded = self.s["sums"].tolist()
         shared, steps = self.s["counts"]
         self.s["sums"] = torch.zeros_like(self.s["sums"])
@@ -1610,6 +1622,7 @@ def sampled(v, weights, g, step, cells):
     response right to first order in lr; its sum with the direct term is not, for that is taken at
     the omega' of the fold's mean.
     """
+    # first order in lr: the loss's gradient times the step that it makes
     norm, along = step.each(weights, cells, v)
     product = (step.clip / norm).clamp(max=1) * along + step.decay * dot(v, weights)
     return -step.lr * step.rates(cells) * product
@@ -1626,12 +1639,14 @@ def extra_rewards(look, respond, weights, cells, others, rewards, step):
     step.cells are independent draws from the policy: omega' is made from step.cells, v from others.
     Scoring those very draws again would bias both terms. A response is that of a fresh look ahead.
     """
+    # omega', and the reward there
     g, step_state = LOOKAHEAD[look](weights, step)
     ahead = look_ahead(weights, g, step)
     with torch.no_grad():
         direct, state = rewards(ahead, cells)
     if respond == "none":  # spares the passes for v
         return direct, torch.zeros_like(direct), state, step_state
+    # what moving omega' is worth, seen back through the step that led there
     v, _ = mean_gradient(lambda w: rewards(w, others), ahead)
     return direct, RESPONSE[respond](v, weights, g, step, cells), state, step_state
 
@@ -1666,6 +1681,7 @@ class Anticipation(Search):
             factors, _ = TASKS[config.task](rows)
             return factors * found, mean_state(found, state)
 
+        # each architecture's own gradient: K copies of its weights, differentiated as one
         def each(weights, rows, v):
             own = inherit(weights, rows)
             along = inherit(v, rows)
@@ -2185,7 +2201,10 @@ def load_tensors(path, device="cpu"):
 
 def supernet(config):
     """A finished search: its Config, shared weights, and rows [K, D] 'sampled' and 'uniform', best
-    first."""
+    first.
+
+    Raises UserError if --supernet is not given, not a search, or damaged.
+    """
     if not config.supernet:
         raise UserError("this is about a finished search: name its folder as --supernet")
     folder = Path(config.supernet)
@@ -2278,7 +2297,7 @@ def study_compare(config, run):
 
 
 def changed(cell, i, **new):
-    """The cell with other entries of node i."""
+    """The cell with other entries of node i, such as activation=RELU."""
     nodes = list(cell.nodes)
     nodes[i] = nodes[i]._replace(**new)
     return cell._replace(nodes=tuple(nodes))
@@ -2452,7 +2471,10 @@ def anticipating(config):
 
 
 def estimates(game, sample, rewards, step, others):
-    """{estimator: its gradient} on one sample, validation segment and foreseen step."""
+    """{estimator: its gradient} on one sample, validation segment and foreseen step.
+
+    All estimators see the same draws, so that they differ in what they make of them.
+    """
     found = {}
     for look, respond in ESTIMATORS:
         direct, response, _, _ = extra_rewards(look, respond, game.s["weights"], sample.rows,
@@ -2508,7 +2530,7 @@ def study_similarity(config, run):
 
 
 def clock(device):
-    """Seconds, once the device has done what it was asked to."""
+    """Seconds, once the device has done what it was asked to: a GPU works on by itself."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -3010,7 +3032,10 @@ def option(default, help, least=1, most=10**6):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting; each field is a flag of the commands that use it."""
+    """Every setting; each field is a flag of the commands that use it.
+
+    The defaults here are ENAS's where a preset says nothing else.
+    """
     preset: str = option("tiny", "smoke, tiny, ptb or paper: sizes and schedules")
     data: str = option("toy", "toy, ptb, a folder with train.txt, valid.txt and test.txt, or a "
                        "file, of which 90 % train")
@@ -3074,6 +3099,7 @@ class Config:
     perturb: bool = option(False, "measure the test loss also with words dropped, and with noise")
 
 
+# Groups of settings, so that the table of commands below stays short.
 RUN = "preset data out seed device dtype threads"
 SPACE = ("nodes min_nodes activations one_activation connections operations memory widths rates "
          "hidden")
@@ -3171,6 +3197,7 @@ def configure(command, preset="tiny", **given):
     studies = {}
     if command in "compare ablate factors state capacity".split():
         studies = parts.get("studies", {})
+    # from the general to the particular, what comes later wins
     settings = parts["all"] | studies | parts.get(command, {})
     return Config(**settings | {"preset": preset} | given)
 
@@ -3185,6 +3212,7 @@ def check(config):
     """Wrong settings, each with its name, before any work is done."""
     for name, choices in CHOICES.items():
         choose(f"--{name}", getattr(config, name), choices)
+    # numbers, each in its range: one that is no sensible number would end in an error of torch's
     for f in fields(config):
         value = getattr(config, f.name)
         least, most = f.metadata["range"]
@@ -3193,6 +3221,7 @@ def check(config):
             raise UserError(f"--{f.name} {value} must be from {least} to {most}: {about}")
     learning = config.epochs - config.warm_epochs  # rounds in which the controller does
     look = config.lookahead
+    # settings that do not go together
     if config.response != "none" and look != "fresh":
         raise UserError(f"--response {config.response} needs --lookahead fresh: only a fresh "
                         "gradient depends on the policy")
@@ -3203,7 +3232,7 @@ def check(config):
     if config.rates and (look in ("momentum", "recent") or config.shared_samples > 1):
         raise UserError(f"--rates {config.rates} needs --shared_samples 1, and --lookahead none or "
                         "fresh: a step then has one architecture's rate, and past gradients none")
-    search_space(config)
+    search_space(config)  # these two refuse their settings themselves
     device_of(config)
 
 
@@ -3459,7 +3488,10 @@ def run_command(command, config):
 
 # 12. The report -----------------------------------------------------------------------------------
 def table(headers, rows):
-    """A Markdown table whose columns are also aligned as plain text; floats to three decimals."""
+    """A Markdown table whose columns are also aligned as plain text; floats to three decimals.
+
+    It is both what a command prints and what the report's page shows.
+    """
     text = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *text)]
     lines = [headers, ["-" * width for width in widths], *text]
@@ -3553,7 +3585,8 @@ def dots(axes, records, value):
 
 
 def densities(axes, records, value):
-    """Gaussian kernel density estimates with Scott's bandwidth, a colour for each group."""
+    """Gaussian kernel density estimates with Scott's bandwidth (Scott 1992), a colour for each
+    group, the number of its rows beside its name."""
     groups = {}
     for row in rows_of(records):
         groups.setdefault(row["group"], []).append(row[value])
@@ -3643,7 +3676,7 @@ def draw_cell(cell, axes=None, title=""):
 
 
 def draw_progress(path, rows):
-    """A GIF of the best cell before each round."""
+    """A GIF of the best cell before each round, a second each."""
     figure, (axes,) = figure_of(1, 5, 5)
     movie = PillowWriter(fps=1)
     with movie.saving(figure, str(path), dpi=70):
@@ -3701,8 +3734,11 @@ def study_of(folder):
 
 
 def load_records(out):
-    """{folder: [record]} of OUT/STUDY[/ARM]/SEED/result.json. A row's unit is the seed, its group
-    the arm, of a study without arms its own."""
+    """{folder: [record]} of OUT/STUDY[/ARM]/SEED/result.json.
+
+    A row's unit is the seed, its group the arm, of a study without arms its own. Rows that the
+    study is not about, and folders that are no study's, are left out.
+    """
     found = {}
     for path in sorted(Path(out).glob("**/result.json")):
         folder, *arm = path.parent.relative_to(out).parts or ("",)
@@ -3821,6 +3857,7 @@ def parse_command(command, arguments):
     def fail(message):
         raise UserError(message)
 
+    # --help shows the defaults that would really hold, those of the preset asked for
     preset = re.search(r"--preset[ =](\w+)", " ".join(arguments))
     shown = configure(command, preset[1] if preset else "tiny")
     parser = argparse.ArgumentParser(prog=f"menas.py {command}", allow_abbrev=False,
@@ -3835,6 +3872,7 @@ def parse_command(command, arguments):
                                 metavar=f.type.__name__.upper(), **how)
     if re.search("(^|[ =])--( |$)", " ".join(arguments)):  # argparse would make it a list
         fail("unknown argument '--'")
+    # what was not given is absent (SUPPRESS), so that the preset decides
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         choose(f"setting of {command}", unknown[0].split("=")[0], [f"--{name}" for name in names])
@@ -3858,6 +3896,7 @@ def summary(record):
     """What a finished command prints: its rows as a table, of sampled ones the best; losses as
     perplexities, of characters also as bits. A row has a column 'failed' only if it did."""
     char = record["config"].get("unit") == "char"
+    # of a hundred samples the first, for they are sorted; of all else every row
     shown = {}
     for i, row in enumerate(record["rows"]):
         key = row["group"] if row["group"] in ("sampled", "uniform") else i
