@@ -47,6 +47,12 @@ ${LAUNCH:-} python toy_enas.py --out "$out/toy_enas.png"
 # Searches on the toy corpus, of which the studies of cells are. 5 minutes.
 arm search $seeds
 finish
+# The cell found, trained from scratch and from the shared weights. Ten minutes.
+for seed in $(seq $seeds); do
+    run train-start/scratch/$seed train --preset $toy --cell "$out/search/$seed" --seed $seed
+    run train-start/shared/$seed train --preset $toy --cell "$out/search/$seed" --supernet "$out/search/$seed" --seed $seed
+done
+finish
 # Is a trained controller better than chance? Two hours. Expected: by .02 nats.
 for seed in $(seq $seeds); do run compare/$seed compare --preset $toy --supernet "$out/search/$seed" --seed $seed; done
 finish
@@ -106,6 +112,7 @@ finish
 rates=0.25,0.5,1,2,4
 arm optimizer/no-choice $seeds --lr 2.5
 arm optimizer/at-random $seeds --lr 2.5 --rates $rates --controller uniform
+arm optimizer/control $seeds --lr 2.5 --rates $rates --lookahead fresh
 arm optimizer/sampled $seeds --lr 2.5 --rates $rates --lookahead fresh --response sampled
 arm optimizer/unrolled $seeds --lr 2.5 --rates $rates --lookahead fresh --response unrolled
 finish
