@@ -237,8 +237,8 @@ def test_averaging_is_a_running_mean_by_hand(scripted, tmp_path):
 def test_sgd_step_by_hand(bad):
     """Four networks: clipped from norm 5 to 1, not clipped, not finite, and of gradient 0."""
     weights = {"a": torch.ones(4, 1), "b": 2 * torch.ones(4, 1)}
-    grads = {"a": torch.tensor([[3.0], [.3], [bad], [0]]), "b": torch.tensor([[4.0], [.4], [1], [0]])}
-    menas.sgd_step(weights, grads, torch.tensor([.5, 2.0, 1.0, 1.0]), clip=1.0, decay=.1)
+    a, b = torch.tensor([[3.0, .3, bad, 0], [4.0, .4, 1, 0]])[..., None]
+    menas.sgd_step(weights, {"a": a, "b": b}, torch.tensor([.5, 2.0, 1.0, 1.0]), clip=1.0, decay=.1)
     assert weights["a"][:, 0].tolist() == pytest.approx([.95 - .5 * .6, .8 - 2 * .3, 1.0, .9])
     assert weights["b"][:, 0].tolist() == pytest.approx([1.9 - .5 * .8, 1.6 - 2 * .4, 2.0, 1.8])
 
