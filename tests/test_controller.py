@@ -31,10 +31,10 @@ def a_few_units(monkeypatch):
     monkeypatch.setattr(menas, "CONTROLLER_UNITS", 8)
 
 
-def a_controller(space, **how):
+def a_controller(space):
     """In float64, away from the nearly uniform start; and the rows of its space."""
     decisions = search_space(Config(**SPACES[space]))
-    controller = Controller(decisions, 1, **how).double()
+    controller = Controller(decisions, 1).double()
     for name, parameter in controller.named_parameters():
         parameter.data = torch.randn(parameter.shape, generator=rng(name), dtype=F64)
     return controller, every_row(decisions)[0]
@@ -96,16 +96,6 @@ def test_logits_are_bounded_and_soft():
         rows, _ = every_row(controller.decisions)
         assert_close(controller(rows=rows).log_prob, logits[size])
     assert (logits[10000.0].max() - logits[10000.0].min()).item() == pytest.approx(5, abs=1e-4)
-
-
-def test_what_is_asked_moves_the_policy_and_0_does_not():
-    """Oracle: the policy that is not asked."""
-    controller, rows = a_controller("sizes", asked=True)
-    zero = torch.zeros(len(rows))
-    logp = controller(rows=rows, asked=zero + 1).log_prob
-    assert torch.equal(controller(rows=rows).log_prob, controller(rows=rows, asked=zero).log_prob)
-    assert (controller(rows=rows).log_prob - logp).abs().max() > .1
-    assert logp.exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
 # The policy gradient

@@ -211,15 +211,3 @@ def test_lookaheads_are_what_they_say():
     for name in ("none", "recent", "momentum"):  # without a past there is nowhere to look
         assert LOOKAHEAD[name](OMEGA, step._replace(past={}))[0] is None
     assert look_ahead(OMEGA, None, step) is OMEGA
-
-
-@pytest.mark.parametrize("rows", [ROWS[:2], RATED[2:3]], ids=["two", "one of rate 4"])
-@pytest.mark.parametrize("clip, decay", [(100.0, 0.0), (.25, .05)])
-def test_the_step_foreseen_is_the_step_taken(rows, clip, decay):
-    """Oracle: train_step on the same architectures, segment, state and masks."""
-    game = a_game(clip=clip, weight_decay=decay)
-    step = game.foresee(0.0, rows)
-    ahead = look_ahead(OMEGA, fresh(OMEGA, step)[0], step)
-    taken = {name: w.clone() for name, w in OMEGA.items()}
-    train_step(taken, rows, TRAIN, game.config.lr * rates_of(rows)[:1], game.config)
-    assert_close(flat(ahead), flat(taken).detach())

@@ -221,17 +221,6 @@ def test_inherited_weights_are_the_shared_ones(kind):
     assert distance(network(own, rows, batch, F64), network(weights, rows, batch, F64)) < 1e-12
 
 
-def test_weights_are_drawn_as_if_alone():
-    """Oracle: a network of fewer nodes, drawn without the others."""
-    cells = [random_cell(seed) for seed in range(5)]
-    config = Config(hidden=HIDDEN)
-    among = menas.standalone_weights(config, WORDS, cells, range(5))
-    for k, cell in enumerate(cells):
-        alone = menas.standalone_weights(config, WORDS, [cell], [k])
-        assert torch.equal(among["embedding"][k], alone["embedding"][0])
-        assert torch.equal(among["nodes"][k][:len(cell.nodes)], alone["nodes"][0])
-
-
 @pytest.mark.parametrize("name, operations", [
     ("darts_v1", "highway"), ("darts_v1", EVERY_OPERATION), ("lstm_cell", EVERY_OPERATION)])
 def test_a_width_is_the_network_of_that_size(name, operations):
@@ -246,20 +235,6 @@ def test_a_width_is_the_network_of_that_size(name, operations):
     narrow, _ = network(weights, encode(cells), plain_batch(), F64)
     wanted, _ = network(small, encode(cells[1:]), plain_batch(3), F64)
     assert distance([narrow[0]], [wanted[0]]) < 1e-12
-
-
-@pytest.mark.parametrize("kind", ["enas", "gated"])
-def test_a_broken_network_leaves_the_others_alone(kind):
-    """Oracle: the same batch without the nan."""
-    weights, cells, batch = setting(kind, False, 3, seed=1, masked=False)
-    results = []
-    for value in (1.0, math.nan):
-        weights["nodes"].data[1] *= value
-        losses, _ = network(weights, encode(cells), batch, F64)
-        results.append([losses, grad(losses.sum(), weights["nodes"])[0]])
-    whole, broken = results
-    assert broken[0].isnan().tolist() == [False, True, False]
-    assert all(torch.equal(a[::2], b[::2]) for a, b in zip(whole, broken))
 
 
 # Draws

@@ -80,7 +80,7 @@ def test_the_states_at_a_segments_start(name):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(shared_samples=3),
+    dict(shared_samples=3, clip=100.0),
     dict(clip=.01, weight_decay=.1),
     dict(rates="4", clip=.01),
     dict(DROPOUT, schedule="decay"),
@@ -186,23 +186,6 @@ def test_annealing_turns_the_bonus_into_a_penalty():
     assert a_game(epochs=6, entropy=.1).entropy_weight(6) == .1
 
 
-@pytest.mark.parametrize("settings", [
-    dict(zip(("lookahead", "response"), pair)) for pair in ESTIMATORS] + [
-    dict(operations="highway,glu,gate,sum", memory=True, state="warm"),
-    dict(AHEAD, **DROPOUT, dtype="bfloat16", widths="2,4", rates="0.5,1,2", min_nodes=1)])
-def test_every_setting_takes_both_steps(settings):
-    """All of theta moves; a response is reported where there is one."""
-    game = a_game(**settings)
-    before = copy.deepcopy(game.controller.state_dict())
-    game.shared_step(0.0)
-    game.controller_step(0.0)
-    line = game.line(0)
-    assert all(map(math.isfinite, line.values()))
-    assert (line.get("response", 0) > 0) == (settings.get("response", "none") != "none")
-    for name, w in game.controller.state_dict().items():
-        assert not torch.equal(before[name], w)
-
-
 # Whole searches
 
 def run_search(folder, **settings):
@@ -263,7 +246,8 @@ def test_a_loss_that_is_not_finite_rolls_back_and_says_so(tmp_path, monkeypatch,
 
 
 def test_a_failed_architecture_does_not_roll_the_search_back(tmp_path, monkeypatch):
-    """One nan in the reward, one in the response: they get the worst, the search goes on."""
+    """One nan in the reward, one in the response: they get the worst, the search goes on, and says
+    how the responses spread."""
     right = menas.extra_rewards
 
     def fails(*args):
@@ -274,4 +258,5 @@ def test_a_failed_architecture_does_not_roll_the_search_back(tmp_path, monkeypat
     monkeypatch.setattr(menas, "extra_rewards", fails)
     game, _, lines = run_search(tmp_path, **AHEAD)
     assert not any("rolled_back_to" in line for line in lines)
+    assert all(line["response"] > 0 for line in lines if "reward" in line)
     assert all(w.isfinite().all() for w in game.controller.parameters())

@@ -17,9 +17,9 @@ import menas
 from menas import (CELLS, IDENTITY, RELU, SIGMOID, TANH, Cell, Node, decode, encode, evaluate,
                    load_corpus)
 from mutants import mutate
+from reference import DROPOUT
 
 SMALL = dict(hidden=4, nodes=3, batch=4, bptt=10, controller_samples=4, seed=3)
-DROPOUT = dict.fromkeys(("word_dropout", "input_dropout", "hidden_dropout", "output_dropout"), .3)
 World = namedtuple("World", "patch folder search data")  # folders: to write to, of a search, a text
 
 
@@ -166,38 +166,26 @@ def check_compare(world):
     assert all(row["test"] == loss_of(row) for row in rows)
 
 
-def naive_without(cell, i):
-    """By names of nodes: i's readers read what it read. Reads and activations of what is left."""
-    reads = {j: node.read - 1 for j, node in enumerate(cell.nodes)}
-    left = {j: reads[i] if read == i else read for j, read in reads.items() if j != i}
-    number = {-1: -1} | {j: new for new, j in enumerate(left)}
-    return [(number[read] + 1, cell.nodes[j].activation) for j, read in left.items()]
-
-
-def is_change(kind, cell, new):
-    """Is it the cell with one change of that kind?"""
-    if kind == "itself":
-        return cell == new
-    if kind == "a node removed":
-        plain = [(node.read, node.activation) for node in new.nodes]
-        return plain in [naive_without(cell, i) for i in range(1, len(cell.nodes))]
-    if kind.startswith("only "):
-        act = list(menas.ACTIVATIONS).index(kind.removeprefix("only "))
-        return [node._replace(activation=act) for node in cell.nodes] == list(new.nodes)
-    differ = [(i, a, b) for i, (a, b) in enumerate(zip(cell.nodes, new.nodes)) if a != b]
-    (i, a, b), = differ
-    if kind == "a connection added":
-        return b == a._replace(second=b.second) and b.second in {*range(1, i + 1)} - {a.read}
-    return kind == "an activation changed" and b == a._replace(activation=b.activation)
+def test_variants_of_a_cell():
+    """By hand: of a cell whose last two nodes both read node 1."""
+    cell = menas.arc("0 1 1 2 1 3")
+    found = menas.variants(cell)
+    assert found.pop("a node removed") == [menas.arc(x) for x in ("0 2 0 3", "0 1 1 3", "0 1 1 2")]
+    added = found.pop("a connection added")
+    assert [[node.second for node in new.nodes] for new in added] == [
+        [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 3]]
+    changed = found.pop("an activation changed")
+    assert len(set(changed)) == len(changed) == 4 * 3
+    for new in [*added, *changed]:
+        assert sum(a != b for a, b in zip(cell.nodes, new.nodes)) == 1
+        assert [node.read for node in new.nodes] == [0, 1, 2, 2]
+    alike = [menas.arc(f"0 {a} 1 {a} 1 {a}") for a in range(4)]
+    for a, (new, old) in enumerate(zip(found.values(), alike, strict=True)):
+        assert new == [old._replace(nodes=(Node(0, activation=a), *old.nodes[1:]))]
 
 
 def check_ablate(world):
-    """Each row is its source's cell with one change; all changes of darts_v2 counted by hand."""
-    found = menas.variants(CELLS["darts_v2"])
-    assert [len(several) for several in found.values()] == [8, 36 - 8, 27, 1, 1, 1, 1]
-    for kind, several in found.items():
-        assert len(set(several)) == len(several)
-        assert all(is_change(kind, CELLS["darts_v2"], new) for new in several)
+    """Each row is its source's cell with one change; the changes of a kind are different ones."""
     fake_trainings(world)
     rows = measure(world, "ablate", derive_samples=3)
     itself = {row["source"]: cell_of(row) for row in rows if row["group"] == "itself"}
@@ -205,7 +193,8 @@ def check_ablate(world):
     assert itself["searched"] == cell_of(best) and itself["darts_v2"] == CELLS["darts_v2"]
     assert len({row["cell"] for row in rows if row["source"] == "darts_v2"}) == 1 + 3 * 3 + 4
     for row in rows:
-        assert is_change(row["group"], itself[row["source"]], cell_of(row))
+        cell = itself[row["source"]]
+        assert cell_of(row) in ({"itself": [cell]} | menas.variants(cell))[row["group"]]
         assert row["test"] == loss_of(row)
 
 
@@ -258,10 +247,8 @@ def check_capacity(world):
         kind, cell, new = row["group"], plain[row["seed"]], cell_of(row)
         assert (row["rate"], row["train"]) == (best_rate(row), 0.0)
         assert (row["paths"], row["depth"]) == (len(menas.leaves(cell)), menas.depth(cell))
-        if kind == "half the width":
-            assert new == cell._replace(width=2)
-        else:
-            assert is_change(kind.replace("as it is", "itself"), cell, new)
+        alike = {"as it is": cell, "half the width": cell._replace(width=2)}
+        assert new == (alike | menas.all_alike(cell))[kind]
 
 
 def test_measures_of_a_cell():
@@ -553,8 +540,6 @@ MUTANTS = {
          "uniform(search_space(searched))"),
         ("distinct_some", "rows.unique(dim=0)", "rows")],
     check_ablate: [
-        ("without", "if slot == i + 1", "if slot == i"),
-        ("variants", "second=slot", "read=slot"),
         ("study_ablate", "found['sampled'][0]", "found['sampled'][-1]"),
         ("study_ablate", "variants(cell)", "variants(CELLS['darts_v2'])")],
     check_factors: [
@@ -639,8 +624,10 @@ def test_every_study_runs_and_finds_what_is_reported(study, world):
 
 
 @pytest.mark.parametrize("study, more", [
-    ("compare", dict(supernet="")), ("compare", dict(supernet="nowhere")),
-    ("bench", dict(hidden=3)), ("conditional", dict(nodes=1, operations="highway")),
+    ("compare", dict(supernet="")),
+    ("compare", dict(supernet="nowhere")),
+    ("bench", dict(hidden=3)),
+    ("conditional", dict(nodes=1, operations="highway")),
     ("cost", dict(controller_steps=1, shared_steps=1)),  # a deviation from the only draw
     ("similarity", dict(epochs=1, shared_steps=5))])     # nothing would be measured
 def test_what_a_study_is_not_for(study, more, world):
