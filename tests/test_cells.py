@@ -85,6 +85,7 @@ NO_CELLS = {
 
 @pytest.mark.parametrize("what", NO_CELLS)
 def test_what_cannot_be_a_cell_is_refused(what):
+    """By hand: what each of them lacks is its key."""
     with pytest.raises(UserError):
         load_cell(Config(), NO_CELLS[what])
 

@@ -122,6 +122,7 @@ def gradient_miss(space, k, weight=0.3):
 
 @pytest.mark.parametrize("space, k", [("tiny", 2), ("tiny", 4), ("enas", 2), ("gated sizes", 2)])
 def test_the_mean_policy_gradient_is_exact(space, k):
+    """Oracle: autograd through the enumerated E[reward] + w H."""
     assert gradient_miss(space, k) < 1e-10
 
 
@@ -132,6 +133,7 @@ def test_the_mean_policy_gradient_is_exact(space, k):
     ("policy_loss", "return -", "return "),
 ])
 def test_a_wrong_policy_gradient_is_found(function, right, wrong, monkeypatch):
+    """Mutants: the same enumeration refuses each."""
     mutate(monkeypatch, function, (right, wrong))
     assert gradient_miss("enas", 2) > .01
 

@@ -57,6 +57,7 @@ class NoLists(TorchFunctionMode):
     lambda x: torch.tensor([1], device=META),
 ])
 def test_the_watchers_see_mistakes(mistake):
+    """By hand: what would make a host wait."""
     x = torch.zeros(2, device=META)
     with pytest.raises(Exception), NoHost(), NoLists():
         mistake(x)
@@ -87,6 +88,7 @@ def a_game(device, **settings):
     dict(lookahead="fresh", response="sampled", task="frozen", rates="1,4", reward_input="noise"),
 ])
 def test_a_shared_and_a_controller_step(settings, prepared):
+    """Oracle: the watchers, of a step of each kind under every path of the settings."""
     game = a_game("meta", **settings)
     game.s["past"] = menas.remember({}, game.s["weights"])
     with NoHost(), NoLists():

@@ -116,6 +116,7 @@ def errors(case, step=None):
 
 @pytest.mark.parametrize("case", CASES)
 def test_fresh_and_unrolled_is_the_gradient_of_the_one_step_objective(case):
+    """Oracle: exact(); the direct part alone, and its sum with the response."""
     whole, direct = errors(case)
     assert direct < 1e-9
     assert whole < 1e-3  # of the finite difference, see below
@@ -143,6 +144,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_fails(monkeypatch, name):
+    """In one case at least."""
     function, right, wrong = MUTANTS[name]
     mutate(monkeypatch, function, (right, wrong))
     assert max(errors(case)[0] for case in CASES) > .02

@@ -56,6 +56,7 @@ def test_the_network_is_the_naive_one(kind, recurrence, shared, k, masked, size)
     ("FastRecurrence", "dh.copy_(values[0])", "pass"),               # not through time
 ])
 def test_a_wrong_backward_is_found(monkeypatch, function, right, wrong):
+    """Mutants of the hand-written one: the naive network's gradient refuses each."""
     mutate(monkeypatch, function, (right, wrong))
     assert miss("enas", True, 4, seed=1, size=40.0) > 1e-4
 
@@ -138,6 +139,7 @@ def softmax_miss(rows=11, chunk=4):
 
 @pytest.mark.parametrize("rows, chunk", [(11, 4), (12, 4), (1200, 512)])
 def test_softmax_loss_is_torchs_cross_entropy(rows, chunk):
+    """Values and gradients; the last chunk shorter, full, and of a real size."""
     assert softmax_miss(rows, chunk) < 1e-12
 
 
@@ -148,6 +150,7 @@ def test_softmax_loss_is_torchs_cross_entropy(rows, chunk):
     ("targets >= 0", "targets > -9"),             # a mean over ignored rows, too
 ])
 def test_a_wrong_softmax_loss_is_found(monkeypatch, right, wrong):
+    """Mutants: torch's gradient refuses each."""
     mutate(monkeypatch, "SoftmaxLoss", (right, wrong))
     assert softmax_miss() > 1e-3
 

@@ -631,6 +631,7 @@ def test_every_study_runs_and_finds_what_is_reported(study, world):
     ("cost", dict(controller_steps=1, shared_steps=1)),  # a deviation from the only draw
     ("similarity", dict(epochs=1, shared_steps=5))])     # nothing would be measured
 def test_what_a_study_is_not_for(study, more, world):
+    """By hand: no search, no size that small, nothing to choose, too few steps."""
     with pytest.raises(menas.UserError):
         measure(world, study, **more)
 

@@ -61,6 +61,7 @@ def naive(weights, rows, tokens):
 @pytest.mark.parametrize("length, bptt, cells, units", [
     (2, 20, PLAIN, 0), (71, 7, GATED, 0), (71, 70, PLAIN, 0), (100, 30, PLAIN, 5)])
 def test_one_stream_is_the_naive_pass(length, bptt, cells, units):
+    """Oracle: naive(); one segment, several, and a padded last one."""
     weights, rows, _ = networks(cells, units)
     tokens = corpus_of().train[:length]
     found = evaluate(weights, rows, tokens, F64, batch=1, bptt=bptt)
@@ -146,6 +147,7 @@ def test_together_equals_alone(case, tmp_path):
     ("draw_masks", "for seed in seeds]", "for seed in seeds[:1] * len(seeds)]"),
 ])
 def test_shared_clipping_or_masks_would_be_seen(name, right, wrong, tmp_path, monkeypatch):
+    """Mutants: together no longer equals alone."""
     mutate(monkeypatch, name, (right, wrong))
     loss, weight, _ = gaps(tmp_path, PLAIN[:3], epochs=2)
     assert loss > 1e-3 and weight > 1e-3
