@@ -122,8 +122,8 @@ def test_a_wrong_statistic_fails_the_same_check(check, name, old, new, monkeypat
 
 @pytest.mark.parametrize("most, error", [(15, 1e-9), (14, .007)])
 def test_fishers_example(most, error, monkeypatch):
-    """Published: of 32,768 sums of signed differences 863 are 314 or more, of Darwin's maize, crossed
-    minus self-fertilized plants (Fisher 1935, 21); enumerated, and drawn."""
+    """Published, of Darwin's maize, crossed minus self-fertilized plants: of 32,768 sums of signed
+    differences 863 are 314 or more (Fisher 1935, 21); enumerated, and drawn."""
     monkeypatch.setattr(menas, "EXACT", most)
     maize = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
     assert menas.p_value([0] * 15, maize, True) == pytest.approx(2 * 863 / 32768, abs=error)
@@ -132,7 +132,9 @@ def test_fishers_example(most, error, monkeypatch):
 @pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("scale", [1e-3, 480000.1])
 def test_the_unit_of_measurement_is_no_evidence(paired, scale):
-    """Oracle: the test's invariance; weights of a cell are numbers such as 480,000."""
+    """Oracle: invariance; weights of a cell are numbers such as 480,000. An interval scales."""
     a, b = pairs(8, gap=3.0)
     scaled = [scale * x for x in a], [scale * x for x in b]
     assert menas.p_value(*scaled, paired) == menas.p_value(a, b, paired) > 0
+    ends = [scale * x for x in menas.interval(a, b, paired)]
+    assert menas.interval(*scaled, paired) == pytest.approx(ends, rel=1e-4)
