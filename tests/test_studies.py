@@ -315,6 +315,7 @@ def check_similarity(world):
     rest = ("none, none", "momentum, none", "fresh, unrolled")
     assert max([same[name] for name in rest] + [row["other samples"] for row in rows]) < .999
     assert len(rows) == len(menas.ESTIMATORS) + 1 == len(same)
+    assert {row["step"] for row in rows} == {9}
     assert same["momentum, none"] != same["none, none"]
     one, two = (segment.inputs for (_, segment), _, _ in rewarded)
     assert not torch.equal(one, two)
