@@ -3232,8 +3232,9 @@ def check(config):
     if config.rates and (look in ("momentum", "recent") or config.shared_samples > 1):
         raise UserError(f"--rates {config.rates} needs --shared_samples 1, and --lookahead none or "
                         "fresh: a step then has one architecture's rate, and past gradients none")
-    search_space(config)  # these two refuse their settings themselves
-    device_of(config)
+    search_space(config)  # refuses its settings itself, as does device_of
+    if device_of(config).type == "meta":
+        raise UserError(f"--device {config.device} has no memory")
 
 
 def device_of(config):
@@ -3243,7 +3244,7 @@ def device_of(config):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with refusing(f"--device {name} with --dtype {config.dtype}", "; use --device cpu"):
         x = torch.ones(1, 1, device=name, dtype=DTYPES[config.dtype])
-        (x @ x).item()  # not every device has every dtype, nor a memory
+        x @ x  # not every device has every dtype
         return x.device
 
 

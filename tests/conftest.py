@@ -6,7 +6,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-torch.set_num_threads(1)  # a sum's order of additions, so its last bits, depends on the number of threads
+# a sum's order of additions, and so its last bits, depends on the number of threads
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -15,5 +16,6 @@ def text(tmp_path_factory):
     import menas
     folder = tmp_path_factory.mktemp("text")
     for split, words in menas.toy_corpus((6000, 600, 600))[0].items():
-        (folder / f"{split}.txt").write_text(" ".join(words).replace(" <eos> ", "\n").replace(" <eos>", "\n"))
+        lines = " ".join(words).replace(" <eos> ", "\n").replace(" <eos>", "\n")
+        (folder / f"{split}.txt").write_text(lines)
     return folder

@@ -1,5 +1,6 @@
-"""The network of ONE architecture, written naively from the equations of chapter 1: the oracle of
-test_network.py and others; random cells, and settings to hold menas.py to it on."""
+"""What the tests of cells and networks share: the network of ONE architecture, written naively from
+the equations of chapter 1, the oracle; random cells; settings to hold menas.py to it on; and all
+rows of a search space."""
 import random
 
 import torch
@@ -10,51 +11,76 @@ from menas import ALL, GATE, GLU, HIGHWAY, INPUT, LEAVES, SUM, Batch, Cell, Conf
 
 WORDS, HIDDEN, STREAMS, NODES = 7, 4, 2, 5
 ACTIVATIONS = [torch.tanh, torch.relu, torch.sigmoid, lambda u: u]  # in the order of ENAS's arcs
-DROPOUT = dict(word_dropout=.2, input_dropout=.3, hidden_dropout=.3, output_dropout=.3)
+DROPOUT = dict(
+    word_dropout=.2,
+    input_dropout=.3,
+    hidden_dropout=.3,
+    output_dropout=.3,
+)
 EVERY_OPERATION = "highway,glu,gate,sum"
+F64 = torch.float64
 
 
-def random_node(draw, i, memory, gated):
-    """Any node i; if not gated, one of ENAS's space."""
-    if not gated:
-        return Node(draw.randint(1, i) if i else INPUT, HIGHWAY, 0, draw.randrange(4))
+# Cells and search spaces
+
+def random_node(draw, i, memory):
+    """Any node i of any space."""
     seconds = list(range(0 if memory else 1, i + 1))
     operation = draw.choice([HIGHWAY, GLU, GATE, SUM] if seconds else [HIGHWAY, GLU])
-    reads_second = operation in (GATE, SUM) or (operation == HIGHWAY and draw.random() < .5)
-    second = draw.choice(seconds or [0]) if reads_second else 0
-    return Node(draw.randint(0, i), operation, second, draw.randrange(4) * (operation != SUM))
+    node = Node(draw.randint(0, i), operation)
+    if operation in (GATE, SUM) or operation == HIGHWAY and seconds and draw.random() < .5:
+        node = node._replace(second=draw.choice(seconds))
+    if operation != SUM:
+        node = node._replace(activation=draw.randrange(4))
+    return node
 
 
 def random_cell(seed, gated=True, nodes=NODES, widths=(0,)):
-    """A cell of up to so many nodes; gated ones use all that there is."""
+    """A cell of up to so many nodes; gated ones use all that there is, others are ENAS's."""
     draw = random.Random(seed)
     count = draw.randint(1, nodes)
-    memory = draw.randint(0, count) if gated else 0
-    made = tuple(random_node(draw, i, memory, gated) for i in range(count))
-    return Cell(made, draw.choice((LEAVES, ALL)), memory, draw.choice(widths))
+    output = draw.choice((LEAVES, ALL))
+    if not gated:
+        reads = [INPUT] + [draw.randint(1, i) for i in range(1, count)]
+        return Cell(tuple(Node(read, activation=draw.randrange(4)) for read in reads), output)
+    memory = draw.randint(0, count)
+    made = tuple(random_node(draw, i, memory) for i in range(count))
+    return Cell(made, output, memory, draw.choice(widths))
 
 
-def naive_slots(node):
-    """The slots that a node reads; 0 for the input pair and the memory."""
-    if node.operation in (GATE, SUM) or (node.operation == HIGHWAY and node.second > 0):
-        return [node.read, node.second]
-    return [node.read]
+def every_row(decisions):
+    """All rows of a space, one decision after the other; and of each its probability if every
+    decision that matters is uniform over its choices."""
+    paths = {(0,) * (1 + max(i for d in decisions for i in d.columns)): 1.0}
+    for d in decisions:
+        grown = {}
+        for row, p in paths.items():
+            matters = all(row[i] in values for i, values in d.when)
+            choices = d.choices if matters else [0]
+            for value in choices:
+                new = tuple(value if i in d.columns else x for i, x in enumerate(row))
+                grown[new] = p / len(choices)
+        paths = grown
+    return torch.tensor(list(paths)), torch.tensor(list(paths.values()))
 
+
+# The network
 
 def naive_leaves(cell):
     """The nodes that nobody reads; or, as in DARTS, all after node 0."""
     if cell.output == ALL:
         return list(range(1, len(cell.nodes))) or [0]
-    slots = {slot for node in cell.nodes for slot in naive_slots(node)}
+    slots = {slot for node in cell.nodes for slot in (node.read, node.second)}
     return [i for i in range(len(cell.nodes)) if i + 1 not in slots]
 
 
 def naive_node(node, p, q, z):
     """One node [B, H] from what it reads, p and q, and z = [c, u]."""
+    c, u = z.split(p.shape[1], 1)
+    gate = torch.sigmoid(c)
+    act = ACTIVATIONS[node.activation]
     if node.operation == SUM:
         return p + q
-    c, u = z[:, :p.shape[1]], z[:, p.shape[1]:]
-    gate, act = torch.sigmoid(c), ACTIVATIONS[node.activation]
     if node.operation == GLU:
         return gate * act(u)
     if node.operation == GATE:
@@ -93,7 +119,7 @@ def naive_network(weights, cell, batch, k=0):
     table = mine["embedding"]
     live = (torch.arange(table.shape[1]) < (cell.width or table.shape[1])).double()
     h, m = batch.state[:, k % batch.state.shape[1]]
-    losses = []
+    losses = 0.0
     for t, words in enumerate(batch.inputs):
         x = table[words]
         if "noise" in masks:
@@ -103,8 +129,21 @@ def naive_network(weights, cell, batch, k=0):
         x = live * x * masks.get("input", 1.0)
         h, m = naive_step(mine, cell, x, h, m, live, masks.get("hidden", 1.0))
         logits = (h * masks.get("output", 1.0)) @ table.T + mine["bias"]
-        losses.append(F.cross_entropy(logits, batch.targets[t], ignore_index=-1, reduction="sum"))
-    return sum(losses) / (batch.targets >= 0).sum(), torch.stack([h, m])
+        targets = batch.targets[t]
+        losses = losses + F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    return losses / (batch.targets >= 0).sum(), torch.stack([h, m])
+
+
+# Settings to compare two networks on
+
+def doubles(seed, *shapes):
+    """Random tensors in float64 with gradients."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=draw, dtype=F64).requires_grad_() for shape in shapes]
+
+
+def in_double(weights):
+    return {name: w.double().requires_grad_() for name, w in weights.items()}
 
 
 def setting(kind, shared, k, seed=0, steps=4, masked=True, size=1.0):
@@ -120,18 +159,17 @@ def setting(kind, shared, k, seed=0, steps=4, masked=True, size=1.0):
     if not shared:
         weights = menas.standalone_weights(config, WORDS, cells, seeds)
     weights["bias"] = torch.randn(weights["bias"].shape, generator=draw)
-    tokens = torch.randint(WORDS, (2, steps, STREAMS), generator=draw)
-    tokens[1, -1, 0] = -1
+    inputs, targets = torch.randint(WORDS, (2, steps, STREAMS), generator=draw)
+    targets[-1, 0] = -1
     masks = {}
     if masked:
         masks = menas.draw_masks(config, WORDS, STREAMS, seeds, seed)
         masks["noise"] = torch.randn(1, steps, STREAMS, HIDDEN, generator=draw)
+    masks = {name: mask.double() for name, mask in masks.items()}
     state = size * torch.randn(2, k, STREAMS, HIDDEN, generator=draw).double()
     for i, cell in enumerate(cells):
         state[1, i] *= cell.memory > 0
-    weights = {name: w.double().requires_grad_() for name, w in weights.items()}
-    masks = {name: mask.double() for name, mask in masks.items()}
-    return weights, cells, Batch(tokens[0], tokens[1], state.requires_grad_(), masks)
+    return in_double(weights), cells, Batch(inputs, targets, state.requires_grad_(), masks)
 
 
 def derivatives(values, weights, batch):

@@ -21,6 +21,7 @@ from menas import (CELLS, IDENTITY, RELU, SIGMOID, TANH, Cell, Node, decode, enc
 
 SMALL = dict(hidden=4, nodes=3, batch=4, bptt=10, controller_samples=4, seed=3)
 DROPOUT = dict.fromkeys(("word_dropout", "input_dropout", "hidden_dropout", "output_dropout"), .3)
+GUESSING = math.log(13)  # of twelve words and the end of a line
 World = namedtuple("World", "patch folder search data")  # folders: to write to, of a search, a text
 
 
@@ -85,7 +86,7 @@ def fake_trainings(world, loss=lambda name, seed, config: any_number((name, seed
 # Populations
 
 def check_train_rows(world):
-    """Every row gets the result of its own cell and seed, in its place, and keeps its labels."""
+    """Oracle: the losses that were made up; every row has that of its own cell and seed."""
     configs, config = fake_trainings(world), settings(world, "compare")
     drawn = menas.uniform_rows(menas.search_space(config), 12, "cells")
     names = [menas.row_name(row) for row in drawn]
@@ -94,7 +95,7 @@ def check_train_rows(world):
     rows[3]["seed"] = rows[15]["seed"] = 77
     world.patch.setattr(menas, "AT_ONCE", 4)
     made = menas.train_rows(config, menas.Run("compare", config), copy.deepcopy(rows))
-    for row, labels in zip(made, rows):
+    for row, labels in zip(made, rows, strict=True):
         assert row.items() >= labels.items()
         assert row["test"] == any_number((row["cell"], row["seed"]))
         where, = [config for config in configs if Path(config.out).name == row["folder"]]
@@ -103,78 +104,78 @@ def check_train_rows(world):
     batches = [[entry.split("@")[0] for entry in config.cell.split(",")] for config in configs]
     trained = sum(batches, [])
     assert Counter(trained) == Counter(names)
-    assert [name for name in trained if name in names[:12]] != names[:12]
+    assert [name for name in trained if name in names[:12]] != names[:12]  # in another order
     for batch in batches:
-        assert len(batch) <= 4 and len({menas.lstm_units(config, name) for name in batch}) == 1
+        assert len(batch) <= 4
+        assert len({menas.lstm_units(config, name) for name in batch}) == 1
     assert not any(config.supernet for config in configs)
 
 
 def test_what_is_worse_than_guessing_counts_as_that(world):
-    """A network that diverges, on every split."""
+    """Oracle: guessing, for a network that diverges."""
     row, = measure(world, "train", cell="random:1", lr=1e6, clip=1e6, epochs=1, supernet="")
-    guess = math.log(len(load_corpus(settings(world, "train")).words))
-    assert [row[split] for split in menas.SPLITS] == [guess] * 3
+    assert [row[split] for split in menas.SPLITS] == [GUESSING] * 3
     assert [menas.no_worse(loss, 2.0) for loss in (1.9, 2.1, math.nan)] == [1.9, 2.0, 2.0]
 
 
 def check_compare(world):
-    """Sources that can be told apart by their first activation; shared losses by evaluation."""
+    """Oracle: the first activation, by which sources are told apart; evaluation."""
     mark = menas.column(0, "activation")
     searched, weights, found = menas.supernet(settings(world, "compare"))
 
     class Marked(menas.Controller):
+        load_state_dict = None  # it is untrained
+
         def forward(self, *given, **more):
             sample = super().forward(*given, **more)
             sample.rows[:, mark] = IDENTITY if self.bound > 0 else TANH
             return sample
-        load_state_dict = None  # it is untrained
 
     found["sampled"][:, mark] = RELU
     found["uniform"][:, mark] = SIGMOID
     world.patch.setattr(menas, "supernet", lambda config: (searched, weights, found))
     world.patch.setattr(menas, "Controller", Marked)
     fake_trainings(world)
-    rows, corpus = measure(world, "compare", derive_samples=20), load_corpus(searched)
+    rows = measure(world, "compare", derive_samples=20)
     for group, act in (("trained", RELU), ("untrained", IDENTITY), ("uniform", SIGMOID)):
         some = [row for row in rows if row["group"] == group]
         cells = [cell_of(row) for row in some]
         assert {cell.nodes[0].activation for cell in cells} == {act}
         assert len(set(cells)) == len(cells) == min(20, some[0]["distinct"])
-        losses = evaluate(weights, encode(cells), corpus.valid)
-        losses = losses.clamp(max=math.log(len(corpus.words))).tolist()
+        losses = evaluate(weights, encode(cells), load_corpus(searched).valid)
+        losses = losses.clamp(max=GUESSING).tolist()
         assert [row["shared"] for row in some] == pytest.approx(losses, abs=1e-5)
-    assert rows[0]["distinct"] == len(set(map(tuple, found["sampled"].tolist()))) < rows[0]["of"]
+    assert rows[0]["distinct"] == len(found["sampled"].unique(dim=0)) < rows[0]["of"]
     assert [row["cell"] for row in rows[-2:]] == ["lstm", "lstm:" + rows[0]["cell"]]
-    assert all(row["test"] == any_number((row["cell"], row["seed"])) for row in rows)
-
-
-def naive_without(cell, i):
-    """By names of nodes: i's readers read what it read. Reads and activations of what is left."""
-    reads = {j: node.read - 1 for j, node in enumerate(cell.nodes)}
-    left = {j: reads[i] if read == i else read for j, read in reads.items() if j != i}
-    number = {-1: -1} | {j: new for new, j in enumerate(left)}
-    return [(number[read] + 1, cell.nodes[j].activation) for j, read in left.items()]
 
 
 def is_change(kind, cell, new):
     """Is it the cell with one change of that kind?"""
-    differ = [(i, a, b) for i, (a, b) in enumerate(zip(cell.nodes, new.nodes)) if a != b]
     if kind == "itself":
         return cell == new
-    if kind == "a node removed":
-        plain = [(node.read, node.activation) for node in new.nodes]
-        return plain in [naive_without(cell, i) for i in range(1, len(cell.nodes))]
+    if kind == "a node removed":  # node i, whose readers read what it read
+        return any(new == removed(cell, i) for i in range(1, len(cell.nodes)))
     if kind.startswith("only "):
         act = list(menas.ACTIVATIONS).index(kind.removeprefix("only "))
         return [node._replace(activation=act) for node in cell.nodes] == list(new.nodes)
-    (i, a, b), = differ
+    (i, a, b), = [(i, a, b) for i, (a, b) in enumerate(zip(cell.nodes, new.nodes)) if a != b]
     if kind == "a connection added":
         return b == a._replace(second=b.second) and b.second in {*range(1, i + 1)} - {a.read}
     return kind == "an activation changed" and b == a._replace(activation=b.activation)
 
 
+def removed(cell, i):
+    """By the numbers of the nodes, -1 the input pair: readers of i read what it read."""
+    reads = {j: node.read - 1 for j, node in enumerate(cell.nodes)}
+    left = {j: reads[i] if read == i else read for j, read in reads.items() if j != i}
+    number = {-1: -1} | {j: new for new, j in enumerate(left)}
+    nodes = [Node(number[read] + 1, activation=cell.nodes[j].activation)
+             for j, read in left.items()]
+    return cell._replace(nodes=tuple(nodes))
+
+
 def check_ablate(world):
-    """Each row is its source's cell with one change; all changes of darts_v2 counted by hand."""
+    """Oracle: the definition of each change; those of darts_v2 counted by hand."""
     found = menas.variants(CELLS["darts_v2"])
     assert [len(several) for several in found.values()] == [8, 36 - 8, 27, 1, 1, 1, 1]
     for kind, several in found.items():
@@ -186,14 +187,12 @@ def check_ablate(world):
     best, *_ = json.loads((world.search / "result.json").read_text())["rows"]
     assert itself["searched"] == cell_of(best) and itself["darts_v2"] == CELLS["darts_v2"]
     assert len({row["cell"] for row in rows if row["source"] == "darts_v2"}) == 1 + 3 * 3 + 4
-    for row in rows:
-        assert is_change(row["group"], itself[row["source"]], cell_of(row))
-        assert row["test"] == any_number((row["cell"], row["seed"]))
+    assert all(is_change(row["group"], itself[row["source"]], cell_of(row)) for row in rows)
 
 
 def check_factors(world):
-    """Searched cells are chains of relu, random ones stars of sigmoid; the loss is a number of the
-    connections plus one of the activations."""
+    """Oracle: a loss that is a number of the connections, a chain if searched and a star if random,
+    plus one of the activations, relu or sigmoid."""
     def rows_of(reads, act):
         return encode([Cell(tuple(Node(read, activation=act) for read in reads))] * 5)
 
@@ -215,7 +214,7 @@ def check_factors(world):
 
 
 def check_capacity(world):
-    """Cells whose best learning rate is known; the text that is learnt is what is judged, and
+    """Oracle: the best learning rate made up for each cell. The text that is learnt is judged, and
     nothing is dropped, decayed or averaged."""
     def best_rate(name):
         return (1.0, 0.25, 4.0)[int(3 * any_number(name))]
@@ -241,7 +240,7 @@ def check_capacity(world):
 
 
 def test_measures_of_a_cell():
-    """By hand: a chain, a tree of twelve nodes with six leaves, and the four nodes of an LSTM."""
+    """Oracle: by hand, of a chain, a tree of twelve nodes with six leaves, and an LSTM's four."""
     cells = [CELLS[name] for name in ("chain", "tree", "lstm_cell")]
     assert [menas.path_count(cell) for cell in cells] == [1, 6, 4]
     assert [menas.depth(cell) for cell in cells] == [12, 4, 3]
@@ -271,23 +270,13 @@ def check_train(world):
 # Measurements
 
 def check_similarity(world):
-    """A look ahead that knows the very step to come has the next gradient, cosine 1 on the same
-    samples; the plain one, one with a response, and those on other samples have not."""
+    """Oracle: a look ahead that knows the very step to come has the next gradient, cosine 1 on the
+    same samples; the plain one, one with a response, and those on other samples have not."""
     games, foresee = [], menas.Anticipation.foresee
-    texts, rewards_on = [], menas.Search.rewards_on
-    samples, gradient = [], menas.policy_gradient
 
     def watched(game, *more):
         games.append(game)
         return foresee(game, *more)
-
-    def noted(game, segment):
-        texts.append(segment.inputs.tolist())
-        return rewards_on(game, segment)
-
-    def noted_too(controller, sample, rewards):
-        samples.append(sample.rows.tolist())
-        return gradient(controller, sample, rewards)
 
     def clairvoyant(weights, step):
         game, kept = games[-1], games[-1].s
@@ -297,24 +286,19 @@ def check_similarity(world):
         return g, None
 
     world.patch.setattr(menas.Anticipation, "foresee", watched)
-    world.patch.setattr(menas.Search, "rewards_on", noted)
-    world.patch.setattr(menas, "policy_gradient", noted_too)
     world.patch.setitem(menas.LOOKAHEAD, "fresh", clairvoyant)
     world.patch.setitem(menas.RESPONSE, "unrolled", lambda *given: 100.0 * torch.arange(4))
     rows = measure(world, "similarity", epochs=1, shared_steps=10, warm_epochs=1, lr=20.0, fold=2)
     same = {row["group"]: row["same samples"] for row in rows}
     assert same["fresh, none"] == pytest.approx(1, abs=1e-4) == same["the next one itself"]
-    rest = ("none, none", "momentum, none", "fresh, unrolled")
-    assert max([same[name] for name in rest] + [row["other samples"] for row in rows]) < .999
+    rest = [same[name] for name in ("none, none", "momentum, none", "fresh, unrolled")]
+    assert max(rest + [row["other samples"] for row in rows]) < .999
     assert len(rows) == len(menas.ESTIMATORS) + 1 == len(same)
-    assert len(texts) == 2 and texts[0] != texts[1]
-    *those, same_ones, other_ones = samples
-    assert all(sample == same_ones != other_ones for sample in those)
 
 
 def check_cost(world):
-    """A clock and gradients of a size that is known of every arm, but for an accident in the first
-    draw, whose time a median forgets."""
+    """Oracle: a clock and gradients of a size made up for every arm, but for an accident in the
+    first draw, whose time a median forgets."""
     now, draws = [0.0], Counter()
 
     def rewarded(game, sample, progress):
@@ -339,8 +323,8 @@ def check_cost(world):
 
 
 def check_bench(world):
-    """A network that takes 2 seconds as torch.nn.LSTM, 3 by the fast path, 12 by the plain loop,
-    and three times that where gradients, and masks, are wanted."""
+    """Oracle: a network that takes 2 seconds as torch.nn.LSTM, 3 by the fast path, 12 by the plain
+    loop, and three times that where gradients, and masks, are wanted."""
     now = [0.0]
 
     def network(weights, rows, batch, dtype=None, recurrence=None):
@@ -366,8 +350,8 @@ def mean_context(tokens, streams, warm):
 
 
 def check_state(world):
-    """A loss that falls by a thousandth with every word read, whoever reads it, so that the error
-    under each policy is known; in segments that start with word 0 the order is turned round."""
+    """Oracle: a loss that falls by a thousandth with every word read, whoever reads it, so that the
+    error under each policy is known; in segments that start with word 0 the order is turned."""
     def own(rows):
         return torch.tensor([any_number(menas.row_name(row)) for row in rows])
 
@@ -409,31 +393,17 @@ def check_state(world):
         assert row["loss"] == pytest.approx(loss, abs=1e-5)
 
 
-def check_reading_itself(world):
-    """Oracle: the evaluation of the whole split, where an architecture reads all of it itself."""
-    searched, weights, _ = menas.supernet(settings(world, "state"))
-    corpus = load_corpus(searched)
-    rows = menas.uniform_rows(menas.search_space(searched), 9, "cells")
-    whole = evaluate(weights, rows, corpus.valid)
-    for state in menas.STATES:
-        config = replace(searched, batch=1, bptt=len(corpus.valid), state=state)
-        game = menas.Search(config, corpus)
-        game.s["weights"] = weights
-        assert menas.reward_error(game, rows, whole, 1) == pytest.approx((0, 1), abs=1e-5)
-
-
 def check_hidden(world):
-    """States made by hand: the trained controller's are first all decisions, one-hot, then nothing
-    but the loss; the untrained one's are noise."""
+    """Oracle: states made by hand. The trained controller's are first all decisions, one-hot, then
+    nothing but the loss; the untrained one's are noise."""
     saved = torch.load(world.search / "controller.pt", weights_only=True)
     valid = load_corpus(settings(world, "hidden")).valid
+    sampling = menas.Controller.forward
 
     def score(weights, rows, tokens, config):
         assert torch.equal(tokens, valid)
         relus = [sum(node.activation == RELU for node in decode(row).nodes) for row in rows]
         return torch.tensor(relus) / 10
-
-    sampling = menas.Controller.forward
 
     def study(states):
         def forward(controller, draws=None, rows=None, asked=None):
@@ -445,6 +415,7 @@ def check_hidden(world):
             assert torch.equal(controller.start, menas.Controller(controller.decisions, 3).start)
             noise = torch.randn(len(rows), 5, generator=menas.rng("noise"))
             return menas.Sample(rows, None, None, noise)
+
         world.patch.setattr(menas.Controller, "forward", forward)
         return measure(world, "hidden", derive_samples=20, seed=4)
 
@@ -460,7 +431,7 @@ def check_hidden(world):
 
 
 def test_the_final_state_has_seen_every_decision():
-    """Oracle: the walk written out, an LSTM cell fed with one embedding after the other."""
+    """Oracle: the walk by hand, an LSTM cell fed with one embedding after the other."""
     decisions = menas.search_space(menas.configure("search", "smoke", nodes=4))
     controller, rows = menas.Controller(decisions, 2), menas.uniform_rows(decisions, 6, "states")
     x, state = controller.start.expand(6, -1), None
@@ -472,18 +443,10 @@ def test_the_final_state_has_seen_every_decision():
     assert torch.allclose(controller(rows=rows).hidden, state[0], atol=1e-6)
 
 
-def ask(world, steps):
-    """A controller that learns to choose the number of nodes, an easy property."""
-    config = settings(world, "conditional", nodes=8, min_nodes=1, activations="tanh", seed=1,
-                      connections="chain", operations="highway", controller_samples=16,
-                      controller_steps=steps, controller_lr=.02, entropy=.02)
-    return menas.conditional(config, "depth", SimpleNamespace(obey=lambda: None))
-
-
 def check_conditional(world):
-    """What the controller was asked for, seen from outside: it is tested on nothing that it was
-    trained on, and the errors are those of what it sampled then."""
-    asked_for, sample = [], menas.Controller.sample
+    """Oracle: what a controller was asked for and answered, seen from outside, where it learns an
+    easy property. Who is told what to aim for is nearer to it, on targets never trained on."""
+    asked_for, sample, steps = [], menas.Controller.sample, 60
 
     def watched(controller, k, *key, asked=None):
         found = sample(controller, k, *key, asked=asked)
@@ -492,8 +455,11 @@ def check_conditional(world):
         return found
 
     world.patch.setattr(menas.Controller, "sample", watched)
-    rows = ask(world, 25)
-    tests, trained = asked_for[25:], {asked for asked, _ in asked_for[:25]}
+    config = settings(world, "conditional", nodes=8, min_nodes=1, activations="tanh", seed=1,
+                      connections="chain", operations="highway", controller_samples=16,
+                      controller_steps=steps, controller_lr=.04, entropy=.02)
+    rows = menas.conditional(config, "depth", SimpleNamespace(obey=lambda: None))
+    tests, trained = asked_for[steps:], {asked for asked, _ in asked_for[:steps]}
     scale = (tests[-1][0] - tests[0][0]) / (rows[-1]["target"] - rows[0]["target"])
     for row, (asked, cells) in zip(rows, tests, strict=True):
         assert asked not in trained and min(trained) < asked < max(trained)
@@ -501,16 +467,12 @@ def check_conditional(world):
         depths = [len(decode(cell).nodes) for cell in cells]
         error = mean(abs(x - row["target"]) for x in depths) * scale
         assert (row["mean"], row["error"]) == pytest.approx((mean(depths), error), rel=1e-3)
-
-
-def check_following(world):
-    """Who is told what to aim for is nearer to it than who is not."""
-    rows = ask(world, 120)
     assert mean(row["error"] for row in rows) < .7 * mean(row["untrained"] for row in rows)
 
 
 def check_progress(world):
-    """A space of four cells, and a search that is sure of one of them from its first round on."""
+    """Oracle: the evaluation of all four cells of a space; and the one cell that a search is sure
+    of from its first round on."""
     games = []
 
     def search(game, run, watch):
@@ -546,25 +508,18 @@ MUTANTS = {
         ("train_rows", "supernet=''", "supernet=config.supernet"),
         ("kind_of_network", "f'lstm {units}'", "'lstm'")],
     check_compare: [
-        ("study_compare", "corpus.valid", "corpus.test"),
-        ("study_compare", "'uniform': found['uniform']", "'uniform': found['sampled']"),
         ("study_compare", "Controller(search_space(searched), searched.seed)",
          "uniform(search_space(searched))"),
         ("study_compare", "score(weights", "score(shared_weights(searched, len(corpus.words))"),
         ("study_compare", "sampled.unique(dim=0)", "sampled")],
     check_ablate: [
         ("without", "if slot == i + 1", "if slot == i"),
-        ("variants", "second=slot", "read=slot"),
-        ("variants", "if slot != cell.nodes[i].read", "if slot"),
         ("study_ablate", "found['sampled'][0]", "found['sampled'][-1]"),
-        ("study_ablate", "variants(cell)", "variants(CELLS['darts_v2'])"),
-        ("study_ablate", "changes[i]", "changes[0]")],
+        ("study_ablate", "variants(cell)", "variants(CELLS['darts_v2'])")],
     check_factors: [
         ("study_factors", "sources[b][draws[1]]", "sources[a][draws[1]]"),
-        ("study_factors", "sources[a][draws[0]]", "sources['searched'][draws[0]]"),
         ("study_factors", "connections=a, activations=b", "connections=b, activations=a")],
     check_capacity: [
-        ("study_capacity", "[min(several", "[max(several"),
         ("study_capacity", ", **NO_DROPOUT", ""),
         ("study_capacity", "corpus.train[:", "corpus.test[:"),
         ("study_capacity", "text.replace(", "(text + ' w0' * (split == 'valid')).replace("),
@@ -576,44 +531,31 @@ MUTANTS = {
         ("cosines_to_the_next", "game.shared_step(0.0)", "None"),  # the gradients at t
         ("cosines_to_the_next", "grads = estimates(",  # after the step
          "game.shared_step(0.0); game.shared_step = float; grads = estimates("),
-        ("cosines_to_the_next", "= then[0]", "= then[1]"),
         ("cosines_to_the_next", "samples[0], rewards[0]", "samples[1], rewards[0]"),
-        ("cosines_to_the_next", "samples[0], rewards[0]", "samples[0], rewards[1]"),
         ("study_similarity", "'same samples': same", "'same samples': other"),
         ("estimates", "direct + response", "direct")],
     check_cost: [
         ("study_cost", "row['ms'] / rows[0]['ms']", "rows[0]['ms'] / row['ms']"),
-        ("study_cost", "row['deviation'] / rows[0]", "rows[0]['deviation'] / row"),
         ("study_cost", "median(seconds[arm])", "mean(seconds[arm])"),
         ("study_cost", "response=arm[1]", "response=config.response")],
     check_bench: [
         ("bench_case", "ms['plain loop'] / x", "x / ms['plain loop']"),
-        ("bench_case", "'float32', plain_recurrence", "'float32', fast_recurrence"),
         ("bench_case", "dropped[work]", "dropped['scoring']")],
     check_state: [
-        ("study_state", "rows, corpus.valid", "rows, corpus.test"),
         ("study_state", "state=name", "state=searched.state"),
-        ("study_state", "warm_up=words", "warm_up=70"),
-        ("reward_error", "kendall(losses[-1]", "kendall(whole"),
-        ("reward_error", ", game.s['state']['valid']", ", _")],
-    check_reading_itself: [
+        ("reward_error", ", game.s['state']['valid']", ", _"),
         ("reward_error", "game.next('valid')", "game.next('train')"),
         ("reward_error", "- whole)", "+ whole)")],
     check_hidden: [
         ("study_hidden", "('untrained', untrained)", "('untrained', trained)"),
         ("study_hidden", "searched.seed", "config.seed"),
-        ("study_hidden", "(rows[i] != rows)", "(rows[i] == rows)"),
-        ("study_hidden", "(losses[i] - losses).abs()", "(losses[i] - losses)"),
         ("study_hidden", "corpus.valid[:20000]", "corpus.test"),
         ("study_hidden", "probe(states, y)", "probe(y[:, None], y)")],
     check_conditional: [
         ("conditional", "targets[1:-1:2]", "targets[::2]"),
-        ("conditional", "training = targets[::2]", "training = targets"),
-        ("conditional", "in (got, anywhere)", "in (anywhere, got)")],
-    check_following: [
+        ("conditional", "in (got, anywhere)", "in (anywhere, got)"),
         ("conditional", "-(values(sample.rows)", "(values(sample.rows)")],
     check_progress: [
-        ("study_progress", "row_name(rows[0])", "row_name(rows[-1])"),
         ("study_progress", "valid=losses[0]", "valid=losses[-1]"),
         ("study_progress", "game.controller", "uniform(game.controller.decisions)")],
 }
@@ -621,12 +563,14 @@ MUTANTS = {
 
 @pytest.mark.parametrize("check", MUTANTS, ids=lambda check: check.__name__)
 def test_a_study_measures_what_it_says(check, world):
+    """Oracle: the made-up world of each check."""
     check(world)
 
 
 @pytest.mark.parametrize("check, name, old, new", [
     (check, *mutant) for check, several in MUTANTS.items() for mutant in several])
 def test_a_wrong_study_fails_the_same_check(check, name, old, new, world):
+    """Oracle: mutants of the study."""
     mutate(world.patch, name, (old, new))
     with pytest.raises(AssertionError):
         check(world)
@@ -636,7 +580,7 @@ def test_a_wrong_study_fails_the_same_check(check, name, old, new, world):
 
 @pytest.mark.parametrize("study", [*sorted({*menas.STUDIES} & {*menas.COMMANDS}), "robust"])
 def test_every_study_runs_and_finds_what_is_reported(study, world):
-    """At a toy size, trainings too, where they are few."""
+    """Oracle: the values that the report compares. At a toy size, trainings too where few."""
     world.patch.setattr(menas, "BENCHES", [(4, 2, 9, 1, "float32")])
     world.patch.setattr(menas, "CONTEXTS", (1, 8))
     world.patch.setattr(menas.reward_error, "__defaults__", (2,))  # segments at least
@@ -660,13 +604,6 @@ def test_every_study_runs_and_finds_what_is_reported(study, world):
     ("cost", dict(controller_steps=1, shared_steps=1)),  # a deviation from the only draw
     ("similarity", dict(epochs=1, shared_steps=5))])     # nothing would be measured
 def test_what_a_study_is_not_for(study, more, world):
+    """Oracle: by hand, what there would be nothing to measure in."""
     with pytest.raises(menas.UserError):
         measure(world, study, **more)
-
-
-def test_a_cell_of_many_nodes_has_a_long_name(world):
-    """Longer than a file's may be: studies of 40 nodes name their cells by their rows."""
-    cell = menas.arc(" ".join(f"{i} 0" for i in range(60)))
-    name = menas.row_name(encode([cell])[0])
-    assert menas.load_cell(None, name) == cell
-    assert menas.digest(settings(world, "train", cell=name))
