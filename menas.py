@@ -129,16 +129,17 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "identity": torch.clone,
 }
-TANH, RELU, SIGMOID, IDENTITY = range(4)  # in the order of ENAS's arcs
+TANH, RELU, SIGMOID, IDENTITY = range(4)  # in the order of the corrected code's arcs
 LEAVES, ALL = range(2)       # h_t is the mean of the leaves, or of all nodes after node 0
 INPUT = 0                    # the slot of the input pair
 MEMORY = 0                   # as the second slot of a gate or sum; a highway's 0 is none
 
 # A row of integers is a cell: five numbers of the whole, then four of each node. What a cell does
-# not use is 0, so ENAS's own cells have operation, second, memory, width and rate 0 throughout.
+# not use is 0 (but --one_activation writes that everywhere), so ENAS's own cells have operation,
+# second, memory, width and rate 0 throughout.
 #     memory   the slot carried as mem_t, 0 for none     width   units of the cell, 0 for all
 #     rate     log2 of the factor of the learning rate that it is trained with
-# A highway node whose second is not 0 reads the mean of both slots, through its own edge.
+# A highway node whose second is not 0 reads (s_p + s_q) / 2, through the edge p -> i.
 WHOLE = ("nodes", "output", "memory", "width", "rate")
 NODE = ("read", "operation", "second", "activation")
 Cells = namedtuple("Cells", WHOLE + NODE)
@@ -196,10 +197,11 @@ def row_of(name):
 
 
 def arc(text, output=ALL):
-    """A cell of ENAS's space as its authors' code prints it: predecessor and activation of nodes 1,
-    2, ...; node 0 is tanh on the input pair.
+    """A cell of ENAS's space as its authors' corrected code prints it: predecessor and activation
+    of nodes 1, 2, ...; node 0 is tanh on the input pair. (Their first code puts node 0's activation
+    first, and swaps sigmoid and identity.)
 
-    Raises ValueError if a number is missing or no number.
+    Raises ValueError for an odd count, or a word that is no number.
     """
     numbers = list(map(int, text.split()))
     if not numbers or len(numbers) % 2:
@@ -221,7 +223,8 @@ CELLS = {
     # f * mem + i * tanh(g), carried on as mem; h = o * tanh(mem), node 3, the only leaf
     "lstm_cell": Cell((Node(INPUT, GATE, MEMORY, IDENTITY), Node(INPUT, GLU, 0, TANH),
                        Node(1, SUM, 2), Node(INPUT, GATE, 3, TANH)), memory=3),
-    # a recurrent additive network (Lee et al. 2017): f * mem + i * u, which is both mem and h
+    # like a recurrent additive network (Lee et al. 2017), whose u reads x_t alone: f * mem + i * u,
+    # which is both mem and h
     "additive": Cell((Node(INPUT, GATE, MEMORY, IDENTITY), Node(INPUT, GLU, 0, IDENTITY),
                       Node(1, SUM, 2)), memory=3),
 }
@@ -235,9 +238,9 @@ def leaf_weights(cells):
     """
     n = cells.read.shape[1]
     node = torch.arange(n, device=cells.read.device)
-    # a cell of fewer nodes than the row has room for leaves the others out
+    # columns past the cell's own nodes are padding
     exists = node < cells.nodes[:, None]
-    # slots that somebody reads; slot 0 stands for what is not used
+    # slots that somebody reads; slot 0 is no node
     is_read = (F.one_hot(cells.read, n + 1) | F.one_hot(cells.second, n + 1)).any(1)
     inner = exists & ((node > 0) | (cells.nodes[:, None] == 1))  # DARTS: all but node 0
     # carried on as memory is not read: such a node can still be a leaf
@@ -259,11 +262,12 @@ def slots_read(node):
     """The slots that a node reads, None for the memory."""
     if not has_second(node):
         return [node.read]
-    return [node.read, node.second or None]
+    return [node.read, None if node.second == MEMORY else node.second]
 
 
 def is_enas(cell):
-    """Is it in ENAS's space: highway nodes, of which only the first reads the input pair?"""
+    """Is it in ENAS's space: highway nodes of full width, of which only the first reads the input
+    pair, and no memory?"""
     plain = all(node.operation == HIGHWAY and node.second == 0 for node in cell.nodes)
     inputs = [i for i, node in enumerate(cell.nodes) if node.read == INPUT]
     return plain and inputs == [0] and (cell.memory, cell.width) == (0, 0)
@@ -324,7 +328,7 @@ CONNECTIONS = {"any": anything, "chain": chain, "tree": tree}
 
 
 def listed(config, name, known):
-    """What the words of a comma-separated setting stand for in a row, [0] if there are none.
+    """The numbers that a comma-separated setting names, as they stand in a row; [0] if empty.
 
     known: {word: its number}. Raises UserError for another word, or one that is there twice.
     """
@@ -410,7 +414,7 @@ def matters(rows, decision):
 # 3. The network -----------------------------------------------------------------------------------
 # Weights are a dict of tensors. All have the tied embedding [V, H] and the decoder's bias [V].
 #     shared       'edges' [E, H, 2H], one for each pair (slot read, node): the supernet
-#     standalone   'nodes' [K, N, H, 2H], each network's own; every tensor has a leading K
+#     standalone   'nodes' [K, N, H, 2H] in their place; all of a network's tensors have a leading K
 #     ENAS's space 'input' [1, H, 2H], the weights of x_t in node 0
 #     any other    'inputs' [N, H, 2H], as any node may read the input pair
 # An LSTM has torch.nn.LSTM's instead, with a leading K.
@@ -420,12 +424,12 @@ STATE_BOUND = 25.0  # largest norm of h_t and of mem_t
 
 
 def edge_index(slot, node):
-    """The bank's row of the edge slot -> node: node i can read slots 0 .. i."""
+    """The row of 'edges' for slot -> node: node i can read slots 0 .. i."""
     return node * (node + 1) // 2 + slot
 
 
 def edges_of(rows):
-    """[K, N]: the bank's rows that the nodes of K cells use."""
+    """[K, N]: the rows of 'edges' that the nodes of K cells use."""
     read = parse(rows).read
     return edge_index(read, torch.arange(read.shape[1], device=rows.device))
 
@@ -440,17 +444,17 @@ def draw_weights(shapes, bound, seed):
 
 
 def init_bound(units):
-    """Keeps the variance of what passes a matrix. paper: .04, at 800 units; at 200 it learns
-    slowly."""
+    """Keeps the variance of what passes a matrix. paper: .04 in the search; the authors' corrected
+    code has .04 at 200 units and .05 at 800."""
     return math.sqrt(3 / units)
 
 
 def shared_weights(config, words):
-    """Weights of the supernet: the embedding, the bank of edges, the input's, the bias."""
+    """Weights of the supernet: the embedding, the edges, the input's, the bias."""
     h = config.hidden
     shapes = {"embedding": (words, h), "edges": (edge_index(0, config.nodes), h, 2 * h)}
     # a width cuts the input too, so it needs the general path
-    if config.operations == "highway" and not config.widths:
+    if config.operations in ("", "highway") and not config.widths:
         shapes["input"] = (1, h, 2 * h)
     else:
         shapes["inputs"] = (config.nodes, h, 2 * h)
@@ -534,7 +538,7 @@ def bounded(state):
 def step(cells, w, xw, h, memory, mask, live, leaf):
     """One word: the state h, memory [K, B, H] before it -> those after it.
 
-    w [N, K, H, 2H]: each node's weights; xw [K, 1 or N, B, 2H]: x_t times its input weights;
+    w [N, K, H, 2H]: each node's weights; xw [K or 1, 1 or N, B, 2H]: x_t times its input weights;
     mask [K or 1, B or 1, H]: dropout on what nodes read; live [K, 1, H]: the units a cell has.
     """
     # what the next node can read: the input pair's h, then the nodes so far
@@ -600,7 +604,7 @@ def coefficient_table(dtype, device):
     return torch.tensor(COEFFICIENTS, dtype=dtype, device=device)
 
 
-FREE = []  # large buffers to be used again, since fresh memory is slow: a third at 32 architectures
+FREE = []  # large buffers to use again: fresh memory costs a third of the time at K = 32
 
 
 def take(like, *shape):
@@ -621,9 +625,11 @@ def give(*buffers):
 
 
 def sources(read):
-    """Where K nodes read, rows slot * K + k of all slots, N of [K]; or N slots, and True, for a
-    lone architecture on the CPU, where the host may know: a view of a slot is faster than a
-    copy."""
+    """What each node reads, and whether there is a lone architecture on the CPU.
+
+    Then it is the slot as a number, for a view of a slot is faster than a copy; else the indices
+    [K] of slot * K + k, into the slots of all architectures one after the other.
+    """
     k = read.shape[1]
     if k == 1 and read.device.type == "cpu":
         return read[:, 0].tolist(), True
@@ -697,7 +703,7 @@ class FastRecurrence(torch.autograd.Function):
             """What node i reads, all steps [K, T, B, H]."""
             return slots[source[i]] if alone else flat.index_select(0, source[i])
 
-        local = gates  # used up
+        local = gates  # overwritten by the local derivatives
         keep = take(w, *slots[1:].shape)
         for i in range(nodes):
             local_derivatives(gates[i], read_by(i), [x[i, :, None] for x in coefficients], keep[i])
@@ -723,7 +729,10 @@ class FastRecurrence(torch.autograd.Function):
                     dp.mul_(mask)
                 dp.addcmul_(values[i + 1], keep[i, :, t])
                 # what node i read gets dp, also from other nodes that read it
-                values[source[i]].add_(dp) if alone else rows.index_add_(0, source[i], dp)
+                if alone:
+                    values[source[i]].add_(dp)
+                else:
+                    rows.index_add_(0, source[i], dp)
             dh.copy_(values[0])
         dw = torch.empty_like(w)
         for i in range(nodes):  # one product over all T * B rows
@@ -747,7 +756,7 @@ def local_derivatives(gate, p, coefficients, keep):
 
 
 def bound_backward(dy, y, shrink):
-    """dL/dx from dL/dy, of y = x shrink: where the bound holds, without the part along y."""
+    """dL/dx from dL/dy, of y = x shrink: where the bound binds, without the part along y."""
     radial = (y * dy).sum(-1, keepdim=True).mul_(shrink < 1).div_(STATE_BOUND ** 2)
     return torch.addcmul(dy, radial, y, value=-1).mul_(shrink)
 
@@ -770,7 +779,7 @@ def fast_recurrence(cells, w, xw, h, memory, mask=None):
 # One step's input:
 #     inputs, targets [T, B]     a target of -1: nothing to predict
 #     state [2, K or 1, B, H]    h and memory before the first word
-#     masks                      of dropout, see draw_masks(); {} to evaluate
+#     masks                      of dropout, see draw_masks(), or of a perturbed input, see INPUTS
 Batch = namedtuple("Batch", "inputs targets state masks")
 
 
@@ -854,7 +863,9 @@ def unroll_lstm(weights, batch):
     for i, x in enumerate(embed(weights, batch)):
         start = [s[None].contiguous() for s in batch.state[:, i % batch.state.shape[1]]]      # h, c
         flat = [weights[name][i] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        out, h, c = torch.lstm(x, start, flat, True, 1, 0.0, torch.is_grad_enabled(), False, False)
+        # biases, layers, dropout, training, bidirectional, batch first
+        how = (True, 1, 0.0, torch.is_grad_enabled(), False, False)
+        out, h, c = torch.lstm(x, start, flat, *how)
         outputs.append(out @ weights["project"][i] if "project" in weights else out)
         states.append(torch.cat([h, c]).detach())
     return torch.stack(outputs), torch.stack(states, 1)
@@ -1012,7 +1023,7 @@ class Controller(nn.Module):
                 continue
             f = self.free.index(i)
             n = len(choices)
-            # the last choice is the input, the logits come from this decision's own head
+            # the previous choice is the input, the logits come from this decision's own head
             state = self.lstm(x, state)
             logits = torch.tanh(state[0] @ self.head[f, :, :n] / TEMPERATURE) * self.bound
             logp = F.log_softmax(logits, 1)                                           # [K, choices]
@@ -1196,7 +1207,7 @@ def rates_of(rows):
 
 
 def no_task(rows):
-    """Factors of the training losses [K], and what is added to the losses that are rewarded [K]."""
+    """Factors of the training losses [K], and what is added to the losses that are rewarded."""
     return torch.ones(len(rows), device=rows.device), 0.0
 
 
@@ -1227,14 +1238,15 @@ def with_noise(inputs, words, hidden, *key):
     return {"noise": 0.5 * torch.randn(1, *inputs.shape, hidden, generator=rng("noise", *key))}
 
 
-# (inputs [T, B], words, hidden, key) -> masks: the input that rewards are measured on.
+# (inputs [T, B], words, hidden, key) -> masks: the input that rewards are measured on, and that
+# --perturb tests on.
 INPUTS = {"plain": unperturbed, "words": without_words, "noise": with_noise}
 
 
-def perturbation(name, weights, *seed):
+def perturbation(name, weights, seed):
     """(inputs, key) -> masks of such an input, on the inputs' device."""
     def masks(inputs, *key):
-        drawn = INPUTS[name](inputs, *weights["embedding"].shape[-2:], *seed, *key)
+        drawn = INPUTS[name](inputs, *weights["embedding"].shape[-2:], seed, *key)
         return {kind: move(mask, inputs.device) for kind, mask in drawn.items()}
     return masks
 
@@ -1334,7 +1346,7 @@ class Search:
         """(weights, rows) -> 80 / perplexity [K] on a validation segment, without dropout, and the
         state that is left [2, 1, B, H].
 
-        paper: 80 is its c, for rewards near 1. ENAS-pytorch leaves dropout on.
+        80 is the paper's c, for rewards near 1. ENAS-pytorch leaves dropout on.
         """
         config = self.config
         carried = self.s["state"]["valid"]
@@ -1461,15 +1473,16 @@ def search(game, run, watch=None):
 # ahead, omega' = omega - lr clip(g):
 #
 #     F_1(theta) = E_m R(omega'; m),   g = E_m' grad L_T(omega; m')    R reward, L_T training loss
-#     dF_1/dtheta =   E_m [ R(omega'; m) dlog pi(m)/dtheta ]               direct: ENAS's, at omega
+#     dF_1/dtheta =   E_m [ R(omega'; m) dlog pi(m)/dtheta ]         direct; ENAS has it at omega
 #                   - E_m'[ <grad L_T(omega; m'), u> dlog pi(m')/dtheta ]  response: it leaves out
 #     u = lr J^T v,   v = grad_omega' E_m R(omega'; m),   J = d clip(g) / dg
 #
 # Theta moves omega' only through which architectures it is trained on, so the response is a
 # REINFORCE gradient too: an architecture is rewarded by what a step of training on it does to
 # everyone's reward. LOOKAHEAD says where R is evaluated, RESPONSE what v passes through; ENAS is
-# (none, none), and (fresh, unrolled) the exact gradient. These functions know nothing of RNNs:
-# toy_enas.py holds the same ones to closed forms, tests/test_gradients.py to enumerated spaces.
+# (none, none); (fresh, unrolled) estimates this gradient, exactly if the fold is the whole policy.
+# These functions know nothing of RNNs: toy_enas.py holds them to closed forms,
+# tests/test_gradients.py to enumerated spaces.
 
 def no_rates(cells):
     """Every architecture is trained with the same learning rate."""
@@ -1512,7 +1525,7 @@ def mean_gradient(values, weights):
 
 @torch.no_grad()
 def directional(step, weights, cells, u):
-    """xi_m <grad L_T(omega), u> = xi_m [ L_T(omega + eps u) - L_T(omega - eps u) ] / (2 eps)  [K].
+    """xi_m <grad L_T(omega), u> ~ xi_m [ L_T(omega + eps u) - L_T(omega - eps u) ] / (2 eps)  [K].
 
     Two forward passes, in float32 or better; eps = .01 / |u|, and if u is 0 any will do.
     """
@@ -1549,7 +1562,7 @@ def recent(weights, step):
 
 
 def fresh(weights, step):
-    """g = d/domega mean_m xi_m L_T(omega; m) over the fold, xi the rates: the only unbiased one."""
+    """g = d/domega mean_m xi_m L_T(omega; m) over the fold, xi the rates: alone unbiased."""
     def scaled(w):
         losses, state = step.losses(w, step.cells)
         return step.rates(step.cells) * losses, state
@@ -1602,7 +1615,7 @@ def through_clip(v, g, step):
 
 
 def unrolled(v, weights, g, step, cells):
-    """- <xi_m grad L_T(omega; m), u> - lr xi_m ( [clipped] clip <g^, v> + decay <omega, v> ).
+    """- <xi_m grad L_T(omega; m), u> - lr xi_m ( [|g| > c] clip <g^, v> + decay <omega, v> ).
 
     u = lr J^T v: a step on the policy's MEAN gradient, clipped as a whole. Exact if the fold is the
     whole policy: DARTS's second order, for a sampled controller. The second part is what a larger
@@ -1622,7 +1635,7 @@ def sampled(v, weights, g, step, cells):
     response right to first order in lr; its sum with the direct term is not, for that is taken at
     the omega' of the fold's mean.
     """
-    # first order in lr: the loss's gradient times the step that it makes
+    # first order in lr: the reward's gradient v times the step that training on m makes
     norm, along = step.each(weights, cells, v)
     product = (step.clip / norm).clamp(max=1) * along + step.decay * dot(v, weights)
     return -step.lr * step.rates(cells) * product
@@ -1769,8 +1782,10 @@ PLATEAU = 4.0  # under --schedule plateau, lr is divided by this where the loss 
 
 @torch.no_grad()
 def validate(config, s, valid, epoch):
-    """Losses of the networks still in the batch; keep their best weights; start averaging, lower
-    lr, or let go those that have not improved for --patience epochs, and those that failed.
+    """Losses of the networks still in the batch, of which the best weights are kept.
+
+    Those that did not improve start averaging and, under 'plateau', lower lr; after --patience such
+    epochs, or a failure, they leave.
 
     s is what start_training() made; what it has of the networks in the batch shrinks with them.
     """
@@ -1841,7 +1856,7 @@ def training_step(config, s, stream, words):
     batch = Batch(segment.inputs, segment.targets, s["state"], masks)
     losses, state, _ = train_step(s["weights"], s["rows"], batch, lr, config)
 
-    # who fails does not learn any more (see sgd_step), and is let go at the end of the epoch
+    # who fails takes no step (see sgd_step), and is let go at the end of the epoch
     finite = torch.isfinite(losses)
     failed = s["failed"][alive]
     s["failed"][alive] = torch.where(finite | (failed > 0), failed, int(progress) + 1)
@@ -1993,8 +2008,8 @@ def toy_next(state):
     A state is (topic, due, phase): the last main noun's class; (class, letter) of the nouns whose
     verbs are still to come, outermost first; and what was written last: 'start' (a noun is next),
     'noun', 'verb' or 'adverb'. A main noun keeps the topic with TOY_TOPIC; a clause follows a noun
-    with TOY_NEST, an adverb a verb with TOY_ADVERB; a verb has its noun's class, its letter with
-    TOY_ECHO.
+    with TOY_NEST, its noun of any class; an adverb follows a verb with TOY_ADVERB; a verb has its
+    noun's class, and with TOY_ECHO its letter, else one drawn by Zipf.
     """
     topic, due, phase = state
     moves = []
@@ -2148,7 +2163,7 @@ def p_value(a, b, paired, shift=0.0):
 
 
 def interval(a, b, paired):
-    """The 95 % interval that goes with it: shifts not refused at .05; None if none can be."""
+    """The 95 % interval of p_value's test: shifts not refused at .05; None if none can be."""
     seen = mean(b) - mean(a)
     ends = []
     spread = max(*a, *b) - min(*a, *b) + 1e-9
@@ -2185,7 +2200,7 @@ AT_ONCE = 25  # networks trained as one
 
 
 def guessing(corpus):
-    """The loss of guessing; what is worse, or no number, counts as that."""
+    """The loss of guessing, nats per token."""
     return math.log(len(corpus.words))
 
 
@@ -2201,7 +2216,7 @@ def load_tensors(path, device="cpu"):
 
 def supernet(config):
     """A finished search: its Config, shared weights, and rows [K, D] 'sampled' and 'uniform', best
-    first.
+    first (after --anneal, the policy's own choice first).
 
     Raises UserError if --supernet is not given, not a search, or damaged.
     """
@@ -2240,9 +2255,9 @@ def train_rows(config, run, rows, prefix=""):
     """The rows, each with the losses of its 'cell' trained from scratch, and how that ended.
 
     Batches of AT_ONCE networks, each a run of its own in this one's folder, and each network with a
-    seed of its own. What belongs together is not trained together.
+    seed of its own. Batches are in random order, so that no group is a batch.
     """
-    # networks of one shape are trained together, in an order that has nothing to do with groups
+    # networks of one kind can be trained together
     kinds = {}
     for i in torch.randperm(len(rows), generator=rng(config.seed, "order")).tolist():
         kinds.setdefault(kind_of_network(config, rows[i]["cell"]), []).append(i)
@@ -2413,12 +2428,12 @@ def depth(cell):
 
 def matrices(cell):
     """Matrices of the recurrence: its weights in units of H * H."""
-    return recurrent_parameters(cell, 1)
+    return recurrent_parameters(cell._replace(width=0), 1)
 
 
 MEASURES = {"parameters": matrices, "paths": path_count, "depth": depth}
-NO_DROPOUT = dict(word_dropout=0.0, input_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0,
-                  weight_decay=0.0, average=False)
+UNREGULARIZED = dict(word_dropout=0.0, input_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0,
+                     weight_decay=0.0, average=False)
 CAPACITY_WORDS = 1000  # of the training text, to be learnt by heart
 CAPACITY_RATES = (1.0, 0.25, 4.0)  # times --lr
 
@@ -2443,7 +2458,7 @@ def study_capacity(config, run):
     tried = []
     # a cell that needs another learning rate is not one that remembers less
     for rate in CAPACITY_RATES:
-        sub = replace(config, data=str(folder), lr=config.lr * rate, **NO_DROPOUT)
+        sub = replace(config, data=str(folder), lr=config.lr * rate, **UNREGULARIZED)
         labelled = [row | dict(rate=rate) for row in rows]
         tried.append(train_rows(sub, run, labelled, f"rate {rate:g} "))
     return [min(several, key=lambda row: row["train"]) for several in zip(*tried)]
@@ -2589,7 +2604,7 @@ def bench_case(config, hidden, batch, words, k, dtype, repeats=5):
     models = {"plain loop": (cell, "float32", plain_recurrence),
               "torch.nn.LSTM": (lstm, "float32", None),
               f"fast path, {dtype}": (cell, dtype, fast_recurrence)}
-    dropped = {"training step": {"hidden": masks["hidden"].to(device)}, "scoring": {}}
+    dropped = {"forward and backward": {"hidden": masks["hidden"].to(device)}, "scoring": {}}
     found = []
     for work in dropped:
         seconds = {name: [] for name in models}
@@ -2779,7 +2794,7 @@ def study_progress(config, run):
     return [read_json(run.folder / f"round {i}.json") for i in range(rounds + 1)]
 
 
-# 10. The two commands -----------------------------------------------------------------------------
+# 10. Search and train -----------------------------------------------------------------------------
 def from_genotype(text):
     """A cell as DARTS prints it: activation and predecessor of nodes 1, 2, ...; h_t is the mean of
     the nodes in concat."""
@@ -2798,7 +2813,7 @@ def from_genotype(text):
 
 def spellings(cell):
     """The cell as --cell takes it: its row; if it is ENAS's, with tanh in node 0, also an arc and a
-    genotype. An arc does not say of which nodes h_t is the mean; --cell takes all."""
+    genotype. An arc does not say of which nodes h_t is the mean; --cell takes all but node 0."""
     said = f"row: {name_of(cell)}"
     pairs = [(node.read - 1, node.activation) for node in cell.nodes[1:]]
     numbers = " ".join(f"{read} {act}" for read, act in pairs)
@@ -2840,7 +2855,8 @@ def load_cell(config, name):
             if len(cell.nodes) != row[0]:
                 raise ValueError(f"it has {len(cell.nodes)} nodes, not {row[0]}")
             return cell
-    choose("cell", name, [*CELLS, "lstm:CELL", "random:SEED"])
+    choose("cell", name, [*CELLS, "random:SEED"])
+    raise UserError(f"the cell {name!r} needs a number for SEED")
 
 
 def lstm_parameters(config, units):
@@ -2870,7 +2886,7 @@ def save_tensors(path, tensors):
 
 
 def save_network(folder, weights, corpus):
-    """The weights, and the words that their columns stand for: {word: id}."""
+    """The weights, and the words that the embedding's rows stand for: {word: id}."""
     save_tensors(folder / "weights.pt", weights)
     write_json(folder / "words.json", {word: i for i, word in enumerate(corpus.words)})
 
@@ -3034,7 +3050,7 @@ def option(default, help, least=1, most=10**6):
 class Config:
     """Every setting; each field is a flag of the commands that use it.
 
-    The defaults here are ENAS's where a preset says nothing else.
+    The defaults hold where a preset says nothing else; the authors' are in the preset 'paper'.
     """
     preset: str = option("tiny", "smoke, tiny, ptb or paper: sizes and schedules")
     data: str = option("toy", "toy, ptb, a folder with train.txt, valid.txt and test.txt, or a "
@@ -3177,8 +3193,8 @@ PRESETS = {
         "studies": LIGHT | dict(epochs=12, derive_samples=10),
     },
     # The corrected code of ENAS's authors, search and final training. Its two masks on the input
-    # are one here, of rate 1 - (1 - .2) (1 - .75) = .8; its L2 is a sum of squares, so the decay is
-    # twice that.
+    # are one here, of rate 1 - (1 - .2) (1 - .75) = .8. Its final training's L2 is a sum of
+    # squares, so the decay is twice that; its search's, of fourth powers, is one of squares here.
     "paper": {
         "all": dict(data="ptb", dtype="bfloat16", weight_decay=1.6e-6, controller_lr=5e-5,
                     entropy=1e-5),
@@ -3209,7 +3225,7 @@ CHOICES = {"preset": PRESETS, "unit": UNITS, "dtype": DTYPES, "connections": CON
 
 
 def check(config):
-    """Wrong settings, each with its name, before any work is done."""
+    """Raise UserError for a wrong setting, by its name, before any work is done."""
     for name, choices in CHOICES.items():
         choose(f"--{name}", getattr(config, name), choices)
     # numbers, each in its range: one that is no sensible number would end in an error of torch's
@@ -3219,7 +3235,7 @@ def check(config):
         if f.type in (int, float) and not least <= value <= most:  # nan neither
             about = f.metadata["help"]
             raise UserError(f"--{f.name} {value} must be from {least} to {most}: {about}")
-    learning = config.epochs - config.warm_epochs  # rounds in which the controller does
+    learning = config.epochs - config.warm_epochs  # rounds in which the controller learns
     look = config.lookahead
     # settings that do not go together
     if config.response != "none" and look != "fresh":
@@ -3324,7 +3340,7 @@ class Run:
         # a run that has done nothing refuses nothing
         worked = any(record.stat().st_size for record in self.folder.rglob("*.json*")
                      if record.name != "config.json")
-        # what an older version did not know was as by default
+        # a setting that an older version lacked counts as its default
         theirs = vars(Config()) | read_json(path) if path.exists() else self.settings
         for name, value in self.settings.items():
             if worked and name not in WHEREABOUTS and theirs.get(name) != value:
@@ -3352,8 +3368,8 @@ class Run:
             left.unlink()
 
     def seal(self, content):
-        """What a checkpoint begins with: a hash of the settings that who resumes must share, and of
-        all that follows."""
+        """What a checkpoint begins with: a hash of the settings that a resumed run must share, and
+        of all that follows."""
         key = str([(name, x) for name, x in self.settings.items() if name not in WHEREABOUTS])
         return sha256(key.encode() + content).encode()
 
@@ -3551,7 +3567,7 @@ def answer(lines):
     if not tested:
         return "Too few seeds for a test."
     return (f"From {lines[0][0]} differ: {', '.join(differ) or 'none'}. "
-            f"Not shown to: {', '.join(rest) or 'none'}.")
+            f"Not shown to differ: {', '.join(rest) or 'none'}.")
 
 
 def figure_of(columns, width=4.5, height=3.6):
@@ -3561,12 +3577,12 @@ def figure_of(columns, width=4.5, height=3.6):
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-# A panel is a function (axes, records, value).
-
 def rows_of(records):
     """All rows of several records."""
     return [row for record in records for row in record["rows"]]
 
+
+# Panels of a figure are functions (axes, records, value).
 
 def dots(axes, records, value):
     """Every unit a dot, every group's mean a larger one; far off ones as triangles at the edge, so
@@ -3666,8 +3682,9 @@ def draw_cell(cell, axes=None, title=""):
             arrow(place[slot], place[i + 1], style)
         act = list(ACTIVATIONS)[node.activation]
         text = (act, f"glu {act}", f"gate {act}", "+")[node.operation]
+        colour = "white" if node.operation == SUM else COLOURS[act]
         carried = ", memory" if i + 1 == cell.memory else ""
-        box(place[i + 1], f"{i}: {text}{carried}", COLOURS[act])
+        box(place[i + 1], f"{i}: {text}{carried}", colour)
     for i in leaves(cell):
         arrow(place[i + 1], (0, top), ":", "#aaaaaa")
     box((0, top), "$h_t$ = mean")

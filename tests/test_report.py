@@ -97,7 +97,7 @@ def test_an_answer_is_what_the_test_says():
     """By hand: p of .05 and less, corrected, differ; a group without a p is not spoken of."""
     lines = [["a", 9, 9, 1., 1., "", "", ""], ["b", 9, 9, 2., 2., "+1.000", "-", "0.050"],
              ["c", 9, 9, 2., 2., "+1.000", "-", "0.051"], ["d", 1, 1, 2., 2., "", "", ""]]
-    expected = "From a differ: b (+1.000, p = 0.050). Not shown to: c."
+    expected = "From a differ: b (+1.000, p = 0.050). Not shown to differ: c."
     assert menas.answer(lines) == expected
     assert menas.answer(lines[:1]) == "Too few seeds for a test."
 

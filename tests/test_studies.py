@@ -239,6 +239,17 @@ def check_capacity(world):
         assert new.nodes == cell.nodes and new.width == 2 or kind != "half the width"
 
 
+@pytest.mark.parametrize("anneal", [0, 1])
+def test_an_annealed_search_finds_the_cell_that_its_policy_draws_most(anneal, world):
+    """By hand: of three samples one is best, the others are the same cell; its rows come first."""
+    best, often = [Cell((Node(0, activation=act), Node(1))) for act in (TANH, RELU)]
+    drawn = encode([best, often, often]), torch.tensor([1.0, 2.0, 2.0])
+    world.patch.setattr(menas, "derive", lambda config, weights, rows, corpus: drawn)
+    rows = measure(world, "search", nodes=2, anneal=anneal, retrain=0, derive_samples=3)
+    assert cell_of(rows[0]) == (often if anneal else best)
+    assert [row["group"] for row in rows] == ["sampled"] * 3 + ["uniform"] * 3
+
+
 def test_measures_of_a_cell():
     """Oracle: by hand, of a chain, a tree of twelve nodes with six leaves, and an LSTM's four."""
     cells = [CELLS[name] for name in ("chain", "tree", "lstm_cell")]
@@ -520,7 +531,7 @@ MUTANTS = {
         ("study_factors", "sources[b][draws[1]]", "sources[a][draws[1]]"),
         ("study_factors", "connections=a, activations=b", "connections=b, activations=a")],
     check_capacity: [
-        ("study_capacity", ", **NO_DROPOUT", ""),
+        ("study_capacity", ", **UNREGULARIZED", ""),
         ("study_capacity", "corpus.train[:", "corpus.test[:"),
         ("study_capacity", "text.replace(", "(text + ' w0' * (split == 'valid')).replace("),
         ("study_capacity", "config.hidden // 2", "config.hidden")],
