@@ -3123,12 +3123,13 @@ NETWORK = ("word_dropout input_dropout hidden_dropout output_dropout batch bptt 
            "weight_decay epochs")
 GAME = (f"{RUN} unit {SPACE} {NETWORK} state shared_steps shared_samples warm_epochs settle "
         "controller controller_steps controller_samples controller_lr entropy anneal reward_input "
-        "task derive_samples lookahead response fold")
+        "task derive_samples fold")
+AHEAD = f"{GAME} lookahead response"
 TRAIN = f"{NETWORK} patience average perturb"
 OF_CELLS = f"{RUN} unit hidden {TRAIN} supernet derive_samples"
 # command -> its function, what it does, the settings it uses
 COMMANDS = {
-    "search": (study_search, "find a cell", f"{GAME} retrain perturb"),
+    "search": (study_search, "find a cell", f"{AHEAD} retrain perturb"),
     "train": (study_train, "train cells from scratch",
               f"{RUN} unit {SPACE} {TRAIN} cell supernet"),
     "compare": (study_compare, "cells of a search beside others", OF_CELLS),
@@ -3142,7 +3143,7 @@ COMMANDS = {
     "cost": (study_cost, "what the extra gradient costs", GAME),
     "conditional": (study_conditional, "a controller told what to aim for",
                     f"{RUN} {SPACE} controller_steps controller_samples controller_lr entropy"),
-    "progress": (study_progress, "a search, watched", GAME),
+    "progress": (study_progress, "a search, watched", AHEAD),
     "bench": (study_bench, "speed beside the plain loop and torch.nn.LSTM",
               "preset out device threads hidden bptt"),
     "draw": (None, "a cell's picture, row, ENAS arc and DARTS genotype",
