@@ -284,10 +284,15 @@ def check_similarity(world):
     """Oracle: a look ahead that knows the very step to come has the next gradient, cosine 1 on the
     same samples; the plain one, one with a response, and those on other samples have not."""
     games, foresee = [], menas.Anticipation.foresee
+    drawn, gradient = [], menas.policy_gradient
 
     def watched(game, *more):
         games.append(game)
         return foresee(game, *more)
+
+    def noted(controller, sample, rewards):
+        drawn.append(sample.rows.tolist())
+        return gradient(controller, sample, rewards)
 
     def clairvoyant(weights, step):
         game, kept = games[-1], games[-1].s
@@ -297,6 +302,7 @@ def check_similarity(world):
         return g, None
 
     world.patch.setattr(menas.Anticipation, "foresee", watched)
+    world.patch.setattr(menas, "policy_gradient", noted)
     world.patch.setitem(menas.LOOKAHEAD, "fresh", clairvoyant)
     world.patch.setitem(menas.RESPONSE, "unrolled", lambda *given: 100.0 * torch.arange(4))
     rows = measure(world, "similarity", epochs=1, shared_steps=10, warm_epochs=1, lr=20.0, fold=2)
@@ -305,6 +311,7 @@ def check_similarity(world):
     rest = [same[name] for name in ("none, none", "momentum, none", "fresh, unrolled")]
     assert max(rest + [row["other samples"] for row in rows]) < .999
     assert len(rows) == len(menas.ESTIMATORS) + 1 == len(same)
+    assert drawn[-1] not in drawn[:-1]  # the other samples
 
 
 def check_cost(world):
