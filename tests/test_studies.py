@@ -132,6 +132,7 @@ def check_compare(world):
             return sample
 
     found["sampled"][:, mark] = RELU
+    found["sampled"] = found["sampled"][[0, 1, 2, 3, 4, 0]]  # fewer than the others
     found["uniform"][:, mark] = SIGMOID
     world.patch.setattr(menas, "supernet", lambda config: (searched, weights, found))
     world.patch.setattr(menas, "Controller", Marked)
@@ -146,6 +147,10 @@ def check_compare(world):
         losses = losses.clamp(max=GUESSING).tolist()
         assert [row["shared"] for row in some] == pytest.approx(losses, abs=1e-5)
     assert rows[0]["distinct"] == len(found["sampled"].unique(dim=0)) < rows[0]["of"]
+    fewest = min(Counter(row["group"] for row in rows[:-2]).values())
+    for group in ("trained", "untrained", "uniform"):
+        some = [row for row in rows if row["group"] == group][:fewest]
+        assert [row["best"] for row in some if "best" in row] == [min(row["test"] for row in some)]
     assert [row["cell"] for row in rows[-2:]] == ["lstm", "lstm:" + rows[0]["cell"]]
 
 
@@ -529,6 +534,8 @@ MUTANTS = {
         ("study_compare", "Controller(search_space(searched), searched.seed)",
          "uniform(search_space(searched))"),
         ("study_compare", "score(weights", "score(shared_weights(searched, len(corpus.words))"),
+        ("study_compare", "some[:fewest]", "some"),
+        ("study_compare", "min(some", "max(some"),
         ("study_compare", "sampled.unique(dim=0)", "sampled")],
     check_ablate: [
         ("without", "if slot == i + 1", "if slot == i"),
