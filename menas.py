@@ -3801,7 +3801,7 @@ def tables(study, records):
 def flags(records):
     """{arm: the settings in which the arms differ}: what a label stands for."""
     arms = {record["folder"].parent.name: record["config"] for record in records}
-    known = {f.name for f in fields(Config)} - WHEREABOUTS - {"seed", "supernet"}
+    known = {f.name for f in fields(Config)} - WHEREABOUTS - {"seed"}
     base = next(iter(arms.values()))
     differ = [name for name in base if name in known
               and any(config.get(name) != base[name] for config in arms.values())]

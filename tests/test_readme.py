@@ -76,6 +76,9 @@ def test_the_findings_are_those_of_the_records():
     learns = {group: mean(x) for group, x in values("extra-frozen", "learns").items()}
     test = {group: mean(x) for group, x in values("compare", "test").items()}
     factors = {group: mean(x) for group, x in values("factors", "test").items()}
+    rates = {group: mean(x) for group, x in values("optimizer", "valid").items()}
+    kept = {group: mean(x) for group, x in values("kept", "valid").items()}
+    start = {group: mean(x) for group, x in values("train-start", "test").items()}
     spaces = {group: mean(x) for group, x in values("spaces", "valid").items()}
     errors = {group: mean(x) for group, x in values("conditional", "error").items()}
     blind = {group: mean(x) for group, x in values("conditional", "untrained").items()}
@@ -91,6 +94,9 @@ def test_the_findings_are_those_of_the_records():
         [shown(factors[f"{a} connections, {b} activations"], 3) for a, b in
          (("searched", "searched"), ("random", "searched"), ("random", "random"))],
         [shown(spaces[arm], 2) for arm in ("chain", "ENAS", "gated", "gated-memory")],
+        [shown(rates["no-choice"] - rates[arm], 3) for arm in ("sampled", "control")],
+        [shown(kept["carry"], 3)] + [shown(kept[arm] - kept["carry"], 3) for arm in ("zero", "warm")],
+        [shown(start["scratch"] - start["shared"], 3)],
         [shown(x, 2) for x in (errors["parameters"], errors["paths"], blind["parameters"], blind["paths"],
                                errors["depth"])],
         [shown(mean(values("hidden", name, arm)), 2) for name, arm in (
