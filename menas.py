@@ -444,8 +444,8 @@ def draw_weights(shapes, bound, seed):
 
 
 def init_bound(units):
-    """Keeps the variance of what passes a matrix. paper: .04 in the search; the authors' corrected
-    code has .04 at 200 units and .05 at 800."""
+    """Keeps the variance of what passes a matrix. paper: .04; the corrected code has .04 in its
+    search, at 200 units, and .05 in its final training, at 800."""
     return math.sqrt(3 / units)
 
 
@@ -535,7 +535,7 @@ def bounded(state):
     return state * (STATE_BOUND * square.clamp(min=STATE_BOUND ** 2).rsqrt())
 
 
-def step(cells, w, xw, h, memory, mask, live, leaf):
+def read_word(cells, w, xw, h, memory, mask, live, leaf):
     """One word: the state h, memory [K, B, H] before it -> those after it.
 
     w [N, K, H, 2H]: each node's weights; xw [K or 1, 1 or N, B, 2H]: x_t times its input weights;
@@ -582,7 +582,7 @@ def plain_recurrence(cells, w, xw, h, memory, mask=None):
     mask = live if mask is None else mask * live
     states = []
     for t in range(xw.shape[2]):
-        h, memory = step(cells, w, xw[:, :, t], h, memory, mask, live, leaf)
+        h, memory = read_word(cells, w, xw[:, :, t], h, memory, mask, live, leaf)
         states.append(h)
     return torch.stack(states, 1), memory
 
@@ -833,7 +833,7 @@ def unroll(weights, rows, batch, dtype=torch.float32, recurrence=None):
     The recurrence is the fast one where there is one for these weights, or the one given.
     """
     cells = parse(rows)
-    gated = "inputs" in weights
+    general = "inputs" in weights
     x = embed(weights, batch).to(dtype)                                          # [K or 1, T, B, H]
     if is_shared(weights):
         edges = edges_of(rows).t()
@@ -841,15 +841,15 @@ def unroll(weights, rows, batch, dtype=torch.float32, recurrence=None):
         w = w.unflatten(0, edges.shape)                                              # [N, K, H, 2H]
     else:
         w = weights["nodes"].transpose(0, 1)                                         # [N, K, H, 2H]
-    if gated:
+    if general:
         x = x * live_units(cells, x.shape[-1])[:, None]
-    w_x = weights["inputs" if gated else "input"].to(dtype)
+    w_x = weights["inputs" if general else "input"].to(dtype)
     # the products with x need no state: all T * B of them at once
     xw = (x.flatten(1, 2)[:, None] @ w_x).unflatten(2, x.shape[1:3])    # [K or 1, 1 or N, T, B, 2H]
     h, memory = batch.state.expand(-1, len(rows), -1, -1).to(dtype)                # [K, B, H] each
     mask = batch.masks.get("hidden")
     mask = None if mask is None else mask.to(dtype)
-    recurrence = recurrence or (plain_recurrence if gated else fast_recurrence)
+    recurrence = recurrence or (plain_recurrence if general else fast_recurrence)
     states, memory = recurrence(cells, w.to(dtype), xw, h, memory, mask)
     return states, torch.stack([states[:, -1], memory]).detach().to(batch.state.dtype)
 
@@ -1141,7 +1141,7 @@ def from_zero(weights, rows, segment, carried, dtype):
 
 @torch.no_grad()
 def warm(weights, rows, segment, carried, dtype):
-    """The architectures read the segment before themselves, from 0: a forward pass more."""
+    """The architectures themselves read the segment before, from 0: a forward pass more."""
     before = Batch(segment.before, None, torch.zeros_like(carried), {})
     return unroll(weights, rows, before, dtype)[1]
 
@@ -1328,7 +1328,7 @@ class Search:
         and the next training segment."""
         config = self.config
         s = self.s
-        # paper: one architecture a step
+        # paper: always one architecture
         rows = self.controller.sample(config.shared_samples, *self.key("shared")).rows
         segment = self.next("train")
         batch = start_batch(config, s["weights"], rows, segment, s["state"]["train"],
@@ -1398,7 +1398,7 @@ class Search:
     def line(self, epoch):
         """Metrics since the last line: the shared steps' loss; the controller steps' reward,
         entropy, and the response's spread as a share of the direct term's."""
-        # the only place where a search waits for the device
+        # here the host waits for the device, and nowhere between two lines
         loss, *rewarded = self.s["sums"].tolist()
         shared, steps = self.s["counts"]
         self.s["sums"] = torch.zeros_like(self.s["sums"])
@@ -1474,7 +1474,7 @@ def search(game, run, watch=None):
 #
 #     F_1(theta) = E_m R(omega'; m),   g = E_m' grad L_T(omega; m')    R reward, L_T training loss
 #     dF_1/dtheta =   E_m [ R(omega'; m) dlog pi(m)/dtheta ]         direct; ENAS has it at omega
-#                   - E_m'[ <grad L_T(omega; m'), u> dlog pi(m')/dtheta ]  response: it leaves out
+#                   - E_m'[ <grad L_T(omega; m'), u> dlog pi(m')/dtheta ]  response: ENAS has none
 #     u = lr J^T v,   v = grad_omega' E_m R(omega'; m),   J = d clip(g) / dg
 #
 # Theta moves omega' only through which architectures it is trained on, so the response is a
@@ -1593,7 +1593,6 @@ def look_ahead(weights, g, step):
     if g is None:
         return weights
     ahead = {name: w.detach().clone() for name, w in weights.items()}
-    g = {name: x.detach().clone() for name, x in g.items()}
     lr = next(iter(g.values())).new_full((1,), step.lr)
     sgd_step(ahead, g, lr, foreseen_clip(step), step.decay * mean_rate(step))
     return ahead
@@ -1658,7 +1657,7 @@ def extra_rewards(look, respond, weights, cells, others, rewards, step):
     with torch.no_grad():
         direct, state = rewards(ahead, cells)
     if respond == "none":  # spares the passes for v
-        return direct, torch.zeros_like(direct), state, step_state
+        return direct, no_response(None, weights, g, step, cells), state, step_state
     # what moving omega' is worth, seen back through the step that led there
     v, _ = mean_gradient(lambda w: rewards(w, others), ahead)
     return direct, RESPONSE[respond](v, weights, g, step, cells), state, step_state
@@ -2248,7 +2247,7 @@ def kind_of_network(config, name):
     units = lstm_units(config, name)
     if units:
         return f"lstm {units}"
-    return "cells" if is_enas(load_cell(config, name)) else "gated cells"
+    return "cells" if is_enas(load_cell(config, name)) else "other cells"
 
 
 def train_rows(config, run, rows, prefix=""):
