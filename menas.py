@@ -95,8 +95,8 @@ def refusing(what, advice=""):
 def rng(*key):
     """A generator seeded by a key. All randomness is a function of (seed, purpose, step), so a
     resumed run draws what an undisturbed one would have."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    hashed = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(hashed, "little") >> 1)
 
 
 def move(x, device):
@@ -279,10 +279,10 @@ def recurrent_parameters(cell, hidden):
     It is the number by which an LSTM of as many weights is chosen.
     """
     units = cell.width or hidden
-    matrices = {HIGHWAY: 2, GLU: 2, GATE: 1, SUM: 0}  # of units x units, for c and u
+    counts = {HIGHWAY: 2, GLU: 2, GATE: 1, SUM: 0}  # of units x units, for c and u
     # the input pair has two sets of them, for h_{t-1} and for x_t
-    inputs = sum(matrices[node.operation] for node in cell.nodes if node.read == INPUT)
-    return units * units * (inputs + sum(matrices[node.operation] for node in cell.nodes))
+    inputs = sum(counts[node.operation] for node in cell.nodes if node.read == INPUT)
+    return units * units * (inputs + sum(counts[node.operation] for node in cell.nodes))
 
 
 def checked(cell):
@@ -590,8 +590,8 @@ def plain_recurrence(cells, w, xw, h, memory, mask=None):
 # The fast path: highway nodes only, the backward pass through time by hand. Every activation is
 # arithmetic with coefficients of each cell, so that K different ones are one operation. With
 # z = slope * u:  y = act(u) = scale * sigmoid(z) + shift + max(linear * z, floor), and the
-# derivative needs only y: dy/dz = (square * y + line) * y + constant + jump * [y > 0].
-#                slope scale shift linear floor      square line constant jump
+# derivative needs only y: dy/dz = (square * y + line) * y + offset + jump * [y > 0].
+#                slope scale shift linear floor      square line offset jump
 COEFFICIENTS = [(2.0,  2.0,  -1.0, 0.0,   0.0,       -0.5,  0.0, 0.5,     0.0),    # tanh
                 (1.0,  0.0,  0.0,  1.0,   0.0,       0.0,   0.0, 0.0,     1.0),    # relu
                 (1.0,  1.0,  0.0,  0.0,   0.0,       -1.0,  1.0, 0.0,     0.0),    # sigmoid
@@ -680,11 +680,11 @@ class FastRecurrence(torch.autograd.Function):
                 torch.add(u.addcmul_(y, scale[i]), shift[i], out=y)
                 torch.lerp(p, y, c, out=values[i + 1])
             # h is the mean of the leaves, bounded in norm
-            mean = torch.bmm(leaf[:, None], slots[1:, :, now].reshape(nodes, k, -1).transpose(0, 1))
-            mean = mean.view(k, batch, hidden)
-            norm = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
+            y = torch.bmm(leaf[:, None], slots[1:, :, now].reshape(nodes, k, -1).transpose(0, 1))
+            y = y.view(k, batch, hidden)
+            norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
             torch.div(STATE_BOUND, norm.clamp_(min=STATE_BOUND), out=shrink[:, t])
-            state = torch.mul(mean, shrink[:, t], out=h[:, t])
+            state = torch.mul(y, shrink[:, t], out=h[:, t])
         if training:
             ctx.save_for_backward(w, mask, read, leaf, slots, gates, h, shrink, *coefficients[4:])
         else:
@@ -747,9 +747,9 @@ def local_derivatives(gate, p, coefficients, keep):
     """Of s = p + c (y - p), all steps, in place: gate [K, T, B, 2, H], which holds c = sigmoid(c~)
     and y = act(u), becomes ds/dc~ and ds/dz, and keep [K, T, B, H] ds/dp = 1 - c."""
     c, y = gate.unbind(3)
-    square, line, constant, jump = coefficients
+    square, line, offset, jump = coefficients
     torch.sub(1, c, out=keep)
-    dz = y.mul(square).add_(line).mul_(y).add_(constant).addcmul_(jump, (y > 0).to(y.dtype))
+    dz = y.mul(square).add_(line).mul_(y).add_(offset).addcmul_(jump, (y > 0).to(y.dtype))
     dz.mul_(c)
     c.mul_(y.sub_(p)).mul_(keep)
     y.copy_(dz)
@@ -811,14 +811,14 @@ def embed(weights, batch):
     Of the masks: a word is dropped as a whole (Gal and Ghahramani 2016), a unit for all words of
     the segment; 'noise' is what a perturbed input adds.
     """
-    table = weights["embedding"]
+    embedding = weights["embedding"]
     masks = batch.masks
-    tables = table.view(-1, *table.shape[-2:])                                      # [K or 1, V, H]
+    stacked = embedding.view(-1, *embedding.shape[-2:])                                      # [K or 1, V, H]
     # K standalone networks have K tables: one lookup in all of them, one after the other
-    first = torch.arange(len(tables), device=table.device)[:, None, None] * tables.shape[1]
-    x = F.embedding(batch.inputs + first, tables.flatten(0, 1))
+    first = torch.arange(len(stacked), device=embedding.device)[:, None, None] * stacked.shape[1]
+    x = F.embedding(batch.inputs + first, stacked.flatten(0, 1))
     if "noise" in masks:
-        x = x + masks["noise"] * tables.square().mean((1, 2)).sqrt()[:, None, None, None]
+        x = x + masks["noise"] * stacked.square().mean((1, 2)).sqrt()[:, None, None, None]
     if "word" in masks:
         x = x * masks["word"][:, batch.inputs][..., None]
     if "input" in masks:
@@ -994,8 +994,8 @@ class Controller(nn.Module):
         self.aim = nn.Parameter(torch.empty(size)) if asked else None  # start + asked * aim
         # uniform in +- .1 (Pham et al. 2018, appendix A)
         for name, parameter in self.named_parameters():
-            draw = torch.rand(parameter.shape, generator=rng(seed, "controller", name))
-            parameter.data.copy_((draw * 2 - 1) * 0.1)
+            values = torch.rand(parameter.shape, generator=rng(seed, "controller", name))
+            parameter.data.copy_((values * 2 - 1) * 0.1)
         for i, d in enumerate(decisions):
             self.register_buffer(f"choices{i}", torch.tensor(d.choices), persistent=False)
         self.length = 1 + max(i for d in decisions for i in d.columns)
@@ -1484,21 +1484,21 @@ def search(game, run, watch=None):
 # These functions know nothing of RNNs: toy_enas.py holds them to closed forms,
 # tests/test_gradients.py to enumerated spaces.
 
-def no_rates(cells):
+def no_rates(rows):
     """Every architecture is trained with the same learning rate."""
-    return torch.ones(len(cells), device=cells.device)
+    return torch.ones(len(rows), device=rows.device)
 
 
-# The next shared step as the controller foresees it. cells here are rows [K, D], or what a toy has
-# for them. Like a reward, a loss returns the state it leaves. --state warm reads the segment
+# The next shared step as the controller foresees it. rows are architectures [K, D], or what a
+# toy has for them. Like a reward, a loss returns the state it leaves. --state warm reads the segment
 # before with omega, wherever losses are taken.
-#     losses  (weights, cells) -> (L_T [K], state), always on the same minibatch with the same masks
-#     cells   the fold: A architectures [A, D] from the policy, whose mean stands for E_m' in g
+#     losses  (weights, rows) -> (L_T [K], state), always on the same minibatch with the same masks
+#     fold    A architectures [A, D] from the policy, whose mean stands for E_m' in g
 #     lr, clip, decay   of sgd_step(); the decay, and the rates, are left out of the equation above
-#     each    (weights, cells, v) -> |grad L_T(omega; m)| [K] and <grad L_T(omega; m), v> [K]
-#     rates   cells -> the factors of lr [K] that architectures chose for training on them
+#     each    (weights, rows, v) -> |grad L_T(omega; m)| [K] and <grad L_T(omega; m), v> [K]
+#     rates   rows -> the factors of lr [K] that architectures chose for training on them
 #     past    gradients of shared steps so far, see remember()
-Step = namedtuple("Step", "losses cells lr clip decay each rates past",
+Step = namedtuple("Step", "losses fold lr clip decay each rates past",
                   defaults=(math.inf, 0.0, None, no_rates, ()))
 
 
@@ -1524,15 +1524,15 @@ def mean_gradient(values, weights):
 
 
 @torch.no_grad()
-def directional(step, weights, cells, u):
+def directional(step, weights, rows, u):
     """xi_m <grad L_T(omega), u> ~ xi_m [ L_T(omega + eps u) - L_T(omega - eps u) ] / (2 eps)  [K].
 
     Two forward passes, in float32 or better; eps = .01 / |u|, and if u is 0 any will do.
     """
     eps = 0.01 / dot(u, u).sqrt().clamp(min=1e-30)
-    ahead, _ = step.losses(plus(weights, u, eps), cells)
-    back, _ = step.losses(plus(weights, u, -eps), cells)
-    return step.rates(cells) * (ahead - back) / (2 * eps)
+    ahead, _ = step.losses(plus(weights, u, eps), rows)
+    back, _ = step.losses(plus(weights, u, -eps), rows)
+    return step.rates(rows) * (ahead - back) / (2 * eps)
 
 
 def remember(past, g, decay=0.9):
@@ -1564,8 +1564,8 @@ def recent(weights, step):
 def fresh(weights, step):
     """g = d/domega mean_m xi_m L_T(omega; m) over the fold, xi the rates: alone unbiased."""
     def scaled(w):
-        losses, state = step.losses(w, step.cells)
-        return step.rates(step.cells) * losses, state
+        losses, state = step.losses(w, step.fold)
+        return step.rates(step.fold) * losses, state
     return mean_gradient(scaled, weights)
 
 
@@ -1576,7 +1576,7 @@ LOOKAHEAD = {"none": no_lookahead, "momentum": momentum, "recent": recent, "fres
 
 def mean_rate(step):
     """E xi_m over the fold."""
-    return step.rates(step.cells).mean()
+    return step.rates(step.fold).mean()
 
 
 def foreseen_clip(step):
@@ -1598,9 +1598,9 @@ def look_ahead(weights, g, step):
     return ahead
 
 
-def no_response(v, weights, g, step, cells):
+def no_response(v, weights, g, step, rows):
     """0: omega is held fixed, as in ENAS."""
-    return torch.zeros(len(cells), device=cells.device)
+    return torch.zeros(len(rows), device=rows.device)
 
 
 def through_clip(v, g, step):
@@ -1613,7 +1613,7 @@ def through_clip(v, g, step):
     return {name: scale * (v[name] - along * g[name]) for name in v}
 
 
-def unrolled(v, weights, g, step, cells):
+def unrolled(v, weights, g, step, rows):
     """- <xi_m grad L_T(omega; m), u> - lr xi_m ( [|g| > c] clip <g^, v> + decay <omega, v> ).
 
     u = lr J^T v: a step on the policy's MEAN gradient, clipped as a whole. Exact if the fold is the
@@ -1623,10 +1623,10 @@ def unrolled(v, weights, g, step, cells):
     norm = dot(g, g).sqrt()
     longer = torch.where(norm > foreseen_clip(step), step.clip * dot(v, g) / norm, 0.0)
     longer = step.lr * (longer + step.decay * dot(v, weights))
-    return -directional(step, weights, cells, through_clip(v, g, step)) - longer * step.rates(cells)
+    return -directional(step, weights, rows, through_clip(v, g, step)) - longer * step.rates(rows)
 
 
-def sampled(v, weights, g, step, cells):
+def sampled(v, weights, g, step, rows):
     """- lr xi_m ( min(1, clip / |g_m|) <g_m, v> + decay <omega, v> ),  g_m = grad L_T(omega; m).
 
     It is the step that training really takes, on ONE sampled architecture, clipped by its OWN norm,
@@ -1635,32 +1635,32 @@ def sampled(v, weights, g, step, cells):
     the omega' of the fold's mean.
     """
     # first order in lr: the reward's gradient v times the step that training on m makes
-    norm, along = step.each(weights, cells, v)
-    product = (step.clip / norm).clamp(max=1) * along + step.decay * dot(v, weights)
-    return -step.lr * step.rates(cells) * product
+    norm, along = step.each(weights, rows, v)
+    worth = (step.clip / norm).clamp(max=1) * along + step.decay * dot(v, weights)
+    return -step.lr * step.rates(rows) * worth
 
 
-# (v, weights, g, step, cells) -> [K]: what training on each architecture does to everyone's reward.
+# (v, weights, g, step, rows) -> [K]: what training on each architecture does to everyone's reward.
 RESPONSE = {"none": no_response, "unrolled": unrolled, "sampled": sampled}
 
 
-def extra_rewards(look, respond, weights, cells, others, rewards, step):
+def extra_rewards(look, respond, weights, rows, others, rewards, step):
     """Rewards R(omega'; m) [K], responses [K], and the two states left: of validation, of the step.
 
-    REINFORCE climbs the sum. rewards: (weights, cells) -> (R [K], state). cells, others and
-    step.cells are independent draws from the policy: omega' is made from step.cells, v from others.
+    REINFORCE climbs the sum. rewards: (weights, rows) -> (R [K], state). rows, others and
+    step.fold are independent draws from the policy: omega' is made from step.fold, v from others.
     Scoring those very draws again would bias both terms. A response is that of a fresh look ahead.
     """
     # omega', and the reward there
     g, step_state = LOOKAHEAD[look](weights, step)
     ahead = look_ahead(weights, g, step)
     with torch.no_grad():
-        direct, state = rewards(ahead, cells)
+        direct, state = rewards(ahead, rows)
     if respond == "none":  # spares the passes for v
-        return direct, no_response(None, weights, g, step, cells), state, step_state
+        return direct, no_response(None, weights, g, step, rows), state, step_state
     # what moving omega' is worth, seen back through the step that led there
     v, _ = mean_gradient(lambda w: rewards(w, others), ahead)
-    return direct, RESPONSE[respond](v, weights, g, step, cells), state, step_state
+    return direct, RESPONSE[respond](v, weights, g, step, rows), state, step_state
 
 
 class Anticipation(Search):
@@ -1699,8 +1699,8 @@ class Anticipation(Search):
             along = inherit(v, rows)
             grads, _ = mean_gradient(lambda w: (losses(w, rows)[0] * len(rows), None), own)
             square = sum(g.flatten(1).square().sum(1) for g in grads.values())
-            product = sum((grads[name] * along[name]).flatten(1).sum(1) for name in grads)
-            return square.sqrt(), product
+            inner = sum((grads[name] * along[name]).flatten(1).sum(1) for name in grads)
+            return square.sqrt(), inner
 
         return Step(losses, fold, self.lr(progress), config.clip, config.weight_decay, each,
                     rates_of, self.s["past"])
@@ -1911,19 +1911,7 @@ def train_networks(config, run, corpus, weights, rows, seeds):
     return s["best"], found | {"late": (s["before"][1] - s["best_loss"]).tolist()}
 
 
-# 8. Texts -----------------------------------------------------------------------------------------
-SPLITS = ("train", "valid", "test")
-PTB = "https://raw.githubusercontent.com/carpedm20/ENAS-pytorch/master/data/ptb/{}.txt"
-PTB_SHA256 = {"train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
-              "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
-              "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}
-CACHE = Path("~/.cache/menas/ptb")
-
-# Token ids [tokens] of each split, the vocabulary, and split -> the loss under the true grammar, in
-# nats per token, empty for real text.
-Corpus = namedtuple("Corpus", "train valid test words floor")
-
-
+# 8. Files and texts -------------------------------------------------------------------------------
 def serialized(tensors):
     """The bytes of a file of tensors in nested dicts; a disk's errors then have one place."""
     buffer = io.BytesIO()
@@ -1942,6 +1930,16 @@ def write_atomically(path, content):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path, tensors):
+    """A dict of tensors, for load_tensors() on any device."""
+    write_atomically(path, serialized({name: x.detach().cpu() for name, x in tensors.items()}))
+
+
+def load_tensors(path, device="cpu"):
+    """The dict in a file; it may hold nothing but tensors and plain values."""
+    return torch.load(path, map_location=device, weights_only=True)
 
 
 def strict(value):
@@ -1965,6 +1963,18 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
+SPLITS = ("train", "valid", "test")
+PTB = "https://raw.githubusercontent.com/carpedm20/ENAS-pytorch/master/data/ptb/{}.txt"
+PTB_SHA256 = {"train": "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf",
+              "valid": "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2",
+              "test": "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"}
+CACHE = Path("~/.cache/menas/ptb")
+
+# Token ids [tokens] of each split, the vocabulary, and split -> the loss under the true grammar, in
+# nats per token, empty for real text.
+Corpus = namedtuple("Corpus", "train valid test words floor")
+
+
 def ptb_folder(folder=CACHE, address=PTB):
     """The folder of the three PTB files; those that are absent are fetched.
 
@@ -1976,8 +1986,8 @@ def ptb_folder(folder=CACHE, address=PTB):
         if not path.exists():
             source = address.format(split)
             with refusing(f"PTB from {source}", "; pass a folder that has it as --data"):
-                with urllib.request.urlopen(source, timeout=30) as answer:
-                    content = answer.read()
+                with urllib.request.urlopen(source, timeout=30) as reply:
+                    content = reply.read()
                 if sha256(content) != right:
                     raise ValueError("wrong SHA-256")
                 folder.mkdir(parents=True, exist_ok=True)
@@ -2037,7 +2047,7 @@ def toy_next(state):
 def toy_corpus(sizes=(60000, 6000, 6000)):
     """{split: words} and {split: loss under the grammar}; whole sentences, the same on every
     machine."""
-    draw = random.Random(20180209)
+    chance = random.Random(20180209)
     texts = {}
     floor = {}
     for split, size in zip(SPLITS, sizes):
@@ -2046,7 +2056,7 @@ def toy_corpus(sizes=(60000, 6000, 6000)):
         nats = []
         while len(words) < size or words[-1] != "<eos>":
             moves = toy_next(state)
-            word, p, state = draw.choices(moves, weights=[move[1] for move in moves])[0]
+            word, p, state = chance.choices(moves, weights=[q for _, q, _ in moves])[0]
             words.append(word)
             nats.append(-math.log(p))
         texts[split] = words
@@ -2125,71 +2135,6 @@ def load_corpus(config):
     return Corpus(**ids, words=words, floor=floor)
 
 
-# Statistics: one test everywhere. A value stands for what was drawn independently, mostly a search.
-EXACT = 14  # up to so many pairs all sign flips are enumerated; draws are functions of the sizes
-
-
-def flipped_means(values):
-    """The means of a sample of differences with their signs flipped, all ways or 9999 drawn.
-
-    If a and b do not differ, each pair's difference could as well have had the other sign.
-    """
-    x = torch.tensor(values, dtype=torch.float64)
-    if len(x) <= EXACT:
-        signs = torch.cartesian_prod(*[torch.tensor((-1.0, 1.0))] * len(x)).view(-1, len(x))
-    else:
-        signs = torch.randint(2, (9999, len(x)), generator=rng("flips", len(x))) * 2.0 - 1
-        signs[0] = 1  # the data count as a draw
-    return signs.double() @ x / len(x)
-
-
-def dealt_differences(a, b):
-    """mean(b) - mean(a), the values dealt out anew, 9999 draws."""
-    both = torch.tensor([*a, *b], dtype=torch.float64)
-    order = torch.rand(9999, len(both), generator=rng("deal", len(a), len(b))).argsort(1)
-    order[0] = torch.arange(len(both))
-    dealt = both[order]
-    return dealt[:, len(a):].mean(1) - dealt[:, :len(a)].mean(1)
-
-
-def p_value(a, b, paired, shift=0.0):
-    """Two-sided p of b being a shifted by so much: the share of sign flips of the pairs'
-    differences, or of deals of the values, with a mean as far from 0 (Fisher 1935)."""
-    b = [y - shift for y in b]
-    seen = mean(b) - mean(a)
-    gaps = flipped_means([y - x for x, y in zip(a, b)]) if paired else dealt_differences(a, b)
-    return (gaps.abs() >= abs(seen) * (1 - 1e-9)).double().mean().item()
-
-
-def interval(a, b, paired):
-    """The 95 % interval of p_value's test: shifts not refused at .05; None if none can be."""
-    seen = mean(b) - mean(a)
-    ends = []
-    spread = max(*a, *b) - min(*a, *b) + 1e-9
-    # by bisection, from the difference seen to one that is refused
-    for side in (-1, 1):
-        inside = seen
-        outside = seen + 4 * side * spread
-        if p_value(a, b, paired, outside) > .05:
-            return None
-        for _ in range(40):
-            middle = (inside + outside) / 2
-            if p_value(a, b, paired, middle) > .05:
-                inside = middle
-            else:
-                outside = middle
-        ends.append(inside)
-    return ends
-
-
-def kendall(x, y):
-    """Kendall's tau-b: concordant minus discordant pairs, divided by the geometric mean of the
-    numbers of pairs that differ in x and in y (Kendall 1945); nan if there are none."""
-    both = torch.tensor([x, y], dtype=torch.float64)
-    x, y = torch.sign(both[:, :, None] - both[:, None])
-    return ((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()).item()
-
-
 # 9. Populations and measurements ------------------------------------------------------------------
 # A study is a function (config, run) -> rows, flat dicts, of ONE seed; experiments.sh runs it for
 # several, and the report puts them together. A sweep needs no code: its arms are searches with
@@ -2206,11 +2151,6 @@ def guessing(corpus):
 def no_worse(loss, guess):
     """The loss, or that of guessing if it is worse or no number."""
     return loss if loss < guess else guess
-
-
-def load_tensors(path, device="cpu"):
-    """The dict in a file; it may hold nothing but tensors and plain values."""
-    return torch.load(path, map_location=device, weights_only=True)
 
 
 def supernet(config):
@@ -2285,24 +2225,24 @@ def study_compare(config, run):
     k = config.derive_samples
     searched, weights, found = supernet(config)
     untrained = Controller(search_space(searched), searched.seed)
-    sources = {"trained": found["sampled"],
-               "untrained": untrained.sample(4 * k, searched.seed, "untrained").rows,
-               "uniform": found["uniform"]}
+    drawn = {"trained": found["sampled"],
+             "untrained": untrained.sample(4 * k, searched.seed, "untrained").rows,
+             "uniform": found["uniform"]}
     rows = []
-    for group, sampled in sources.items():
-        distinct = sampled.unique(dim=0)
+    for group, samples in drawn.items():
+        distinct = samples.unique(dim=0)
         order = torch.randperm(len(distinct), generator=rng(config.seed, "compare"))
         some = distinct[order[:k]]
         losses = score(weights, some, corpus.valid, searched).tolist()
         for row, loss in zip(some, losses):
             rows.append(dict(group=group, cell=row_name(row), distinct=len(distinct),
-                             of=len(sampled), shared=no_worse(loss, guessing(corpus))))
+                             of=len(samples), shared=no_worse(loss, guessing(corpus))))
     rows.append(dict(group="LSTM", cell="lstm"))
     rows.append(dict(group="LSTM, as many weights", cell=f"lstm:{rows[0]['cell']}"))
     train_rows(config, run, rows)
 
     # of as many distinct cells of each source the best, chosen by validation
-    several = {group: [row for row in rows if row["group"] == group] for group in sources}
+    several = {group: [row for row in rows if row["group"] == group] for group in drawn}
     fewest = min(map(len, several.values()))
     for some in several.values():
         best = min(some[:fewest], key=lambda row: row["valid"])
@@ -2383,16 +2323,16 @@ def study_factors(config, run):
     """Is it the connections or the activations? Searched or random ones of either, --derive_samples
     cells of each combination, and tanh alone; trained from scratch."""
     searched, found = of_enas(config)
-    uniform = uniform_rows(search_space(searched), len(found["sampled"]), config.seed, "factors")
-    sources = {"searched": found["sampled"], "random": uniform}
+    at_random = uniform_rows(search_space(searched), len(found["sampled"]), config.seed, "factors")
+    drawn = {"searched": found["sampled"], "random": at_random}
     rows = []
-    for i, a, b in product(range(config.derive_samples), sources, (*sources, "tanh")):
-        draws = torch.randint(len(uniform), (2,), generator=rng(config.seed, "factors", i, a, b))
-        cell = decode(sources[a][draws[0]])
+    for i, a, b in product(range(config.derive_samples), drawn, (*drawn, "tanh")):
+        draws = torch.randint(len(at_random), (2,), generator=rng(config.seed, "factors", i, a, b))
+        cell = decode(drawn[a][draws[0]])
         # connections of one draw, activations of another
         activations = [TANH] * len(cell.nodes)
-        if b in sources:
-            activations = [node.activation for node in decode(sources[b][draws[1]]).nodes]
+        if b in drawn:
+            activations = [node.activation for node in decode(drawn[b][draws[1]]).nodes]
         rows.append(dict(group=f"{a} connections, {b} activations", connections=a, activations=b,
                          cell=name_of(with_activations(cell, activations))))
     return train_rows(config, run, rows)
@@ -2637,6 +2577,14 @@ def study_bench(config, run):
     return rows
 
 
+def kendall(x, y):
+    """Kendall's tau-b: concordant minus discordant pairs, divided by the geometric mean of the
+    numbers of pairs that differ in x and in y (Kendall 1945); nan if there are none."""
+    both = torch.tensor([x, y], dtype=torch.float64)
+    x, y = torch.sign(both[:, :, None] - both[:, None])
+    return ((x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()).item()
+
+
 def reward_error(game, rows, whole, at_least=30):
     """What a controller step sees of rows [K, D] where each segment is read by other architectures
     than the one before: the median cell's mean loss minus that on the whole split, whole [K], and
@@ -2879,24 +2827,19 @@ def lstm_units(config, name):
     return min(sizes, key=lambda units: abs(lstm_parameters(config, units) - wanted))
 
 
-def save_tensors(path, tensors):
-    """A dict of tensors, for load_tensors() on any device."""
-    write_atomically(path, serialized({name: x.detach().cpu() for name, x in tensors.items()}))
-
-
 def save_network(folder, weights, corpus):
     """The weights, and the words that the embedding's rows stand for: {word: id}."""
     save_tensors(folder / "weights.pt", weights)
     write_json(folder / "words.json", {word: i for i, word in enumerate(corpus.words)})
 
 
-def from_training(config, fresh):
+def from_training(config, new):
     """The weights of a finished training of the same cells, in the place of fresh ones."""
     folder = Path(config.supernet)
     with refusing(f"--supernet {folder}"):
         trained = read_json(folder / "config.json")["cell"]
         weights = load_tensors(folder / "weights.pt")
-        fits = [w.shape for w in weights.values()] == [w.shape for w in fresh.values()]
+        fits = [w.shape for w in weights.values()] == [w.shape for w in new.values()]
         if trained != config.cell or not fits:
             raise ValueError(f"it has trained {trained}, not this of --hidden {config.hidden}")
         return weights
@@ -2939,13 +2882,13 @@ def named_networks(config, words):
     return names, seeds, encode(cells), standalone_weights(config, words, cells, seeds), parameters
 
 
-def inherited(config, rows, fresh):
+def inherited(config, rows, new):
     """Rows and weights that start from --supernet, a search or a finished training, or fresh."""
     if not config.supernet:
-        return rows, fresh
+        return rows, new
     if read_json(Path(config.supernet, "config.json")).get("command") == "train":
-        return rows, from_training(config, fresh)
-    if "weight_hh" in fresh:
+        return rows, from_training(config, new)
+    if "weight_hh" in new:
         raise UserError("--supernet has the weights of cells, none of an LSTM")
     return from_supernet(config, [decode(row) for row in rows])
 
@@ -3013,20 +2956,20 @@ def study_search(config, run):
     save_tensors(run.folder / "controller.pt", controller.state_dict())
 
     # the cell found, and its picture
-    sampled = [row["cell"] for row in found[:k]]
-    best = sampled[0]
+    names = [row["cell"] for row in found[:k]]
+    best = names[0]
     if config.anneal:  # the policy's own choice
-        best = max(sampled, key=sampled.count)
+        best = max(names, key=names.count)
         found.sort(key=lambda row: (row["group"], row["cell"] != best))  # its rows first
     draw_cell(load_cell(config, best)).figure.savefig(run.folder / "cell.png", dpi=110)
-    run.say(f"the cell found, of {len(set(sampled))} distinct ones in {k} samples: {best}")
+    run.say(f"the cell found, of {len(set(names))} distinct ones in {k} samples: {best}")
     run.say(f"its picture is {run.folder}/cell.png, the numbers are in result.json beside it")
 
     # what it is worth from scratch, beside other samples and an LSTM
     if config.retrain:
         order = torch.randperm(k, generator=rng(config.seed, "retrain")).tolist()
         entries = [dict(group="found", cell=best, seed=config.seed),
-                   *(dict(group="a sample", cell=sampled[i]) for i in order[:config.retrain - 1]),
+                   *(dict(group="a sample", cell=names[i]) for i in order[:config.retrain - 1]),
                    dict(group="LSTM", cell="lstm", seed=config.seed)]
         found += train_rows(train_config(config), run, entries)
     return found + floor_row(corpus)
@@ -3279,8 +3222,8 @@ def commit():
     """The commit that this file is at, '+' if it has changed since; '' outside a repository."""
     here = Path(__file__)
     ask = f"git rev-parse --short=12 HEAD && (git diff --quiet HEAD -- {here.name} || echo +)"
-    answer = subprocess.run(ask, shell=True, cwd=here.parent, capture_output=True, text=True)
-    return answer.stdout.replace("\n", "")
+    said = subprocess.run(ask, shell=True, cwd=here.parent, capture_output=True, text=True)
+    return said.stdout.replace("\n", "")
 
 
 def machine(device):
@@ -3510,10 +3453,67 @@ def table(headers, rows):
     It is both what a command prints and what the report's page shows.
     """
     text = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(headers, *text)]
+    widths = [max(map(len, texts)) for texts in zip(headers, *text)]
     lines = [headers, ["-" * width for width in widths], *text]
     padded = [[x.ljust(width) for x, width in zip(line, widths)] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+# Statistics: one test everywhere. A value stands for what was drawn independently, mostly a search.
+EXACT = 14  # up to so many pairs all sign flips are enumerated; draws are functions of the sizes
+
+
+def flipped_means(values):
+    """The means of a sample of differences with their signs flipped, all ways or 9999 drawn.
+
+    If a and b do not differ, each pair's difference could as well have had the other sign.
+    """
+    x = torch.tensor(values, dtype=torch.float64)
+    if len(x) <= EXACT:
+        signs = torch.cartesian_prod(*[torch.tensor((-1.0, 1.0))] * len(x)).view(-1, len(x))
+    else:
+        signs = torch.randint(2, (9999, len(x)), generator=rng("flips", len(x))) * 2.0 - 1
+        signs[0] = 1  # the data count as a draw
+    return signs.double() @ x / len(x)
+
+
+def dealt_differences(a, b):
+    """mean(b) - mean(a), the values dealt out anew, 9999 draws."""
+    both = torch.tensor([*a, *b], dtype=torch.float64)
+    order = torch.rand(9999, len(both), generator=rng("deal", len(a), len(b))).argsort(1)
+    order[0] = torch.arange(len(both))
+    dealt = both[order]
+    return dealt[:, len(a):].mean(1) - dealt[:, :len(a)].mean(1)
+
+
+def p_value(a, b, paired, shift=0.0):
+    """Two-sided p of b being a shifted by so much: the share of sign flips of the pairs'
+    differences, or of deals of the values, with a mean as far from 0 (Fisher 1935)."""
+    b = [y - shift for y in b]
+    seen = mean(b) - mean(a)
+    gaps = flipped_means([y - x for x, y in zip(a, b)]) if paired else dealt_differences(a, b)
+    return (gaps.abs() >= abs(seen) * (1 - 1e-9)).double().mean().item()
+
+
+def interval(a, b, paired):
+    """The 95 % interval of p_value's test: shifts not refused at .05; None if none can be."""
+    seen = mean(b) - mean(a)
+    ends = []
+    spread = max(*a, *b) - min(*a, *b) + 1e-9
+    # by bisection, from the difference seen to one that is refused
+    for side in (-1, 1):
+        inside = seen
+        outside = seen + 4 * side * spread
+        if p_value(a, b, paired, outside) > .05:
+            return None
+        for _ in range(40):
+            middle = (inside + outside) / 2
+            if p_value(a, b, paired, middle) > .05:
+                inside = middle
+            else:
+                outside = middle
+        ends.append(inside)
+    return ends
 
 
 def by_unit(rows, value):

@@ -189,7 +189,7 @@ def layer_optimum(theta):
 
 def kfac(v, weights, g, step, cells):
     """u = G^-1 v (E A_m)^-1, for H is the Kronecker product of the two (Martens & Grosse 2015)."""
-    mean = torch.tensordot(step.cells.mean(0), A, 1)
+    mean = torch.tensordot(step.fold.mean(0), A, 1)
     u = G.inverse() @ v["omega"] @ mean.inverse()
     return -menas.directional(step, weights, cells, {"omega": u})
 

@@ -125,20 +125,20 @@ def test_fresh_and_unrolled_is_the_gradient_of_the_one_step_objective(case):
 MUTANTS = {
     "sign": ("unrolled", "return -", "return "),
     "/ eps": ("directional", "(2 * eps)", "eps"),
-    "no rate of the scored": ("directional", "step.rates(cells) * ", ""),
+    "no rate of the scored": ("directional", "step.rates(rows) * ", ""),
     "response at omega'": ("extra_rewards", "[respond](v, weights", "[respond](v, ahead"),
     "v at omega": ("extra_rewards", "others), ahead)", "others), weights)"),
     "no J": ("through_clip", "scale * (v[name] - along * g[name])", "step.lr * v[name]"),
     "no lr": ("through_clip", "step.lr * (clip", "(clip"),
     "no projection": ("through_clip", " - along * g[name]", ""),
     "a step not clipped is projected": ("through_clip", "norm > clip,", "norm > 0,"),
-    "no longer step": ("unrolled", " - longer * step.rates(cells)", ""),
+    "no longer step": ("unrolled", " - longer * step.rates(rows)", ""),
     "no decay in the response": ("unrolled", "(longer + step.decay * dot(v, weights))", "longer"),
     "bound without rates": ("foreseen_clip", " * mean_rate(step)", ""),
     "no decay": ("look_ahead", "step.decay * mean_rate(step)", "0.0"),
     "clipped before the mean": (
         "fresh", "* losses",
-        "* (step.clip / step.each(w, step.cells, w)[0]).clamp(max=1) * losses"),
+        "* (step.clip / step.each(w, step.fold, w)[0]).clamp(max=1) * losses"),
 }
 
 

@@ -48,7 +48,7 @@ def test_the_network_is_the_naive_one(kind, recurrence, shared, k, masked, size)
 
 @pytest.mark.parametrize("function, right, wrong", [
     ("local_derivatives", "y.sub_(p)", "y"),                         # no -p in the gate's
-    ("local_derivatives", ".add_(constant)", ""),                    # no constant in act'
+    ("local_derivatives", ".add_(offset)", ""),                    # no constant in act'
     ("local_derivatives", "torch.sub(1, c, out=keep)", "keep.copy_(c)"),
     ("bound_backward", "value=-1", "value=0"),                       # as in ENAS-pytorch
     ("FastRecurrence", "dp.mul_(mask)", "pass"),

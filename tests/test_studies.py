@@ -536,13 +536,13 @@ MUTANTS = {
         ("study_compare", "score(weights", "score(shared_weights(searched, len(corpus.words))"),
         ("study_compare", "some[:fewest]", "some"),
         ("study_compare", "min(some", "max(some"),
-        ("study_compare", "sampled.unique(dim=0)", "sampled")],
+        ("study_compare", "samples.unique(dim=0)", "samples")],
     check_ablate: [
         ("without", "if slot == i + 1", "if slot == i"),
         ("study_ablate", "found['sampled'][0]", "found['sampled'][-1]"),
         ("study_ablate", "variants(cell)", "variants(CELLS['darts_v2'])")],
     check_factors: [
-        ("study_factors", "sources[b][draws[1]]", "sources[a][draws[1]]"),
+        ("study_factors", "drawn[b][draws[1]]", "drawn[a][draws[1]]"),
         ("study_factors", "connections=a, activations=b", "connections=b, activations=a")],
     check_capacity: [
         ("study_capacity", ", **UNREGULARIZED", ""),
