@@ -2392,8 +2392,9 @@ def study_capacity(config, run):
     for i, row in enumerate(drawn):
         cell = decode(row)
         kinds = {"as it is": cell, "half the width": cell._replace(width=config.hidden // 2)}
-        rows += [dict(group=kind, seed=config.seed + i, cell=name_of(x), paths=path_count(x),
-                      depth=depth(x)) for kind, x in (kinds | all_alike(cell)).items()]
+        rows += [dict(group=kind, source=f"cell {i}", seed=config.seed + i, cell=name_of(x),
+                      paths=path_count(x), depth=depth(x))
+                 for kind, x in (kinds | all_alike(cell)).items()]
     tried = []
     # a cell that needs another learning rate is not one that remembers less
     for rate in CAPACITY_RATES:
@@ -3118,7 +3119,7 @@ PRESETS = {
         "train": dict(epochs=8, schedule="cosine"),
         "studies": dict(epochs=75, patience=3, schedule="plateau", derive_samples=10),
         "ablate": dict(derive_samples=3),
-        "factors": dict(derive_samples=4),
+        "factors": dict(derive_samples=2),
         "capacity": dict(epochs=400, patience=10, derive_samples=4),
         "state": dict(derive_samples=30),
         "similarity": dict(epochs=8, warm_epochs=2),
@@ -3519,7 +3520,8 @@ def interval(a, b, paired):
 def by_unit(rows, value):
     """{group: {unit: its rows' mean}}: what was drawn independently counts once.
 
-    A unit is a seed: the cells of one search are not independent of each other.
+    A unit is a run, for the cells of one search are not independent of each other; or, where rows
+    have a source, a cell of a run with its changes.
     """
     found = {}
     for row in rows:
@@ -3529,7 +3531,7 @@ def by_unit(rows, value):
             for group, units in found.items()}
 
 
-HEADERS = ("", "seeds", "rows", "mean", "median", "difference", "95 %", "p, corrected")
+HEADERS = ("", "units", "rows", "mean", "median", "difference", "95 %", "p, corrected")
 
 
 def comparison(rows, value, first=""):
@@ -3754,8 +3756,8 @@ def study_of(folder):
 def load_records(out):
     """{folder: [record]} of OUT/STUDY[/ARM]/SEED/result.json.
 
-    A row's unit is the seed, its group the arm, of a study without arms its own. Rows that the
-    study is not about, and folders that are no study's, are left out.
+    A row's unit is the seed, and its source if it has one; its group the arm, of a study without
+    arms its own. Rows that the study is not about, and folders that are no study's, are left out.
     """
     found = {}
     for path in sorted(Path(out).glob("**/result.json")):
@@ -3772,7 +3774,8 @@ def load_records(out):
                 names = arm[:-1]
                 if not study.about or not names:
                     names = names + [row["group"]]
-                rows.append(row | {"unit": arm[-1], "group": ": ".join(names)})
+                unit = " ".join([arm[-1], row.get("source", "")]).strip()
+                rows.append(row | {"unit": unit, "group": ": ".join(names)})
         found.setdefault(folder, []).append(record | {"rows": rows, "folder": path.parent})
     return found
 
@@ -3845,7 +3848,8 @@ def report(out):
     if not records:
         raise UserError(f"no records in {out}/")
     page = ["# What the records say",
-            "Made by `python menas.py report`. Losses are in nats per token."]
+            "Made by `python menas.py report`. Losses are in nats per token. Units are independent: "
+            "runs, or cells of a run with their changes."]
     ours = load_records("results") if Path(out).resolve() != Path("results").resolve() else {}
     for folder, several in sorted(records.items()):
         page += report_study(folder, several, out)

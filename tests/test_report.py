@@ -36,15 +36,17 @@ def test_records_are_found_where_they_belong(tmp_path):
     rows = [dict(group=group, valid=1.0) for group in ("sampled", "uniform", "floor")]
     for place in ("compare/1", "compare/2", "extra/plain/1", "extra/fresh/1", "extra-slow/plain/1"):
         save(tmp_path, place, rows)
+    save(tmp_path, "ablate/1", [dict(group="itself", source=x, test=1.0) for x in ("a", "b")])
     for place in ("compare/1/cells 0", "extra/plain/1/cells 0", "capacity/1/lstm 4 0", "mine/1",
                   "mine/arm/1", "compare", "search/a/b/1", "."):
         save(tmp_path, place, rows, seed=1)
     found = load_records(tmp_path)
     assert {study: len(records) for study, records in found.items()} == {
-        "compare": 2, "extra": 2, "extra-slow": 1}
+        "ablate": 1, "compare": 2, "extra": 2, "extra-slow": 1}
     rows = {study: [(row["unit"], row["group"]) for record in records for row in record["rows"]]
             for study, records in found.items()}
     assert rows["compare"] == [(seed, group) for seed in "12" for group in ("sampled", "uniform")]
+    assert rows["ablate"] == [("1 a", "itself"), ("1 b", "itself")]  # two cells, drawn apart
     assert rows["extra"] == [("1", "fresh"), ("1", "plain")]
     assert rows["extra-slow"] == [("1", "plain")]
 
@@ -76,7 +78,7 @@ def check_comparison(monkeypatch):
     assert list(lines) == ["a", "b", "c", "e", "f"]
     values = [row["x"] for row in rows if row["group"] == "a"]
     average = mean([3, 2, 5, 10, 17, 26])
-    assert [lines["a"][name] for name in ("seeds", "rows", "difference")] == ["6", "13", ""]
+    assert [lines["a"][name] for name in ("units", "rows", "difference")] == ["6", "13", ""]
     assert float(lines["a"]["mean"]) == pytest.approx(average, abs=1e-3)
     assert float(lines["a"]["median"]) == median(values)
     assert [lines["b"][name] for name in ("difference", "95 %", "p, corrected")] == [

@@ -234,10 +234,10 @@ def check_capacity(world):
         assert [learnt.words[i] for i in learnt.train[:50]] == text
         assert learnt.train.tolist() == learnt.valid.tolist() == learnt.test.tolist()
         assert not any(getattr(config, name) for name in (*DROPOUT, "weight_decay", "average"))
-    plain = {row["seed"]: cell_of(row) for row in rows if row["group"] == "as it is"}
+    plain = {row["source"]: cell_of(row) for row in rows if row["group"] == "as it is"}
     assert len(rows) == 6 * len(plain) == 12
     for row in rows:
-        kind, cell, new = row["group"], plain[row["seed"]], cell_of(row)
+        kind, cell, new = row["group"], plain[row["source"]], cell_of(row)
         assert (row["rate"], row["train"]) == (best_rate(row["cell"]), 0.0)
         assert (row["paths"], row["depth"]) == (len(menas.leaves(cell)), menas.depth(cell))
         assert kind == "half the width" or is_change(kind.replace("as it is", "itself"), cell, new)
