@@ -131,8 +131,10 @@ ACTIVATIONS = {
 }
 TANH, RELU, SIGMOID, IDENTITY = range(4)  # in the order of the corrected code's arcs
 LEAVES, ALL = range(2)       # h_t is the mean of the leaves, or of all nodes after node 0
-INPUT = 0                    # the slot of the input pair
-MEMORY = 0                   # as the second slot of a gate or sum; a highway's 0 is none
+# A 0 is: in read the input pair; in second the memory, of a highway nothing; in memory that nothing
+# is carried. Where functions below name slots, None is the memory.
+INPUT = 0
+MEMORY = 0
 
 # A row of integers is a cell: five numbers of the whole, then four of each node. What a cell does
 # not use is 0 (but --one_activation writes that everywhere), so ENAS's own cells have operation,
@@ -167,7 +169,7 @@ def column(i, name):
 def encode(cells, nodes=0):
     """Cells as rows [K, 5 + 4N]; N is the largest cell's number of nodes, or more.
 
-    Smaller cells are padded with zeros, which are never computed with: their count says so.
+    Smaller cells are padded with zeros: nodes that read slot 0 and weigh nothing in h_t.
     """
     n = max([nodes] + [len(cell.nodes) for cell in cells])
     rows = torch.zeros(len(cells), len(WHOLE) + len(NODE) * n, dtype=torch.long)
@@ -234,7 +236,7 @@ def leaf_weights(cells):
     """[K, N]: each node's weight in h_t, 1 / leaves for a leaf, else 0.
 
     A leaf is a node that nobody reads (Pham et al. 2018, 2.1), or of a cell whose output is ALL
-    every node but node 0 (Liu et al. 2019).
+    every node but node 0 (Liu et al. 2019), if there is another.
     """
     n = cells.read.shape[1]
     node = torch.arange(n, device=cells.read.device)
@@ -383,7 +385,7 @@ def search_space(config):
     operations = listed(config, "operations", {name: i for i, name in enumerate(OPERATIONS)})
     activations = listed(config, "activations", {name: i for i, name in enumerate(ACTIVATIONS)})
     widths = listed(config, "widths", {str(x): x for x in range(1, config.hidden + 1)})
-    rates = listed(config, "rates", {f"{2.0 ** x:g}": x for x in range(-9, 10)})
+    rates = listed(config, "rates", {f"{2.0 ** x:.10g}": x for x in range(-9, 10)})
     if config.memory and not {GATE, SUM} & set(operations):
         raise UserError("--memory needs an operation that reads it: --operations with gate or sum")
     if not config.memory and not {HIGHWAY, GLU} & set(operations):
@@ -480,8 +482,8 @@ def standalone_weights(config, words, cells, seeds):
 
 
 def lstm_weights(config, words, units, seeds):
-    """Weights of K LSTMs of so many units, projected to --hidden, the tied embedding's, if
-    others."""
+    """Weights of K LSTMs; if units is not --hidden, h is projected to that, the tied embedding's
+    size, by which all are drawn."""
     e = config.hidden
     h = units
     shapes = {"embedding": (words, e), "weight_ih": (4 * h, e), "weight_hh": (4 * h, h),
@@ -538,7 +540,7 @@ def bounded(state):
 def read_word(cells, w, xw, h, memory, mask, live, leaf):
     """One word: the state h, memory [K, B, H] before it -> those after it.
 
-    w [N, K, H, 2H]: each node's weights; xw [K or 1, 1 or N, B, 2H]: x_t times its input weights;
+    w: N of [K, H, 2H], the nodes' weights; xw: 1 or N of [K or 1, B, 2H], x_t times input weights;
     mask [K or 1, B or 1, H]: dropout on what nodes read; live [K, 1, H]: the units a cell has.
     """
     # what the next node can read: the input pair's h, then the nodes so far
@@ -548,14 +550,13 @@ def read_word(cells, w, xw, h, memory, mask, live, leaf):
         operation = cells.operation[:, i]
         second = cells.second[:, i]
         values = torch.stack(slots)                                               # [i + 1, K, B, H]
-        # a node that is not there reads slot 0, and weighs nothing in the end
-        p = pick(values, read.clamp(max=i))
-        q = pick(torch.cat([memory[None], values[1:]]), second.clamp(max=i))
+        p = pick(values, read)
+        q = pick(torch.cat([memory[None], values[1:]]), second)
         adds = (operation == HIGHWAY) & (second > 0)
         p = torch.where(adds[:, None, None], (p + q) / 2, p)
         z = (p * mask) @ w[i]                                                         # [K, B, 2H]
-        if i < xw.shape[1]:
-            z = z + (read == INPUT)[:, None, None] * xw[:, i]
+        if i < len(xw):
+            z = z + (read == INPUT)[:, None, None] * xw[i]
         slots.append(live * node_value(p, q, z, operation, cells.activation[:, i]))
     # out of the cell: the mean of the leaves, and the node that is carried
     values = torch.stack(slots)                                                   # [N + 1, K, B, H]
@@ -581,8 +582,10 @@ def plain_recurrence(cells, w, xw, h, memory, mask=None):
     leaf = leaf_weights(cells).to(h.dtype)                                                 # [K, N]
     mask = live if mask is None else mask * live
     states = []
-    for t in range(xw.shape[2]):
-        h, memory = read_word(cells, w, xw[:, :, t], h, memory, mask, live, leaf)
+    # the gradient of a slice would be as large as what it is a slice of; unbind's is not
+    w = w.unbind()
+    for word in xw.unbind(2):
+        h, memory = read_word(cells, w, word.unbind(1), h, memory, mask, live, leaf)
         states.append(h)
     return torch.stack(states, 1), memory
 
@@ -625,10 +628,10 @@ def give(*buffers):
 
 
 def sources(read):
-    """What each node reads, and whether there is a lone architecture on the CPU.
+    """Of each node, what selects the slot it reads; and is it a lone architecture on the CPU?
 
-    Then it is the slot as a number, for a view of a slot is faster than a copy; else the indices
-    [K] of slot * K + k, into the slots of all architectures one after the other.
+    If so, the slot's number: a view is faster than a copy. Else the indices [K] of slot * K + k, in
+    the slots of all architectures one after the other.
     """
     k = read.shape[1]
     if k == 1 and read.device.type == "cpu":
@@ -644,13 +647,14 @@ class FastRecurrence(torch.autograd.Function):
     w [N, K, H, 2H]        each node's weights, the u half times its slope
     mask [K or 1, B, H]    dropout on every node's input, or None
     read [N, K], leaf [K, N], coefficients: eight [N, K, 1, 1], without the slope
+    training               is a backward pass to come? forward() itself cannot tell
     """
 
     @staticmethod
     def forward(ctx, training, xw, h0, w, mask, read, leaf, *coefficients):
         nodes, k, hidden, _ = w.shape
         steps, batch = xw.shape[1:3]
-        kept = steps if training else 1  # steps that the backward pass will ask for
+        kept = steps if training else 1  # steps whose slots are stored
         scale, shift, linear, floor = coefficients[:4]
         slots = take(w, nodes + 1, k, kept, batch, hidden)                   # what a node can read
         gates = take(w, nodes, k, kept, batch, 2, hidden)                    # sigmoid(c), act(u)
@@ -662,14 +666,14 @@ class FastRecurrence(torch.autograd.Function):
         u = z.view(k, batch, 2, hidden)[:, :, 1]
         source, alone = sources(read)
         state = h0
-        # what must not be kept for the backward pass is overwritten at every step
+        # without a backward pass to come, each step overwrites the last
         for t in range(steps):
             now = t if training else 0
             values = slots[:, :, now].unbind()                              # of each slot [K, B, H]
-            rows = slots.view(-1, kept, batch, hidden)[:, now]               # [slots * K, B, H]
+            flat = slots.view(-1, kept, batch, hidden)[:, now]               # [slots * K, B, H]
             values[0].copy_(state)
             for i in range(nodes):
-                p = values[source[i]] if alone else torch.index_select(rows, 0, source[i], out=p)
+                p = values[source[i]] if alone else torch.index_select(flat, 0, source[i], out=p)
                 torch.bmm(p if mask is None else torch.mul(p, mask, out=masked), w[i], out=z)
                 # only node 0 reads the word
                 if i == 0:
@@ -710,7 +714,7 @@ class FastRecurrence(torch.autograd.Function):
         weight = leaf.t()[:, :, None, None]                                  # [N, K, 1, 1]
         back = w.transpose(2, 3).contiguous()  # a product with a view is slow in bfloat16
         ds = w.new_zeros(nodes + 1, k, batch, hidden)                        # of one step's slots
-        rows = ds.flatten(0, 1)
+        flat_ds = ds.flatten(0, 1)
         values = ds.unbind()
         dz = w.new_empty(k, batch, 2, hidden)
         dp = w.new_empty(k, batch, hidden)
@@ -732,7 +736,7 @@ class FastRecurrence(torch.autograd.Function):
                 if alone:
                     values[source[i]].add_(dp)
                 else:
-                    rows.index_add_(0, source[i], dp)
+                    flat_ds.index_add_(0, source[i], dp)
             dh.copy_(values[0])
         dw = torch.empty_like(w)
         for i in range(nodes):  # one product over all T * B rows
@@ -813,7 +817,7 @@ def embed(weights, batch):
     """
     embedding = weights["embedding"]
     masks = batch.masks
-    stacked = embedding.view(-1, *embedding.shape[-2:])                                      # [K or 1, V, H]
+    stacked = embedding.view(-1, *embedding.shape[-2:])                             # [K or 1, V, H]
     # K standalone networks have K tables: one lookup in all of them, one after the other
     first = torch.arange(len(stacked), device=embedding.device)[:, None, None] * stacked.shape[1]
     x = F.embedding(batch.inputs + first, stacked.flatten(0, 1))
@@ -882,7 +886,8 @@ class SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, training, h, decoder, bias, targets, chunk=512):
         wide = torch.promote_types(h.dtype, torch.float32)
-        share = F.normalize((targets >= 0).to(wide), p=1, dim=0)[:, None]      # weights of the rows
+        real = (targets >= 0).to(wide)[:, None]
+        share = real / real.sum().clamp(min=1)                                 # weights of the rows
         losses = torch.zeros(len(h), dtype=wide, device=h.device)
         if training:
             dh = torch.empty_like(h)
@@ -1018,8 +1023,7 @@ class Controller(nn.Module):
             choices = getattr(self, f"choices{i}")
             relevant = matters(out, d).long()
             if i not in self.free:
-                for column_ in d.columns:
-                    out[:, column_] = choices[0] * relevant
+                out[:, d.columns] = (choices[0] * relevant)[:, None]
                 continue
             f = self.free.index(i)
             n = len(choices)
@@ -1035,8 +1039,7 @@ class Controller(nn.Module):
             # what does not matter is neither probable nor uncertain
             log_prob = log_prob + relevant * logp.gather(1, choice[:, None])[:, 0]
             entropy = entropy - relevant * (logp.exp() * logp).sum(1)
-            for column_ in d.columns:
-                out[:, column_] = choices[choice] * relevant
+            out[:, d.columns] = (choices[choice] * relevant)[:, None]
             x = self.embed[f][choice * relevant]
         return Sample(out, log_prob, entropy, self.lstm(x, state)[0])
 
@@ -1167,6 +1170,17 @@ def mean_state(losses, state):
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
+def device_of(config):
+    """The torch.device that --device names, or with auto CUDA where there is one."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with refusing(f"--device {name} with --dtype {config.dtype}", "; use --device cpu"):
+        x = torch.ones(1, 1, device=name, dtype=DTYPES[config.dtype])
+        x @ x  # not every device has every dtype
+        return x.device
+
+
 def constant(epoch, epochs):
     """The learning rate stays; under 'plateau' a training divides it where it stops improving."""
     return 1.0
@@ -1251,6 +1265,11 @@ def perturbation(name, weights, seed):
     return masks
 
 
+def perplexity(loss):
+    """exp(loss); infinite where that overflows or the loss is not a number."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 class Search:
     """The game of ENAS between two steps: its players, the shared weights omega (SGD) and the
     controller theta (Adam), with their places in the text.
@@ -1284,7 +1303,7 @@ class Search:
         weights = {name: w.to(self.device) for name, w in weights.items()}
         zeros = zero_state(weights, config.batch)
         self.s = {
-            "step": 0,                                 # shared and controller steps done
+            "step": 0,                                 # places of the rounds passed, idle ones too
             "weights": weights,                        # omega
             "past": {},                                # its gradients so far, see remember()
             "state": dict.fromkeys(texts, zeros),      # of each text, where its stream stands
@@ -1346,7 +1365,8 @@ class Search:
         """(weights, rows) -> 80 / perplexity [K] on a validation segment, without dropout, and the
         state that is left [2, 1, B, H].
 
-        80 is the paper's c, for rewards near 1. ENAS-pytorch leaves dropout on.
+        80 is the paper's c: rewards near 1 on Penn Treebank, 10 on toy. ENAS-pytorch leaves dropout
+        on.
         """
         config = self.config
         carried = self.s["state"]["valid"]
@@ -1361,11 +1381,11 @@ class Search:
             return 80 * torch.exp(-(losses + added)), mean_state(losses, state)
         return rewards
 
+    @torch.no_grad()
     def rewarded(self, sample, progress):
         """The rewards R(omega; m) [K] of a Sample on ONE validation segment; no response."""
         rewards = self.rewards_on(self.next("valid"))
-        with torch.no_grad():
-            found, self.s["state"]["valid"] = rewards(self.s["weights"], sample.rows)
+        found, self.s["state"]["valid"] = rewards(self.s["weights"], sample.rows)
         return found, torch.zeros_like(found)
 
     def entropy_weight(self, progress):
@@ -1407,14 +1427,9 @@ class Search:
         if shared:
             line |= {"loss": loss / shared, "perplexity": perplexity(loss / shared)}
         if steps:
-            names = ("reward", "entropy", "response")[:2 + (self.config.response != "none")]
+            names = ["reward", "entropy"] + ["response"] * (self.config.response != "none")
             line |= {name: total / steps for name, total in zip(names, rewarded)}
         return line
-
-
-def perplexity(loss):
-    """exp(loss); infinite where that overflows or the loss is not a number."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 LOG_EVERY = 20  # steps from one line of metrics to the next; a run resumes at such a line
@@ -1489,14 +1504,14 @@ def no_rates(rows):
     return torch.ones(len(rows), device=rows.device)
 
 
-# The next shared step as the controller foresees it. rows are architectures [K, D], or what a
-# toy has for them. Like a reward, a loss returns the state it leaves. --state warm reads the segment
+# The next shared step as the controller foresees it. rows are architectures [K, D], or what a toy
+# has for them. Like a reward, a loss returns the state it leaves. --state warm reads the segment
 # before with omega, wherever losses are taken.
 #     losses  (weights, rows) -> (L_T [K], state), always on the same minibatch with the same masks
 #     fold    A architectures [A, D] from the policy, whose mean stands for E_m' in g
 #     lr, clip, decay   of sgd_step(); the decay, and the rates, are left out of the equation above
 #     each    (weights, rows, v) -> |grad L_T(omega; m)| [K] and <grad L_T(omega; m), v> [K]
-#     rates   rows -> the factors of lr [K] that architectures chose for training on them
+#     rates   rows -> xi [K], the factors of lr that architectures chose for training on them
 #     past    gradients of shared steps so far, see remember()
 Step = namedtuple("Step", "losses fold lr clip decay each rates past",
                   defaults=(math.inf, 0.0, None, no_rates, ()))
@@ -1505,11 +1520,6 @@ Step = namedtuple("Step", "losses fold lr clip decay each rates past",
 def dot(a, b):
     """<a, b> of two dicts of tensors."""
     return sum((a[name] * b[name]).sum() for name in a)
-
-
-def plus(a, b, scale=1.0):
-    """a + scale b of two dicts of tensors of the same names, without gradients."""
-    return {name: torch.add(a[name].detach(), b[name] * scale) for name in a}
 
 
 def mean_gradient(values, weights):
@@ -1529,19 +1539,20 @@ def directional(step, weights, rows, u):
 
     Two forward passes, in float32 or better; eps = .01 / |u|, and if u is 0 any will do.
     """
+    def at(shift):
+        return step.losses({name: w + shift * u[name] for name, w in weights.items()}, rows)[0]
+
     eps = 0.01 / dot(u, u).sqrt().clamp(min=1e-30)
-    ahead, _ = step.losses(plus(weights, u, eps), rows)
-    back, _ = step.losses(plus(weights, u, -eps), rows)
-    return step.rates(rows) * (ahead - back) / (2 * eps)
+    return step.rates(rows) * (at(eps) - at(-eps)) / (2 * eps)
 
 
-def remember(past, g, decay=0.9):
-    """The last shared step's gradient g, and the decayed sum of all and its weight."""
+def remember(past, g, keep=0.9):
+    """The last shared step's gradient g, and sum_j keep^j g_{t-j} of all, and its weight."""
     g = {name: x.nan_to_num(0.0, 0.0, 0.0) for name, x in g.items()}  # as sgd_step takes it
     if not past:
         return {"recent": g, "sum": g, "weight": 1.0}
-    total = {name: g[name] + decay * past["sum"][name] for name in g}
-    return {"recent": g, "sum": total, "weight": 1 + decay * past["weight"]}
+    total = {name: g[name] + keep * past["sum"][name] for name in g}
+    return {"recent": g, "sum": total, "weight": 1 + keep * past["weight"]}
 
 
 def no_lookahead(weights, step):
@@ -1550,7 +1561,7 @@ def no_lookahead(weights, step):
 
 
 def momentum(weights, step):
-    """g = sum_j decay^j g_{t-j} / sum_j decay^j, a mean of the shared steps' gradients."""
+    """g = sum_j keep^j g_{t-j} / sum_j keep^j, a mean of the shared steps' gradients."""
     if not step.past:
         return None, None
     return {name: x / step.past["weight"] for name, x in step.past["sum"].items()}, None
@@ -1562,7 +1573,7 @@ def recent(weights, step):
 
 
 def fresh(weights, step):
-    """g = d/domega mean_m xi_m L_T(omega; m) over the fold, xi the rates: alone unbiased."""
+    """g = d/domega mean_m xi_m L_T(omega; m) over the fold; of these alone it is unbiased."""
     def scaled(w):
         losses, state = step.losses(w, step.fold)
         return step.rates(step.fold) * losses, state
@@ -1630,7 +1641,7 @@ def sampled(v, weights, g, step, rows):
     """- lr xi_m ( min(1, clip / |g_m|) <g_m, v> + decay <omega, v> ),  g_m = grad L_T(omega; m).
 
     It is the step that training really takes, on ONE sampled architecture, clipped by its OWN norm,
-    so an architecture whose gradient explodes is rewarded by no more than lr clip |v|. As a
+    so an architecture whose gradient explodes is rewarded by no more than lr xi_m clip |v|. As a
     response right to first order in lr; its sum with the direct term is not, for that is taken at
     the omega' of the fold's mean.
     """
@@ -1705,10 +1716,13 @@ class Anticipation(Search):
         return Step(losses, fold, self.lr(progress), config.clip, config.weight_decay, each,
                     rates_of, self.s["past"])
 
+    @torch.no_grad()
     def rewarded(self, sample, progress):
         """The rewards R(omega'; m) [K] on one validation segment, and the responses [K]."""
         config = self.config
         state = self.s["state"]
+        if config.lookahead == "none":  # of a study, which itself looks ahead
+            return super().rewarded(sample, progress)
         drawn = self.controller.sample(2 * config.fold, *self.key("folds")).rows
         fold, others = drawn.split(config.fold)
         rewards = self.rewards_on(self.next("valid"))
@@ -1722,8 +1736,8 @@ class Anticipation(Search):
 
 def game_of(config, corpus):
     """ENAS, or with a lookahead the search that anticipates."""
-    plain = (config.lookahead, config.response) == ("none", "none")
-    return Search(config, corpus) if plain else Anticipation(config, corpus)
+    kind = Search if config.lookahead == "none" else Anticipation
+    return kind(config, corpus)
 
 
 # 7. Evaluating, training, deriving ----------------------------------------------------------------
@@ -1769,8 +1783,8 @@ def derive(config, weights, rows, corpus):
     first: rows [K, D], losses [K]. paper: on a single minibatch."""
     rows = rows.cpu()
     distinct, which = rows.unique(dim=0, return_inverse=True)
-    how = perturbation(config.reward_input, weights, config.seed)
-    found = score(weights, distinct, corpus.valid, config, masks=how)
+    masks = perturbation(config.reward_input, weights, config.seed)
+    found = score(weights, distinct, corpus.valid, config, masks=masks)
     # what was drawn twice is scored once
     losses, order = found[which].sort(stable=True)
     return rows[order], losses
@@ -1784,7 +1798,7 @@ def validate(config, s, valid, epoch):
     """Losses of the networks still in the batch, of which the best weights are kept.
 
     Those that did not improve start averaging and, under 'plateau', lower lr; after --patience such
-    epochs, or a failure, they leave.
+    epochs in a row, or a failure, they leave.
 
     s is what start_training() made; what it has of the networks in the batch shrinks with them.
     """
@@ -1814,7 +1828,7 @@ def validate(config, s, valid, epoch):
     s["seeds"] = [seed for seed, stays in zip(s["seeds"], stay.tolist()) if stays]
     for part in ("weights", "mean"):
         s[part] = {name: w[stay] for name, w in s[part].items()}
-    s["state"] = s["state"].expand(-1, len(stay), -1, -1)[:, stay]
+    s["state"] = s["state"][:, stay]
     return loss
 
 
@@ -1838,8 +1852,9 @@ def start_training(config, weights, rows, seeds):
         "before": torch.stack([full(math.inf)] * 2),  # the best loss one and two epochs ago
         "since": full(math.inf),                      # the step from which a network averages
         "failed": full(0),                            # the epoch in which its loss was not finite
-        "loss": full(0.0),
-        "best_epoch": full(0), "epochs": full(0), "bad": full(0), "step": 0, "steps": 0}
+        "best_epoch": full(0), "epochs": full(0), "bad": full(0), "step": 0,
+        # since the last line of metrics: the sum of losses, and of how many steps
+        "sum": full(0.0), "summed": 0}
 
 
 def training_step(config, s, stream, words):
@@ -1860,9 +1875,9 @@ def training_step(config, s, stream, words):
     failed = s["failed"][alive]
     s["failed"][alive] = torch.where(finite | (failed > 0), failed, int(progress) + 1)
     s["state"] = torch.where(finite[:, None, None], state, 0.0)
-    s["loss"][alive] += losses
+    s["sum"][alive] += losses
+    s["summed"] += 1
     s["step"] += 1
-    s["steps"] += 1
 
     # averaging (Merity et al. 2018): mean <- mean + (w - mean) / n; until a network averages n is
     # 1, and the mean is w alone
@@ -1891,10 +1906,10 @@ def train_networks(config, run, corpus, weights, rows, seeds):
 
         # a line of metrics, after which the state may be a checkpoint
         ends = s["step"] % len(stream) == 0
-        if ends or s["steps"] >= LOG_EVERY:
+        if ends or s["summed"] >= LOG_EVERY:
             alive = s["alive"]
             epoch = math.ceil(s["step"] / len(stream))
-            loss = (s["loss"][alive] / s["steps"]).nanmean().item()  # of those that have not failed
+            loss = (s["sum"][alive] / s["summed"]).nanmean().item()  # of those that have not failed
             line = {"step": s["step"], "epoch": epoch, "loss": loss, "perplexity": perplexity(loss)}
             if ends:
                 for k in alive[s["failed"][alive] == epoch].tolist():
@@ -1902,8 +1917,8 @@ def train_networks(config, run, corpus, weights, rows, seeds):
                 scores = validate(config, s, valid, epoch).tolist()
                 line["networks"] = alive.tolist()
                 line["valid_perplexity"] = [perplexity(x) for x in scores]
-            s["loss"] = torch.zeros_like(s["loss"])
-            s["steps"] = 0
+            s["sum"] = torch.zeros_like(s["sum"])
+            s["summed"] = 0
             run.log(line, s["step"], total, s["step"] * config.batch * config.bptt)
             run.keep(s)
         run.obey()
@@ -1943,7 +1958,7 @@ def load_tensors(path, device="cpu"):
 
 
 def strict(value):
-    """The value as JSON's strict readers want it: what is no number is null."""
+    """The value as JSON's strict readers want it: nan and infinity become null."""
     return json.loads(json.dumps(value), parse_constant=lambda word: None)
 
 
@@ -2194,7 +2209,7 @@ def train_rows(config, run, rows, prefix=""):
     """The rows, each with the losses of its 'cell' trained from scratch, and how that ended.
 
     Batches of AT_ONCE networks, each a run of its own in this one's folder, and each network with a
-    seed of its own. Batches are in random order, so that no group is a batch.
+    seed of its own. Rows are shuffled before they are cut into batches, so that no group is one.
     """
     # networks of one kind can be trained together
     kinds = {}
@@ -2208,10 +2223,10 @@ def train_rows(config, run, rows, prefix=""):
             folder = run.folder / f"{prefix}{kind} {first // AT_ONCE}"
             sub = replace(config, cell=cells, supernet="", out=str(folder))
             record = run_command("train", sub)
-            if "found" in record:  # by an earlier call, whose time counts
+            if "earlier" in record:  # the time of that call counts
                 run.started -= record["seconds"]
-            for i, found in zip(batch, record["rows"]):
-                rows[i] = found | {"folder": folder.name} | rows[i]
+            for i, trained in zip(batch, record["rows"]):
+                rows[i] = trained | {"folder": folder.name} | rows[i]
             run.obey()
     return rows
 
@@ -2220,13 +2235,13 @@ def study_compare(config, run):
     """Is a trained controller better than chance? --derive_samples distinct cells of it, of an
     untrained one and of the uniform distribution, and LSTMs of as many units and of as many
     weights, trained from scratch; 'shared' is a cell's loss under the shared weights, 'best' the
-    test loss of the best of as many cells."""
+    test loss of the best by validation, of as many cells of each."""
     corpus = load_corpus(config)
     k = config.derive_samples
     searched, weights, found = supernet(config)
     untrained = Controller(search_space(searched), searched.seed)
     drawn = {"trained": found["sampled"],
-             "untrained": untrained.sample(4 * k, searched.seed, "untrained").rows,
+             "untrained": untrained.sample(len(found["sampled"]), searched.seed, "untrained").rows,
              "uniform": found["uniform"]}
     rows = []
     for group, samples in drawn.items():
@@ -2236,7 +2251,7 @@ def study_compare(config, run):
         losses = score(weights, some, corpus.valid, searched).tolist()
         for row, loss in zip(some, losses):
             rows.append(dict(group=group, cell=row_name(row), distinct=len(distinct),
-                             of=len(samples), shared=no_worse(loss, guessing(corpus))))
+                             shared=no_worse(loss, guessing(corpus))))
     rows.append(dict(group="LSTM", cell="lstm"))
     rows.append(dict(group="LSTM, as many weights", cell=f"lstm:{rows[0]['cell']}"))
     train_rows(config, run, rows)
@@ -2408,7 +2423,8 @@ def policy_gradient(controller, sample, rewards):
     """The flat leave-one-out estimate of dE[reward]/dtheta [parameters], without the entropy's
     part, so that estimators differ in their rewards alone."""
     loss = policy_loss(sample, worst_for_failures(rewards.detach()), 0.0)
-    grads = torch.autograd.grad(-loss, list(controller.parameters()), retain_graph=True)
+    grads = torch.autograd.grad(-loss, list(controller.parameters()), retain_graph=True,
+                                materialize_grads=True)
     return torch.cat([g.flatten() for g in grads])
 
 
@@ -2432,8 +2448,10 @@ def estimates(game, sample, rewards, step, others):
     """
     found = {}
     for look, respond in ESTIMATORS:
-        direct, response, _, _ = extra_rewards(look, respond, game.s["weights"], sample.rows,
-                                               others, rewards, step)
+        direct, response, _, state = extra_rewards(look, respond, game.s["weights"], sample.rows,
+                                                   others, rewards, step)
+        if state is not None:  # that of the text ahead, the same of all that read it
+            game.s["state"]["ahead"] = state
         found[f"{look}, {respond}"] = policy_gradient(game.controller, sample, direct + response)
     return found
 
@@ -2588,8 +2606,8 @@ def kendall(x, y):
 
 def reward_error(game, rows, whole, at_least=30):
     """What a controller step sees of rows [K, D] where each segment is read by other architectures
-    than the one before: the median cell's mean loss minus that on the whole split, whole [K], and
-    the mean of Kendall's tau between the order on one segment and on the split."""
+    than the one before: the median, over cells, of the mean loss minus whole [K], that on the whole
+    split; and the mean of Kendall's tau between the order on one segment and on the split."""
     config = game.config
     losses = []
     taus = []
@@ -2611,8 +2629,8 @@ CONTEXTS = (1, 2, 4, 8, 16, 32, 64)  # words
 @torch.no_grad()
 def study_state(config, run):
     """How should the hidden state be kept where each segment has another architecture? The reward's
-    error under each policy; and the loss of a trained ENAS cell and an LSTM that see only so many
-    words before the one they predict."""
+    error under each of STATES; and the loss of a trained ENAS cell and an LSTM that see only so
+    many words before the one they predict."""
     corpus = load_corpus(config)
     searched, weights, _ = supernet(config)
     rows = uniform_rows(search_space(searched), config.derive_samples, config.seed, "scored")
@@ -2631,7 +2649,7 @@ def study_state(config, run):
         # streams of so many words, each begun as many words earlier
         streams = dict(batch=len(corpus.valid), warm_up=words, bptt=words)
         loss = evaluate(network_weights, encode([CELLS["enas"]]), corpus.valid, **streams)
-        seen = f"{row['cell']}, {words + 1} to {2 * words} words"
+        seen = f"{row['cell']}, about {words} to {2 * words} words"
         found.append(dict(group=seen, loss=loss.item()))
     return found
 
@@ -2773,15 +2791,6 @@ def spellings(cell):
     return said
 
 
-def draw(config):
-    """The picture of a cell, cell.png in the folder --out, and its spellings."""
-    cell = load_cell(config, config.cell)
-    folder = Path(os.path.expanduser(config.out or "runs/draw"))
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_cell(cell).figure.savefig(folder / "cell.png", dpi=110)
-    print(f"{spellings(cell)}\npicture: {folder}/cell.png")
-
-
 def load_cell(config, name):
     """A cell by its name, 'random:SEED', its row, an ENAS arc, a DARTS genotype, or a run's
     folder."""
@@ -2803,8 +2812,16 @@ def load_cell(config, name):
             if len(cell.nodes) != row[0]:
                 raise ValueError(f"it has {len(cell.nodes)} nodes, not {row[0]}")
             return cell
-    choose("cell", name, [*CELLS, "random:SEED"])
-    raise UserError(f"the cell {name!r} needs a number for SEED")
+    choose("cell", name, [*CELLS, "random:SEED"])  # raises: it is none of them
+
+
+def draw(config):
+    """The picture of a cell, cell.png in the folder --out, and its spellings."""
+    cell = load_cell(config, config.cell)
+    folder = Path(os.path.expanduser(config.out or "runs/draw"))
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_cell(cell).figure.savefig(folder / "cell.png", dpi=110)
+    print(f"{spellings(cell)}\npicture: {folder}/cell.png")
 
 
 def lstm_parameters(config, units):
@@ -2894,6 +2911,11 @@ def inherited(config, rows, new):
     return from_supernet(config, [decode(row) for row in rows])
 
 
+def floor_row(corpus):
+    """The best possible loss, where it is known."""
+    return [{"group": "floor"} | corpus.floor] if corpus.floor else []
+
+
 def study_train(config, run):
     """Train cells from scratch, or with --supernet from its weights, as one batch: a row for each,
     of the losses of its best weights on the whole of each split, in float32."""
@@ -2912,13 +2934,8 @@ def study_train(config, run):
         masks = perturbation(kind, best, config.seed)
         losses = evaluate(best, rows.to(device), tokens.to(device), masks=masks)
         found[name] = [no_worse(loss, guessing(corpus)) for loss in losses.tolist()]
-    rows = [{"group": "network"} | dict(zip(found, values)) for values in zip(*found.values())]
-    return rows + floor_row(corpus)
-
-
-def floor_row(corpus):
-    """The best possible loss, where it is known."""
-    return [{"group": "floor"} | corpus.floor] if corpus.floor else []
+    made = [{"group": "network"} | dict(zip(found, values)) for values in zip(*found.values())]
+    return made + floor_row(corpus)
 
 
 def search_rows(config, group, rows, losses, guess):
@@ -2931,6 +2948,12 @@ def search_rows(config, group, rows, losses, guess):
                           parameters=recurrent_parameters(cell, config.hidden), rate=cell.rate,
                           learns=factor, failed=not math.isfinite(loss)))
     return found
+
+
+def train_config(config):
+    """The Config of trainings beside a search: the preset's, on its data and at its size."""
+    names = "data unit seed device dtype threads nodes hidden perturb".split()
+    return configure("train", config.preset, **{name: getattr(config, name) for name in names})
 
 
 def study_search(config, run):
@@ -2974,12 +2997,6 @@ def study_search(config, run):
                    dict(group="LSTM", cell="lstm", seed=config.seed)]
         found += train_rows(train_config(config), run, entries)
     return found + floor_row(corpus)
-
-
-def train_config(config):
-    """The Config of trainings beside a search: the preset's, on its data and at its size."""
-    names = "data unit seed device dtype threads nodes hidden perturb".split()
-    return configure("train", config.preset, **{name: getattr(config, name) for name in names})
 
 
 # 11. Settings and records -------------------------------------------------------------------------
@@ -3197,17 +3214,6 @@ def check(config):
         raise UserError(f"--device {config.device} has no memory")
 
 
-def device_of(config):
-    """The torch.device that --device names, or with auto CUDA where there is one."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    with refusing(f"--device {name} with --dtype {config.dtype}", "; use --device cpu"):
-        x = torch.ones(1, 1, device=name, dtype=DTYPES[config.dtype])
-        x @ x  # not every device has every dtype
-        return x.device
-
-
 @lru_cache
 def tensorboard(folder):
     """add_scalar(name, value, step) of a TensorBoard writer, or of nobody where it does not
@@ -3236,6 +3242,17 @@ def machine(device):
     if cpuinfo.exists():
         name = re.search(r"model name\s*: (.*)|$", cpuinfo.read_text())[1] or name
     return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+
+
+def digest(config):
+    """Of the files that a run reads, so that it does not go on with others: texts, cells, shared
+    weights."""
+    data = os.path.expanduser(config.data)
+    paths = [data, *(f"{data}/{split}.txt" for split in SPLITS)]
+    paths += [f"{entry.partition('@')[0]}/result.json" for entry in config.cell.split(",")]
+    paths += [f"{config.supernet}/result.json", f"{config.supernet}/weights.pt"]
+    content = b"".join(Path(path).read_bytes() for path in paths if os.path.isfile(path))
+    return sha256(content)[:12] if content else ""
 
 
 CHECKPOINT_SECONDS = 30.0  # least time between two
@@ -3417,19 +3434,8 @@ class Run:
                        "cells of --cell") from None
 
 
-def digest(config):
-    """Of the files that a run reads, so that it does not go on with others: texts, cells, shared
-    weights."""
-    data = os.path.expanduser(config.data)
-    paths = [data, *(f"{data}/{split}.txt" for split in SPLITS)]
-    paths += [f"{entry.partition('@')[0]}/result.json" for entry in config.cell.split(",")]
-    paths += [f"{config.supernet}/result.json", f"{config.supernet}/weights.pt"]
-    content = b"".join(Path(path).read_bytes() for path in paths if os.path.isfile(path))
-    return sha256(content)[:12] if content else ""
-
-
 def run_command(command, config):
-    """Run, resume, or find finished a command: its record, 'found' in it if it was."""
+    """Run, resume, or find finished a command: its record, 'earlier' in it if it was."""
     check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -3441,7 +3447,7 @@ def run_command(command, config):
             with refusing(run.result, "; delete it to make it again"):
                 record = read_json(run.result)
                 summary(record)  # can be shown, so it is whole
-                return record | {"found": True}
+                return record | {"earlier": True}
         with run.lock:
             work, _, _ = COMMANDS[command]
             return run.finish(work(config, run))
@@ -3520,8 +3526,9 @@ def interval(a, b, paired):
 def by_unit(rows, value):
     """{group: {unit: its rows' mean}}: what was drawn independently counts once.
 
-    A unit is a run, for the cells of one search are not independent of each other; or, where rows
-    have a source, a cell of a run with its changes.
+    A unit is what was drawn independently: a run, for the cells of one search are not independent
+    of each other; or, where rows have a source, a cell of a run with its changes (of which darts_v2
+    is the same in every run).
     """
     found = {}
     for row in rows:
@@ -3531,14 +3538,15 @@ def by_unit(rows, value):
             for group, units in found.items()}
 
 
-HEADERS = ("", "units", "rows", "mean", "median", "difference", "95 %", "p, corrected")
+HEADERS = ("", "draws", "rows", "mean", "median", "difference", "95 %", "p, corrected")
 
 
 def comparison(rows, value, first=""):
-    """A line under HEADERS for each group: its mean, and its difference to the first group, paired
-    by unit where both have the same ones; p is corrected for the number of groups (Bonferroni).
+    """A line under HEADERS for each group: its mean over units, its median over rows, and its
+    difference to the first group, paired by unit where both have the same ones; p is corrected for
+    the number of groups (Bonferroni), the interval is that of a single comparison.
 
-    The interval is that of a single comparison. Without a second unit there is neither.
+    With fewer than two units there is neither.
     """
     groups = by_unit(rows, value)
     lines = []
@@ -3756,8 +3764,9 @@ def study_of(folder):
 def load_records(out):
     """{folder: [record]} of OUT/STUDY[/ARM]/SEED/result.json.
 
-    A row's unit is the seed, and its source if it has one; its group the arm, of a study without
-    arms its own. Rows that the study is not about, and folders that are no study's, are left out.
+    A row's unit is the run's name, its seed, and the row's source if it has one. Its group is the
+    arm; without arms its own; 'ARM: GROUP' where the study is about all groups. Rows that it is not
+    about, and folders that are no study's, are left out.
     """
     found = {}
     for path in sorted(Path(out).glob("**/result.json")):
@@ -3848,8 +3857,8 @@ def report(out):
     if not records:
         raise UserError(f"no records in {out}/")
     page = ["# What the records say",
-            "Made by `python menas.py report`. Losses are in nats per token. Units are independent: "
-            "runs, or cells of a run with their changes."]
+            "Made by `python menas.py report`. Losses are in nats per token. A draw is a run, or "
+            "where cells are changed a cell of a run with its changes."]
     ours = load_records("results") if Path(out).resolve() != Path("results").resolve() else {}
     for folder, several in sorted(records.items()):
         page += report_study(folder, several, out)

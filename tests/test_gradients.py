@@ -205,7 +205,7 @@ def test_lookaheads_are_what_they_say():
     """Oracle: means of past gradients by hand."""
     past, gs = {}, [SOMEWHERE * scale + 1 for scale in (1, 2, 3)]
     for g in gs:
-        past = menas.remember(past, unflat(g), decay=.5)
+        past = menas.remember(past, unflat(g), keep=.5)
     step = Step(None, ROWS, 2.0, past=past)
     assert_close(flat(LOOKAHEAD["recent"](OMEGA, step)[0]), gs[2])
     expected = (gs[2] + .5 * gs[1] + .25 * gs[0]) / 1.75

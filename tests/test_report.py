@@ -78,7 +78,7 @@ def check_comparison(monkeypatch):
     assert list(lines) == ["a", "b", "c", "e", "f"]
     values = [row["x"] for row in rows if row["group"] == "a"]
     average = mean([3, 2, 5, 10, 17, 26])
-    assert [lines["a"][name] for name in ("units", "rows", "difference")] == ["6", "13", ""]
+    assert [lines["a"][name] for name in ("draws", "rows", "difference")] == ["6", "13", ""]
     assert float(lines["a"]["mean"]) == pytest.approx(average, abs=1e-3)
     assert float(lines["a"]["median"]) == median(values)
     assert [lines["b"][name] for name in ("difference", "95 %", "p, corrected")] == [
