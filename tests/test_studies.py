@@ -304,7 +304,7 @@ def check_similarity(world):
         game.s = copy.deepcopy(kept)
         g = menas.Search.shared_step(game, 0.0)
         game.s = kept
-        return g, None
+        return g, torch.ones_like(kept["state"]["ahead"])
 
     world.patch.setattr(menas.Anticipation, "foresee", watched)
     world.patch.setattr(menas, "policy_gradient", noted)
@@ -317,6 +317,7 @@ def check_similarity(world):
     assert max(rest + [row["other samples"] for row in rows]) < .999
     assert len(rows) == len(menas.ESTIMATORS) + 1 == len(same)
     assert drawn[-1] not in drawn[:-1]  # the other samples
+    assert (games[-1].s["state"]["ahead"] == 1).all()  # the next segment is read from there
 
 
 def check_cost(world):
@@ -558,6 +559,7 @@ MUTANTS = {
          "game.shared_step(0.0); game.shared_step = float; grads = estimates("),
         ("cosines_to_the_next", "samples[0], rewards[0]", "samples[1], rewards[0]"),
         ("study_similarity", "'same samples': same", "'same samples': other"),
+        ("estimates", "if state is not None", "if False"),
         ("estimates", "direct + response", "direct")],
     check_cost: [
         ("study_cost", "row['ms'] / rows[0]['ms']", "rows[0]['ms'] / row['ms']"),
