@@ -639,6 +639,24 @@ def sources(read):
     return (read * k + torch.arange(k, device=read.device)).unbind(), False
 
 
+def local_derivatives(gate, p, coefficients, keep):
+    """Of s = p + c (y - p), all steps, in place: gate [K, T, B, 2, H], which holds c = sigmoid(c~)
+    and y = act(u), becomes ds/dc~ and ds/dz, and keep [K, T, B, H] ds/dp = 1 - c."""
+    c, y = gate.unbind(3)
+    square, line, offset, jump = coefficients
+    torch.sub(1, c, out=keep)
+    dz = y.mul(square).add_(line).mul_(y).add_(offset).addcmul_(jump, (y > 0).to(y.dtype))
+    dz.mul_(c)
+    c.mul_(y.sub_(p)).mul_(keep)
+    y.copy_(dz)
+
+
+def bound_backward(dy, y, shrink):
+    """dL/dx from dL/dy, of y = x shrink: where the bound binds, without the part along y."""
+    radial = (y * dy).sum(-1, keepdim=True).mul_(shrink < 1).div_(STATE_BOUND ** 2)
+    return torch.addcmul(dy, radial, y, value=-1).mul_(shrink)
+
+
 class FastRecurrence(torch.autograd.Function):
     """h [K, T, B, H] of K architectures of highway nodes.
 
@@ -745,24 +763,6 @@ class FastRecurrence(torch.autograd.Function):
         dxw = local[0].flatten(3).clone()
         give(slots, gates, keep)
         return None, dxw, dh, dw, *[None] * 11  # no gradient for the other arguments
-
-
-def local_derivatives(gate, p, coefficients, keep):
-    """Of s = p + c (y - p), all steps, in place: gate [K, T, B, 2, H], which holds c = sigmoid(c~)
-    and y = act(u), becomes ds/dc~ and ds/dz, and keep [K, T, B, H] ds/dp = 1 - c."""
-    c, y = gate.unbind(3)
-    square, line, offset, jump = coefficients
-    torch.sub(1, c, out=keep)
-    dz = y.mul(square).add_(line).mul_(y).add_(offset).addcmul_(jump, (y > 0).to(y.dtype))
-    dz.mul_(c)
-    c.mul_(y.sub_(p)).mul_(keep)
-    y.copy_(dz)
-
-
-def bound_backward(dy, y, shrink):
-    """dL/dx from dL/dy, of y = x shrink: where the bound binds, without the part along y."""
-    radial = (y * dy).sum(-1, keepdim=True).mul_(shrink < 1).div_(STATE_BOUND ** 2)
-    return torch.addcmul(dy, radial, y, value=-1).mul_(shrink)
 
 
 def fast_recurrence(cells, w, xw, h, memory, mask=None):
@@ -2150,13 +2150,497 @@ def load_corpus(config):
     return Corpus(**ids, words=words, floor=floor)
 
 
-# 9. Populations and measurements ------------------------------------------------------------------
-# A study is a function (config, run) -> rows, flat dicts, of ONE seed; experiments.sh runs it for
-# several, and the report puts them together. A sweep needs no code: its arms are searches with
-# other flags. A population is labelled cells, which train_rows() trains; anything else is a
-# measurement.
-AT_ONCE = 25  # networks trained as one
+# 9. Settings --------------------------------------------------------------------------------------
+def option(default, help, least=1, most=10**6):
+    """A Config field with the sentence that --help prints, and the range of its values, if
+    numbers."""
+    return field(default=default, metadata={"help": help, "range": (least, most)})
 
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting; each field is a flag of the commands that use it.
+
+    The defaults hold where a preset says nothing else; the authors' are in the preset 'paper'.
+    """
+    preset: str = option("tiny", "smoke, tiny, ptb or paper: sizes and schedules")
+    data: str = option("toy", "toy, ptb, a folder with train.txt, valid.txt and test.txt, or a "
+                       "file, of which 90 % train")
+    unit: str = option("word", "what a token is: word, between spaces, or char, spaces too")
+    out: str = option("", "the run's folder (default: runs/COMMAND/PRESET-SEED)")
+    seed: int = option(1, "every random draw is a function of this number", -10**6)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: cuda where there is one")
+    dtype: str = option("float32", "float32, bfloat16, float64; weights stay float32")
+    threads: int = option(0, "CPU threads (0: torch decides)", 0, 256)
+    # chapter 2: the search space
+    nodes: int = option(12, "nodes of a cell", 1, 100)
+    min_nodes: int = option(0, "the controller chooses their number from this on (0: --nodes)", 0)
+    activations: str = option("tanh,relu,sigmoid,identity", "to choose from; '' is tanh alone")
+    one_activation: bool = option(False, "one activation for the whole cell")
+    connections: str = option("any", "any, chain or tree")
+    operations: str = option("highway", "highway (ENAS, or ''), glu, gate, sum; see chapter 1")
+    memory: bool = option(False, "a node's value is carried as a memory for gate and sum")
+    widths: str = option("", "hidden sizes to choose from, up to --hidden, such as 50,100,200")
+    rates: str = option("", "factors of --lr to choose from, powers of 2, such as 0.25,1,4")
+    # chapter 3: the network
+    hidden: int = option(200, "units of the embedding and of each node", 1, 10**4)
+    word_dropout: float = option(0.0, "drop rate of whole words, per segment", 0, .99)
+    input_dropout: float = option(0.0, "drop rate on the embedded input, per segment", 0, .99)
+    hidden_dropout: float = option(0.0, "on every node's input; not in an LSTM", 0, .99)
+    output_dropout: float = option(0.0, "on h before the softmax, per segment", 0, .99)
+    # chapter 5: its training, and the search
+    batch: int = option(64, "parallel streams of text")
+    bptt: int = option(35, "words of a segment, the truncation length of backpropagation")
+    lr: float = option(20.0, "of SGD on the network's weights", 1e-9)
+    schedule: str = option("constant", "of lr: constant, plateau, decay (.96 after 15) or cosine")
+    clip: float = option(0.25, "largest norm of the gradient", 1e-9, 1e9)
+    weight_decay: float = option(1e-6, "times the weight, added to the clipped gradient", 0)
+    epochs: int = option(10, "search: rounds of shared, then controller steps; else epochs")
+    state: str = option("carry", "h at a segment's start, in a search: carry, zero or warm")
+    shared_steps: int = option(0, "of a round (0: one pass over the training text)", 0)
+    shared_samples: int = option(1, "architectures in one shared step", 1, 1000)
+    warm_epochs: int = option(0, "rounds before the controller learns", 0)
+    settle: int = option(0, "rounds at the end in which only the shared weights learn", 0)
+    controller: str = option("trained", "trained; untrained, uniform: random search")
+    controller_steps: int = option(50, "controller steps of a round", 0)
+    controller_samples: int = option(10, "architectures in a controller step", 2, 1000)
+    controller_lr: float = option(3.5e-3, "of Adam on the controller", 0)
+    entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward", 0)
+    anneal: int = option(0, "last rounds of learning, in which --entropy goes to -1", 0)
+    reward_input: str = option("plain", "what rewards are measured on: plain, words or noise")
+    task: str = option("none", "none, or frozen: only the response knows what is good")
+    derive_samples: int = option(100, "architectures sampled at the end; studies: cells of a kind")
+    retrain: int = option(0, "cells to train from scratch, the found one first; and an LSTM", 0)
+    # chapter 6: what ENAS leaves out
+    lookahead: str = option("none", "where rewards are taken: none, momentum, recent, fresh")
+    response: str = option("none", "the shared weights' answer: none, unrolled, sampled")
+    fold: int = option(2, "architectures that omega' is made of, and as many for v", 1, 1000)
+    # chapter 7: training
+    cell: str = option("enas", "cells to train as one, comma-separated: a name, a row, an ENAS "
+                       "arc, a DARTS genotype, a search's folder, random:SEED; or lstm, lstm:400, "
+                       "lstm:CELL, with as many weights; NAME@3 has a seed of its own")
+    supernet: str = option("", "a finished search: to start from, or that a study is about; a "
+                           "finished training: to go on from")
+    patience: int = option(5, "epochs without improvement before training stops")
+    average: bool = option(False, "evaluate the mean of the weights since the loss stopped falling")
+    perturb: bool = option(False, "measure the test loss also with words dropped, and with noise")
+
+
+# Groups of settings, so that the table below stays short.
+RUN = "preset data out seed device dtype threads"
+SPACE = ("nodes min_nodes activations one_activation connections operations memory widths rates "
+         "hidden")
+NETWORK = ("word_dropout input_dropout hidden_dropout output_dropout batch bptt lr schedule clip "
+           "weight_decay epochs")
+GAME = (f"{RUN} unit {SPACE} {NETWORK} state shared_steps shared_samples warm_epochs settle "
+        "controller controller_steps controller_samples controller_lr entropy anneal reward_input "
+        "task derive_samples fold")
+AHEAD = f"{GAME} lookahead response"
+TRAIN = f"{NETWORK} patience average perturb"
+OF_CELLS = f"{RUN} unit hidden {TRAIN} supernet derive_samples"
+# command -> the settings it uses
+SETTINGS = {
+    "search": f"{AHEAD} retrain perturb",
+    "train": f"{RUN} unit {SPACE} {TRAIN} cell supernet",
+    "compare": OF_CELLS,
+    "ablate": OF_CELLS,
+    "factors": OF_CELLS,
+    "capacity": f"{RUN} {SPACE} {TRAIN} derive_samples",
+    "state": OF_CELLS,
+    "hidden": f"{RUN} supernet derive_samples",
+    "similarity": GAME,
+    "cost": GAME,
+    "conditional": f"{RUN} {SPACE} controller_steps controller_samples controller_lr entropy",
+    "progress": AHEAD,
+    "bench": "preset out device threads hidden bptt",
+    "draw": f"preset out {SPACE} cell",
+    "report": "out",
+}
+
+
+def settings_of(command):
+    """The names of the settings that a command uses, in the order of Config."""
+    used = SETTINGS[command].split()
+    return [f.name for f in fields(Config) if f.name in used]
+
+
+# preset -> command -> settings; "all" holds for every command, "studies" for those that train cells
+LIGHT = dict(input_dropout=.35, hidden_dropout=.1, output_dropout=.35)  # at 200 units
+GATED = "highway,glu,gate,sum"
+PRESETS = {
+    "smoke": {
+        "all": dict(hidden=16, bptt=20, nodes=4, epochs=2, lr=5.0, shared_steps=20,
+                    controller_samples=8, controller_steps=5, derive_samples=4),
+        "studies": dict(epochs=1, derive_samples=2),
+        "search": dict(retrain=1),
+        "conditional": dict(min_nodes=2, operations=GATED),
+    },
+    "tiny": {
+        "all": dict(hidden=32, batch=16, nodes=6, lr=10.0, shared_steps=60, controller_steps=20,
+                    controller_samples=16, derive_samples=30),
+        "search": dict(epochs=8, shared_samples=4, warm_epochs=2, retrain=1, derive_samples=100),
+        "train": dict(epochs=8, schedule="cosine"),
+        "studies": dict(epochs=75, patience=3, schedule="plateau", derive_samples=10),
+        "ablate": dict(derive_samples=3),
+        "factors": dict(derive_samples=2),
+        "capacity": dict(epochs=400, patience=10, derive_samples=4),
+        "state": dict(derive_samples=30),
+        "similarity": dict(epochs=8, warm_epochs=2),
+        "cost": dict(shared_steps=200, controller_steps=40),
+        "conditional": dict(nodes=12, min_nodes=4, operations=GATED, controller_steps=800,
+                            controller_lr=.01, entropy=.01),
+        "progress": dict(epochs=12, warm_epochs=1),
+        "bench": dict(hidden=850),
+    },
+    "ptb": {
+        "all": dict(data="ptb", batch=20, weight_decay=1.2e-6, schedule="cosine"),
+        "search": dict(epochs=4, input_dropout=.2, output_dropout=.2, warm_epochs=1, fold=1,
+                       controller_steps=80),
+        "train": LIGHT | dict(epochs=12),
+        "studies": LIGHT | dict(epochs=12, derive_samples=10),
+    },
+    # The corrected code of ENAS's authors, search and final training. Its two masks on the input
+    # are one here, of rate 1 - (1 - .2) (1 - .75) = .8. Its final training's L2 is a sum of
+    # squares, so the decay is twice that; its search's, of fourth powers, is one of squares here.
+    "paper": {
+        "all": dict(data="ptb", dtype="bfloat16", weight_decay=1.6e-6, controller_lr=5e-5,
+                    entropy=1e-5),
+        "search": dict(nodes=10, epochs=600, batch=128, word_dropout=.1, input_dropout=.8,
+                       hidden_dropout=.25, output_dropout=.75, clip=.1, controller_steps=25),
+        "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775,
+                      hidden_dropout=.225, output_dropout=.75, average=True, patience=100),
+        "studies": LIGHT | dict(epochs=300, patience=10, schedule="plateau", derive_samples=10),
+    },
+}
+
+
+def configure(command, preset="tiny", **given):
+    """The Config of a command under a preset, then the user's own settings."""
+    parts = PRESETS[choose("preset", preset, PRESETS)]
+    studies = {}
+    if command in "compare ablate factors state capacity".split():
+        studies = parts.get("studies", {})
+    # from the general to the particular, what comes later wins
+    settings = parts["all"] | studies | parts.get(command, {})
+    return Config(**settings | {"preset": preset} | given)
+
+
+CHOICES = {"preset": PRESETS, "unit": UNITS, "dtype": DTYPES, "connections": CONNECTIONS,
+           "schedule": SCHEDULES, "state": STATES, "task": TASKS,
+           "controller": ("trained", "untrained", "uniform"), "reward_input": INPUTS,
+           "lookahead": LOOKAHEAD, "response": RESPONSE}
+
+
+def check(config):
+    """Raise UserError for a wrong setting, by its name, before any work is done."""
+    for name, choices in CHOICES.items():
+        choose(f"--{name}", getattr(config, name), choices)
+    # numbers, each in its range: one that is no sensible number would end in an error of torch's
+    for f in fields(config):
+        value = getattr(config, f.name)
+        least, most = f.metadata["range"]
+        if f.type in (int, float) and not least <= value <= most:  # nan neither
+            about = f.metadata["help"]
+            raise UserError(f"--{f.name} {value} must be from {least} to {most}: {about}")
+    learning = config.epochs - config.warm_epochs  # rounds in which the controller learns
+    look = config.lookahead
+    # settings that do not go together
+    if config.response != "none" and look != "fresh":
+        raise UserError(f"--response {config.response} needs --lookahead fresh: only a fresh "
+                        "gradient depends on the policy")
+    if look != "none" and config.controller != "trained":
+        raise UserError(f"--lookahead {look}: a controller that is {config.controller} has none")
+    if config.anneal > max(0, learning):
+        raise UserError(f"--anneal {config.anneal} is more than the {learning} rounds of learning")
+    if config.rates and (look in ("momentum", "recent") or config.shared_samples > 1):
+        raise UserError(f"--rates {config.rates} needs --shared_samples 1, and --lookahead none or "
+                        "fresh: a step then has one architecture's rate, and past gradients none")
+    search_space(config)  # refuses its settings itself, as does device_of
+    if device_of(config).type == "meta":
+        raise UserError(f"--device {config.device} has no memory")
+
+
+# 10. Runs -----------------------------------------------------------------------------------------
+@lru_cache
+def tensorboard(folder):
+    """add_scalar(name, value, step) of a TensorBoard writer, or of nobody where it does not
+    work."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(str(folder / "tensorboard")).add_scalar
+    except Exception:  # it is not installed, or broken
+        return lambda name, value, step: None
+
+
+def commit():
+    """The commit that this file is at, '+' if it has changed since; '' outside a repository."""
+    here = Path(__file__)
+    ask = f"git rev-parse --short=12 HEAD && (git diff --quiet HEAD -- {here.name} || echo +)"
+    said = subprocess.run(ask, shell=True, cwd=here.parent, capture_output=True, text=True)
+    return said.stdout.replace("\n", "")
+
+
+def machine(device):
+    """The name of the GPU or of the processor, with what it can and the threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux, which knows more
+    if cpuinfo.exists():
+        name = re.search(r"model name\s*: (.*)|$", cpuinfo.read_text())[1] or name
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+
+
+def digest(config):
+    """Of the files that a run reads, so that it does not go on with others: texts, cells, shared
+    weights."""
+    data = os.path.expanduser(config.data)
+    paths = [data, *(f"{data}/{split}.txt" for split in SPLITS)]
+    paths += [f"{entry.partition('@')[0]}/result.json" for entry in config.cell.split(",")]
+    paths += [f"{config.supernet}/result.json", f"{config.supernet}/weights.pt"]
+    content = b"".join(Path(path).read_bytes() for path in paths if os.path.isfile(path))
+    return sha256(content)[:12] if content else ""
+
+
+CHECKPOINT_SECONDS = 30.0  # least time between two
+WHEREABOUTS = {"out", "device", "threads"}  # may differ when a run resumes
+SEAL = 64  # bytes of a hash in hex
+STOP = []  # the signal that asked to stop
+
+
+class Halt(UserError):
+    """The machine ends a run, as its memory or disk does: one line, exit code 1."""
+
+
+class Run:
+    """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json.
+
+    Killed at any instant, the same command goes on from the last checkpoint, which also knows how
+    long metrics.jsonl was; as every random draw depends only on its key, the result is that of an
+    undisturbed run.
+    """
+
+    def __init__(self, command, config):
+        self.command = command
+        self.config = config
+        self.commit = commit()
+        default = f"runs/{command}/{config.preset}-{config.seed}"
+        self.folder = Path(os.path.expanduser(config.out or default))
+        self.metrics = self.folder / "metrics.jsonl"
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.result = self.folder / "result.json"
+        self.good = None       # the last good state
+        self.good_bytes = 0    # the length of metrics.jsonl then
+        self.safe = 0          # the step of the checkpoint
+        self.started = time.time()
+        self.saved_at = self.started
+        self.spoke_at = 0.0
+        settings = {name: getattr(config, name) for name in settings_of(command)}
+        self.settings = {"command": command, **settings, "inputs": digest(config)}
+
+    def open(self):
+        """Make the folder and lock it, unless the run is finished; refuse other settings than
+        its."""
+        finished = self.result.exists()
+        path = self.folder / "config.json"
+        if not finished:
+            self.take_folder()
+        # a run that has done nothing refuses nothing
+        worked = any(record.stat().st_size for record in self.folder.rglob("*.json*")
+                     if record.name != "config.json")
+        # a setting that an older version lacked counts as its default
+        theirs = vars(Config()) | read_json(path) if path.exists() else self.settings
+        for name, value in self.settings.items():
+            if worked and name not in WHEREABOUTS and theirs.get(name) != value:
+                raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, "
+                                f"not {value!r}; give this one another --out; a training goes on "
+                                f"from a finished one with --supernet {self.folder}")
+        if not finished:
+            write_json(path, self.settings)
+
+    def take_folder(self):
+        """Make and lock it; remove what a killed run was writing."""
+        with refusing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / "lock", "w")
+        try:
+            import fcntl  # not on Windows
+            # the system's own lock, so a killed run frees it
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is at work in {self.folder}: give this one another "
+                            "--out") from None
+        except (ImportError, OSError):
+            self.say("this system has no file locks: run nothing else in this folder")
+        for left in self.folder.glob(".menas-*"):
+            left.unlink()
+
+    def seal(self, content):
+        """What a checkpoint begins with: a hash of the settings that a resumed run must share, and
+        of all that follows."""
+        key = str([(name, x) for name, x in self.settings.items() if name not in WHEREABOUTS])
+        return sha256(key.encode() + content).encode()
+
+    def restore(self):
+        """The state to resume from, or None at the start; metrics.jsonl is cut back to what it
+        was."""
+        if self.checkpoint.exists():
+            with refusing(self.checkpoint, "; delete it to start again"):
+                content = self.checkpoint.read_bytes()
+                seal, content = content[:SEAL], content[SEAL:]
+                if seal != self.seal(content):
+                    raise ValueError("it is damaged, or another run's")
+                saved = load_tensors(io.BytesIO(content), device_of(self.config))
+                self.good = saved["state"]
+                self.good_bytes = saved["metrics_bytes"]
+                if self.metrics.stat().st_size < self.good_bytes:
+                    raise ValueError("metrics.jsonl is shorter than when it was written")
+                self.started -= saved["seconds"]
+                self.safe = self.good["step"]
+        with open(self.metrics, "ab") as file:
+            file.truncate(self.good_bytes)
+        return copy.deepcopy(self.good)
+
+    def keep(self, state):
+        """Remember a state known to be good; write it if the last checkpoint is old."""
+        self.good = copy.deepcopy(state)
+        self.good_bytes = self.metrics.stat().st_size
+        if time.time() - self.saved_at >= CHECKPOINT_SECONDS:
+            self.save()
+
+    def save(self):
+        """Write the last good state as a checkpoint."""
+        if self.good is not None:
+            content = serialized(dict(state=self.good, metrics_bytes=self.good_bytes,
+                                      seconds=time.time() - self.started))
+            write_atomically(self.checkpoint, self.seal(content) + content)
+            self.safe = self.good["step"]
+        self.saved_at = time.time()
+
+    def obey(self):
+        """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
+        if STOP:
+            self.save()
+            self.say(f"stopped by {signal.Signals(STOP[0]).name} at step {self.safe}; the same "
+                     "command goes on from here")
+            raise SystemExit(128 + STOP[0])
+
+    def say(self, text):
+        """A line for who waits, with the run's folder."""
+        print(f"[{self.folder}] {text}", flush=True)
+
+    def log(self, line, done, total, words):
+        """A line of metrics.jsonl, which has no times; the first, and then one every few seconds,
+        for who waits: how much is done, words a second, and how long the rest takes on this
+        machine."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps(strict(line)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before a checkpoint counts on it
+        show = tensorboard(self.folder)
+        for name, value in line.items():
+            if not isinstance(value, list):
+                show(name, value, line["step"])
+            elif name != "networks":
+                for k, x in zip(line["networks"], value):
+                    show(f"{name} of network {k}", x, line["step"])
+        now = time.time()
+        if now - self.spoke_at >= 5 or done >= total:
+            self.spoke_at = now
+            spent = now - self.started
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if not isinstance(v, list))
+            left = timedelta(seconds=int(spent * (total / done - 1)))
+            self.say(f"{100 * done / total:3.0f} %  {shown}  {words / spent:,.0f} words/s  "
+                     f"{left} left")
+
+    def finish(self, rows):
+        """Write result.json: the rows, and all that it takes to make them again."""
+        names = settings_of(self.command)
+        config = {name: self.settings[name] for name in names if name != "out"}
+        record = {"command": self.command, "config": config, "seed": self.config.seed,
+                  "commit": self.commit, "date": time.strftime("%Y-%m-%d"),
+                  "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                  "machine": machine(device_of(self.config)),
+                  "seconds": round(time.time() - self.started, 1), "rows": rows}
+        write_json(self.result, record)
+        return record
+
+    @contextmanager
+    def halting(self):
+        """Where the machine fails, one line says what is safe and how to go on."""
+        try:
+            yield
+        except OSError as error:
+            raise Halt(f"{self.folder}: {error}; what it has up to step {self.safe} is safe, and "
+                       "the same command goes on from there") from None
+        except (MemoryError, RuntimeError) as error:
+            if not re.search("MemoryError|(allocate|enough|out of) memory", repr(error)):
+                raise
+            raise Halt(f"{self.folder}: out of memory; lower --hidden, --batch, --bptt, or the "
+                       "architectures at once: --controller_samples, --shared_samples, --fold, "
+                       "cells of --cell") from None
+
+
+def table(headers, rows):
+    """A Markdown table whose columns are also aligned as plain text; floats to three decimals.
+
+    It is both what a command prints and what the report's page shows.
+    """
+    text = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    widths = [max(map(len, texts)) for texts in zip(headers, *text)]
+    lines = [headers, ["-" * width for width in widths], *text]
+    padded = [[x.ljust(width) for x, width in zip(line, widths)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+LEFT_OUT = "seed folder capped late best_loss best_epoch rate learns".split()  # in old ones too
+
+
+def summary(record):
+    """What a finished command prints: its rows as a table, of sampled ones the best; losses as
+    perplexities, of characters also as bits. A row has a column 'failed' only if it did."""
+    char = record["config"].get("unit") == "char"
+    # of a hundred samples the first, for they are sorted; of all else every row
+    shown = {}
+    for i, row in enumerate(record["rows"]):
+        key = row["group"] if row["group"] in ("sampled", "uniform") else i
+        shown.setdefault(key, {name: x for name, x in row.items()
+                               if name not in LEFT_OUT and (x or name != "failed")})
+    rows = shown.values()
+    columns = dict.fromkeys(name for row in rows for name in row if name not in SPLITS)
+    for split, row in product(SPLITS, rows):
+        if split in row:
+            measures = {f"{split} perplexity": f"{math.exp(row[split]):.2f}"}
+            if char:
+                measures[f"{split} bits per character"] = row[split] / math.log(2)
+            row |= measures
+            columns |= measures
+    return table(list(columns), [[row.get(name, "") for name in columns] for row in rows])
+
+
+def run_command(command, work, config):
+    """Run, resume, or find finished a command, whose work is a function (config, run) -> rows: its
+    record, 'earlier' in it if it was."""
+    check(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    run = Run(command, config)
+    with run.halting():
+        run.open()
+        if run.result.exists():
+            run.say("already finished")
+            with refusing(run.result, "; delete it to make it again"):
+                record = read_json(run.result)
+                summary(record)  # can be shown, so it is whole
+                return record | {"earlier": True}
+        with run.lock:
+            return run.finish(work(config, run))
+
+
+# 11. Search and train -----------------------------------------------------------------------------
+# A command is a function (config, run) -> rows, flat dicts, of ONE seed; experiments.sh runs it for
+# several, and the report puts them together. A sweep needs no code: its arms are searches with
+# other flags.
 
 def guessing(corpus):
     """The loss of guessing, nats per token."""
@@ -2197,6 +2681,267 @@ def name_of(cell):
     return row_name(encode([cell])[0])
 
 
+def from_genotype(text):
+    """A cell as DARTS prints it: activation and predecessor of nodes 1, 2, ...; h_t is the mean of
+    the nodes in concat."""
+    recurrent, _, concat = text.partition("concat")
+    pairs = re.findall(r"\('(\w+)', *(\d+)\)", recurrent)
+    numbers = " ".join(f"{read} {list(ACTIVATIONS).index(act)}" for act, read in pairs)
+    averaged = [int(x) for x in re.findall(r"\d+", concat)]
+    if "range" in concat:
+        averaged = list(range(*averaged))
+    for output in (ALL, LEAVES):
+        cell = checked(arc(numbers, output))
+        if leaves(cell) == averaged:
+            return cell
+    raise ValueError("its concat is neither all nodes but node 0 nor the leaves")
+
+
+def spellings(cell):
+    """The cell as --cell takes it: its row; if it is ENAS's, with tanh in node 0, also an arc and a
+    genotype. An arc does not say of which nodes h_t is the mean; --cell takes all but node 0."""
+    said = f"row: {name_of(cell)}"
+    pairs = [(node.read - 1, node.activation) for node in cell.nodes[1:]]
+    numbers = " ".join(f"{read} {act}" for read, act in pairs)
+    if pairs and is_enas(cell) and arc(numbers, cell.output) == cell:
+        recurrent = [(list(ACTIVATIONS)[act], read) for read, act in pairs]
+        averaged = "all nodes" if cell.output == ALL else "the leaves"
+        said += f"\nENAS arc, h_t the mean of {averaged}: {numbers}"
+        said += f"\nDARTS genotype: Genotype(recurrent={recurrent}, concat={leaves(cell)})"
+    return said
+
+
+def load_cell(config, name):
+    """A cell by its name, 'random:SEED', its row, an ENAS arc, a DARTS genotype, or a run's
+    folder."""
+    if os.path.isfile(Path(name, "result.json")):
+        with refusing(name):
+            name = read_json(Path(name, "result.json"))["rows"][0]["cell"]  # a search's best
+    if name in CELLS:
+        return CELLS[name]
+    with refusing(f"the cell {name!r}"):
+        if re.fullmatch(r"random:\S+", name):
+            return decode(uniform_rows(search_space(config), 1, "random cell", name)[0])
+        if name.startswith("Genotype"):
+            return from_genotype(name)
+        if re.fullmatch(r"\d+( \d+)+", name):
+            return checked(arc(name))
+        if re.fullmatch(r"\d+(--?\d+)+", name):
+            row = row_of(name)
+            cell = checked(decode(row))
+            if len(cell.nodes) != row[0]:
+                raise ValueError(f"it has {len(cell.nodes)} nodes, not {row[0]}")
+            return cell
+    choose("cell", name, [*CELLS, "random:SEED"])  # raises: it is none of them
+
+
+def slots_by(cell, source, combine):
+    """{slot: combine(values of the slots it reads)}, source for the input pair and the memory.
+
+    Numbers of paths are sums of such values, lengths of paths one more than their maximum.
+    """
+    values = {None: source, INPUT: source}
+    for i, node in enumerate(cell.nodes):
+        values[i + 1] = combine(values[slot] for slot in slots_read(node))
+    return values
+
+
+def depths(cell):
+    """{slot: the nodes on the longest path to it}."""
+    return slots_by(cell, 0, lambda values: 1 + max(values))
+
+
+def figure_of(columns, width=4.5, height=3.6):
+    """A Figure and its axes, in a row; legible at half size."""
+    matplotlib.rc("font", size=11)
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+COLOURS = dict(zip(ACTIVATIONS, ("#7fb3d5", "#f5b041", "#82e0aa", "#d5d8dc")))
+
+
+def draw_cell(cell, axes=None, title=""):
+    """The cell as a picture, input at the bottom, h_t at the top, second slots' arrows dashed: its
+    axes."""
+    # a slot stands as high as the longest path to it
+    tiers = {}
+    for slot, level in depths(cell).items():
+        if slot is not None or cell.memory:
+            tiers.setdefault(level, []).append(slot)
+    top = max(tiers) + 1
+    width = max(map(len, tiers.values()))
+    # every tier is centred
+    place = {slot: (x - (len(tier) - 1) / 2, y)
+             for y, tier in tiers.items() for x, slot in enumerate(tier)}
+    if axes is None:
+        _, (axes,) = figure_of(1, max(4, 1.3 * width), 0.8 * top + 1)
+
+    def box(where, text, colour="white"):
+        frame = dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour)
+        axes.text(*where, text, ha="center", va="center", fontsize=9, zorder=3, bbox=frame)
+
+    def arrow(start, end, linestyle="-", color="#333333"):
+        line = dict(arrowstyle="-|>", linestyle=linestyle, color=color)
+        axes.annotate("", (end[0], end[1] - 0.22), (start[0], start[1] + 0.22), arrowprops=line)
+
+    box(place[INPUT], "$x_t,\\ h_{t-1}$")
+    if cell.memory:
+        box(place[None], "memory")
+    for i, node in enumerate(cell.nodes):
+        for slot, style in zip(slots_read(node), ("-", "--")):
+            arrow(place[slot], place[i + 1], style)
+        act = list(ACTIVATIONS)[node.activation]
+        text = (act, f"glu {act}", f"gate {act}", "+")[node.operation]
+        colour = "white" if node.operation == SUM else COLOURS[act]
+        carried = ", memory" if i + 1 == cell.memory else ""
+        box(place[i + 1], f"{i}: {text}{carried}", colour)
+    for i in leaves(cell):
+        arrow(place[i + 1], (0, top), ":", "#aaaaaa")
+    box((0, top), "$h_t$ = mean")
+    axes.set(xlim=(-width / 2, width / 2), ylim=(-0.5, top + 0.5), title=title)
+    axes.axis("off")
+    return axes
+
+
+def draw(config):
+    """The picture of a cell, cell.png in the folder --out, and its spellings."""
+    cell = load_cell(config, config.cell)
+    folder = Path(os.path.expanduser(config.out or "runs/draw"))
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_cell(cell).figure.savefig(folder / "cell.png", dpi=110)
+    print(f"{spellings(cell)}\npicture: {folder}/cell.png")
+
+
+def lstm_parameters(config, units):
+    """Recurrent weights of an LSTM with its biases, and its projection if it has other units."""
+    project = units * config.hidden if units != config.hidden else 0
+    return 4 * units * (config.hidden + units + 2) + project
+
+
+def lstm_units(config, name):
+    """Units of 'lstm', 'lstm:400' or 'lstm:CELL', with as many weights as that; 0 if it is a
+    cell."""
+    kind, _, size = name.partition(":")
+    if kind != "lstm":
+        return 0
+    if not size:
+        return config.hidden
+    if re.fullmatch("[1-9][0-9]{0,3}", size):
+        return int(size)
+    wanted = recurrent_parameters(load_cell(config, size), config.hidden)
+    sizes = range(1, 9 * config.hidden)
+    return min(sizes, key=lambda units: abs(lstm_parameters(config, units) - wanted))
+
+
+def save_network(folder, weights, corpus):
+    """The weights, and the words that the embedding's rows stand for: {word: id}."""
+    save_tensors(folder / "weights.pt", weights)
+    write_json(folder / "words.json", {word: i for i, word in enumerate(corpus.words)})
+
+
+def from_training(config, new):
+    """The weights of a finished training of the same cells, in the place of fresh ones."""
+    folder = Path(config.supernet)
+    with refusing(f"--supernet {folder}"):
+        trained = read_json(folder / "config.json")["cell"]
+        weights = load_tensors(folder / "weights.pt")
+        fits = [w.shape for w in weights.values()] == [w.shape for w in new.values()]
+        if trained != config.cell or not fits:
+            raise ValueError(f"it has trained {trained}, not this of --hidden {config.hidden}")
+        return weights
+
+
+def from_supernet(config, cells):
+    """Rows of cells, and standalone weights that start from a search's, which must fit."""
+    searched, shared, _ = supernet(config)
+    fits = searched.hidden == config.hidden
+    for cell in cells:
+        fits &= len(cell.nodes) <= searched.nodes and ("inputs" in shared or is_enas(cell))
+    if not fits:
+        raise UserError(f"--supernet {config.supernet}, of {searched.nodes} nodes, --hidden "
+                        f"{searched.hidden} and {searched.operations}, does not hold {config.cell} "
+                        f"of --hidden {config.hidden}")
+    rows = encode(cells, searched.nodes)
+    return rows, inherit(shared, rows)
+
+
+def named_networks(config, words):
+    """What --cell names: names, seeds, rows [K, D], fresh weights and numbers of parameters, of K
+    networks. The rows of LSTMs are zeros. Raises UserError for what cannot be trained together."""
+    entries = config.cell.split(",")
+    if config.cell.startswith("Genotype"):  # which has commas of its own
+        entries = [config.cell]
+    names = [entry.partition("@")[0] for entry in entries]
+    with refusing(f"--cell {config.cell}"):
+        seeds = [int(entry.partition("@")[2] or config.seed) for entry in entries]
+    units = lstm_units(config, names[0])
+    if any(lstm_units(config, name) != units for name in names):
+        raise UserError(f"--cell {config.cell}: train an LSTM in a run of its own")
+    if units:
+        rows = torch.zeros(len(names), 9, dtype=torch.long)
+        parameters = [lstm_parameters(config, units)] * len(names)
+        return names, seeds, rows, lstm_weights(config, words, units, seeds), parameters
+    cells = [load_cell(config, name) for name in names]
+    if max(cell.width for cell in cells) > config.hidden:
+        raise UserError(f"--cell {config.cell}: a cell is wider than --hidden {config.hidden}")
+    parameters = [recurrent_parameters(cell, config.hidden) for cell in cells]
+    return names, seeds, encode(cells), standalone_weights(config, words, cells, seeds), parameters
+
+
+def inherited(config, rows, new):
+    """Rows and weights that start from --supernet, a search or a finished training, or fresh."""
+    if not config.supernet:
+        return rows, new
+    if read_json(Path(config.supernet, "config.json")).get("command") == "train":
+        return rows, from_training(config, new)
+    if "weight_hh" in new:
+        raise UserError("--supernet has the weights of cells, none of an LSTM")
+    return from_supernet(config, [decode(row) for row in rows])
+
+
+def floor_row(corpus):
+    """The best possible loss, where it is known."""
+    return [{"group": "floor"} | corpus.floor] if corpus.floor else []
+
+
+def study_train(config, run):
+    """Train cells from scratch, or with --supernet from its weights, as one batch: a row for each,
+    of the losses of its best weights on the whole of each split, in float32."""
+    corpus = load_corpus(config)
+    device = device_of(config)
+    names, seeds, rows, weights, parameters = named_networks(config, len(corpus.words))
+    rows, weights = inherited(config, rows, weights)
+    best, ends = train_networks(config, run, corpus, weights, rows, seeds)
+    save_network(run.folder, best, corpus)
+    found = {"cell": names, "seed": seeds, "parameters": parameters, **ends}
+    found["capped"] = [epochs >= config.epochs for epochs in ends["epochs"]]
+    judged = [(split, "plain", getattr(corpus, split)) for split in SPLITS]
+    if config.perturb:
+        judged += [(f"test, {kind}", kind, corpus.test) for kind in INPUTS if kind != "plain"]
+    for name, kind, tokens in judged:
+        masks = perturbation(kind, best, config.seed)
+        losses = evaluate(best, rows.to(device), tokens.to(device), masks=masks)
+        found[name] = [no_worse(loss, guessing(corpus)) for loss in losses.tolist()]
+    made = [{"group": "network"} | dict(zip(found, values)) for values in zip(*found.values())]
+    return made + floor_row(corpus)
+
+
+def search_rows(config, group, rows, losses, guess):
+    """What is recorded of architectures scored under the shared weights."""
+    found = []
+    learns, _ = TASKS[config.task](rows)
+    for row, loss, factor in zip(rows, losses.tolist(), learns.tolist()):
+        cell = decode(row)
+        found.append(dict(group=group, cell=row_name(row), valid=no_worse(loss, guess),
+                          parameters=recurrent_parameters(cell, config.hidden), rate=cell.rate,
+                          learns=factor, failed=not math.isfinite(loss)))
+    return found
+
+
+AT_ONCE = 25  # networks trained as one
+
+
 def kind_of_network(config, name):
     """What can be trained together: LSTMs of so many units, ENAS's cells, other cells."""
     units = lstm_units(config, name)
@@ -2222,7 +2967,7 @@ def train_rows(config, run, rows, prefix=""):
             cells = ",".join(f"{rows[i]['cell']}@{seed}" for i, seed in zip(batch, seeds))
             folder = run.folder / f"{prefix}{kind} {first // AT_ONCE}"
             sub = replace(config, cell=cells, supernet="", out=str(folder))
-            record = run_command("train", sub)
+            record = run_command("train", study_train, sub)
             if "earlier" in record:  # the time of that call counts
                 run.started -= record["seconds"]
             for i, trained in zip(batch, record["rows"]):
@@ -2230,6 +2975,58 @@ def train_rows(config, run, rows, prefix=""):
             run.obey()
     return rows
 
+
+def train_config(config):
+    """The Config of trainings beside a search: the preset's, on its data and at its size."""
+    names = "data unit seed device dtype threads nodes hidden perturb".split()
+    return configure("train", config.preset, **{name: getattr(config, name) for name in names})
+
+
+def study_search(config, run):
+    """Search, then derive: the controller's samples beside as many uniform ones, under the shared
+    weights. With --retrain the best cell, --retrain - 1 of the samples and an LSTM are trained from
+    scratch."""
+    corpus = load_corpus(config)
+    k = config.derive_samples
+    game = game_of(config, corpus)
+    search(game, run)
+    weights = game.s["weights"]
+    controller = game.controller
+
+    # derive the best of the samples, and as many uniform ones beside them
+    run.say(f"scoring {k} sampled and {k} uniform architectures on the whole validation split")
+    drawn = {"sampled": controller.sample(k, config.seed, "derive").rows,
+             "uniform": uniform_rows(controller.decisions, k, config.seed, "uniform")}
+    found = []
+    for group, rows in drawn.items():
+        rows, losses = derive(config, weights, rows, corpus)
+        found += search_rows(config, group, rows, losses, guessing(corpus))
+        run.obey()
+    save_network(run.folder, weights, corpus)
+    save_tensors(run.folder / "controller.pt", controller.state_dict())
+
+    # the cell found, and its picture
+    names = [row["cell"] for row in found[:k]]
+    best = names[0]
+    if config.anneal:  # the policy's own choice
+        best = max(names, key=names.count)
+        found.sort(key=lambda row: (row["group"], row["cell"] != best))  # its rows first
+    draw_cell(load_cell(config, best)).figure.savefig(run.folder / "cell.png", dpi=110)
+    run.say(f"the cell found, of {len(set(names))} distinct ones in {k} samples: {best}")
+    run.say(f"its picture is {run.folder}/cell.png, the numbers are in result.json beside it")
+
+    # what it is worth from scratch, beside other samples and an LSTM
+    if config.retrain:
+        order = torch.randperm(k, generator=rng(config.seed, "retrain")).tolist()
+        entries = [dict(group="found", cell=best, seed=config.seed),
+                   *(dict(group="a sample", cell=names[i]) for i in order[:config.retrain - 1]),
+                   dict(group="LSTM", cell="lstm", seed=config.seed)]
+        found += train_rows(train_config(config), run, entries)
+    return found + floor_row(corpus)
+
+
+# 12. Populations and measurements -----------------------------------------------------------------
+# A study's rows are a population, labelled cells that train_rows() trains, or a measurement.
 
 def study_compare(config, run):
     """Is a trained controller better than chance? --derive_samples distinct cells of it, of an
@@ -2353,26 +3150,10 @@ def study_factors(config, run):
     return train_rows(config, run, rows)
 
 
-def slots_by(cell, source, combine):
-    """{slot: combine(values of the slots it reads)}, source for the input pair and the memory.
-
-    Numbers of paths are sums of such values, lengths of paths one more than their maximum.
-    """
-    values = {None: source, INPUT: source}
-    for i, node in enumerate(cell.nodes):
-        values[i + 1] = combine(values[slot] for slot in slots_read(node))
-    return values
-
-
 def path_count(cell):
     """Paths from the input pair or the memory to h_t within a step."""
     paths = slots_by(cell, 1, sum)
     return sum(paths[i + 1] for i in leaves(cell))
-
-
-def depths(cell):
-    """{slot: the nodes on the longest path to it}."""
-    return slots_by(cell, 0, lambda values: 1 + max(values))
 
 
 def depth(cell):
@@ -2760,712 +3541,7 @@ def study_progress(config, run):
     return [read_json(run.folder / f"round {i}.json") for i in range(rounds + 1)]
 
 
-# 10. Search and train -----------------------------------------------------------------------------
-def from_genotype(text):
-    """A cell as DARTS prints it: activation and predecessor of nodes 1, 2, ...; h_t is the mean of
-    the nodes in concat."""
-    recurrent, _, concat = text.partition("concat")
-    pairs = re.findall(r"\('(\w+)', *(\d+)\)", recurrent)
-    numbers = " ".join(f"{read} {list(ACTIVATIONS).index(act)}" for act, read in pairs)
-    averaged = [int(x) for x in re.findall(r"\d+", concat)]
-    if "range" in concat:
-        averaged = list(range(*averaged))
-    for output in (ALL, LEAVES):
-        cell = checked(arc(numbers, output))
-        if leaves(cell) == averaged:
-            return cell
-    raise ValueError("its concat is neither all nodes but node 0 nor the leaves")
-
-
-def spellings(cell):
-    """The cell as --cell takes it: its row; if it is ENAS's, with tanh in node 0, also an arc and a
-    genotype. An arc does not say of which nodes h_t is the mean; --cell takes all but node 0."""
-    said = f"row: {name_of(cell)}"
-    pairs = [(node.read - 1, node.activation) for node in cell.nodes[1:]]
-    numbers = " ".join(f"{read} {act}" for read, act in pairs)
-    if pairs and is_enas(cell) and arc(numbers, cell.output) == cell:
-        recurrent = [(list(ACTIVATIONS)[act], read) for read, act in pairs]
-        averaged = "all nodes" if cell.output == ALL else "the leaves"
-        said += f"\nENAS arc, h_t the mean of {averaged}: {numbers}"
-        said += f"\nDARTS genotype: Genotype(recurrent={recurrent}, concat={leaves(cell)})"
-    return said
-
-
-def load_cell(config, name):
-    """A cell by its name, 'random:SEED', its row, an ENAS arc, a DARTS genotype, or a run's
-    folder."""
-    if os.path.isfile(Path(name, "result.json")):
-        with refusing(name):
-            name = read_json(Path(name, "result.json"))["rows"][0]["cell"]  # a search's best
-    if name in CELLS:
-        return CELLS[name]
-    with refusing(f"the cell {name!r}"):
-        if re.fullmatch(r"random:\S+", name):
-            return decode(uniform_rows(search_space(config), 1, "random cell", name)[0])
-        if name.startswith("Genotype"):
-            return from_genotype(name)
-        if re.fullmatch(r"\d+( \d+)+", name):
-            return checked(arc(name))
-        if re.fullmatch(r"\d+(--?\d+)+", name):
-            row = row_of(name)
-            cell = checked(decode(row))
-            if len(cell.nodes) != row[0]:
-                raise ValueError(f"it has {len(cell.nodes)} nodes, not {row[0]}")
-            return cell
-    choose("cell", name, [*CELLS, "random:SEED"])  # raises: it is none of them
-
-
-def draw(config):
-    """The picture of a cell, cell.png in the folder --out, and its spellings."""
-    cell = load_cell(config, config.cell)
-    folder = Path(os.path.expanduser(config.out or "runs/draw"))
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_cell(cell).figure.savefig(folder / "cell.png", dpi=110)
-    print(f"{spellings(cell)}\npicture: {folder}/cell.png")
-
-
-def lstm_parameters(config, units):
-    """Recurrent weights of an LSTM with its biases, and its projection if it has other units."""
-    project = units * config.hidden if units != config.hidden else 0
-    return 4 * units * (config.hidden + units + 2) + project
-
-
-def lstm_units(config, name):
-    """Units of 'lstm', 'lstm:400' or 'lstm:CELL', with as many weights as that; 0 if it is a
-    cell."""
-    kind, _, size = name.partition(":")
-    if kind != "lstm":
-        return 0
-    if not size:
-        return config.hidden
-    if re.fullmatch("[1-9][0-9]{0,3}", size):
-        return int(size)
-    wanted = recurrent_parameters(load_cell(config, size), config.hidden)
-    sizes = range(1, 9 * config.hidden)
-    return min(sizes, key=lambda units: abs(lstm_parameters(config, units) - wanted))
-
-
-def save_network(folder, weights, corpus):
-    """The weights, and the words that the embedding's rows stand for: {word: id}."""
-    save_tensors(folder / "weights.pt", weights)
-    write_json(folder / "words.json", {word: i for i, word in enumerate(corpus.words)})
-
-
-def from_training(config, new):
-    """The weights of a finished training of the same cells, in the place of fresh ones."""
-    folder = Path(config.supernet)
-    with refusing(f"--supernet {folder}"):
-        trained = read_json(folder / "config.json")["cell"]
-        weights = load_tensors(folder / "weights.pt")
-        fits = [w.shape for w in weights.values()] == [w.shape for w in new.values()]
-        if trained != config.cell or not fits:
-            raise ValueError(f"it has trained {trained}, not this of --hidden {config.hidden}")
-        return weights
-
-
-def from_supernet(config, cells):
-    """Rows of cells, and standalone weights that start from a search's, which must fit."""
-    searched, shared, _ = supernet(config)
-    fits = searched.hidden == config.hidden
-    for cell in cells:
-        fits &= len(cell.nodes) <= searched.nodes and ("inputs" in shared or is_enas(cell))
-    if not fits:
-        raise UserError(f"--supernet {config.supernet}, of {searched.nodes} nodes, --hidden "
-                        f"{searched.hidden} and {searched.operations}, does not hold {config.cell} "
-                        f"of --hidden {config.hidden}")
-    rows = encode(cells, searched.nodes)
-    return rows, inherit(shared, rows)
-
-
-def named_networks(config, words):
-    """What --cell names: names, seeds, rows [K, D], fresh weights and numbers of parameters, of K
-    networks. The rows of LSTMs are zeros. Raises UserError for what cannot be trained together."""
-    entries = config.cell.split(",")
-    if config.cell.startswith("Genotype"):  # which has commas of its own
-        entries = [config.cell]
-    names = [entry.partition("@")[0] for entry in entries]
-    with refusing(f"--cell {config.cell}"):
-        seeds = [int(entry.partition("@")[2] or config.seed) for entry in entries]
-    units = lstm_units(config, names[0])
-    if any(lstm_units(config, name) != units for name in names):
-        raise UserError(f"--cell {config.cell}: train an LSTM in a run of its own")
-    if units:
-        rows = torch.zeros(len(names), 9, dtype=torch.long)
-        parameters = [lstm_parameters(config, units)] * len(names)
-        return names, seeds, rows, lstm_weights(config, words, units, seeds), parameters
-    cells = [load_cell(config, name) for name in names]
-    if max(cell.width for cell in cells) > config.hidden:
-        raise UserError(f"--cell {config.cell}: a cell is wider than --hidden {config.hidden}")
-    parameters = [recurrent_parameters(cell, config.hidden) for cell in cells]
-    return names, seeds, encode(cells), standalone_weights(config, words, cells, seeds), parameters
-
-
-def inherited(config, rows, new):
-    """Rows and weights that start from --supernet, a search or a finished training, or fresh."""
-    if not config.supernet:
-        return rows, new
-    if read_json(Path(config.supernet, "config.json")).get("command") == "train":
-        return rows, from_training(config, new)
-    if "weight_hh" in new:
-        raise UserError("--supernet has the weights of cells, none of an LSTM")
-    return from_supernet(config, [decode(row) for row in rows])
-
-
-def floor_row(corpus):
-    """The best possible loss, where it is known."""
-    return [{"group": "floor"} | corpus.floor] if corpus.floor else []
-
-
-def study_train(config, run):
-    """Train cells from scratch, or with --supernet from its weights, as one batch: a row for each,
-    of the losses of its best weights on the whole of each split, in float32."""
-    corpus = load_corpus(config)
-    device = device_of(config)
-    names, seeds, rows, weights, parameters = named_networks(config, len(corpus.words))
-    rows, weights = inherited(config, rows, weights)
-    best, ends = train_networks(config, run, corpus, weights, rows, seeds)
-    save_network(run.folder, best, corpus)
-    found = {"cell": names, "seed": seeds, "parameters": parameters, **ends}
-    found["capped"] = [epochs >= config.epochs for epochs in ends["epochs"]]
-    judged = [(split, "plain", getattr(corpus, split)) for split in SPLITS]
-    if config.perturb:
-        judged += [(f"test, {kind}", kind, corpus.test) for kind in INPUTS if kind != "plain"]
-    for name, kind, tokens in judged:
-        masks = perturbation(kind, best, config.seed)
-        losses = evaluate(best, rows.to(device), tokens.to(device), masks=masks)
-        found[name] = [no_worse(loss, guessing(corpus)) for loss in losses.tolist()]
-    made = [{"group": "network"} | dict(zip(found, values)) for values in zip(*found.values())]
-    return made + floor_row(corpus)
-
-
-def search_rows(config, group, rows, losses, guess):
-    """What is recorded of architectures scored under the shared weights."""
-    found = []
-    learns, _ = TASKS[config.task](rows)
-    for row, loss, factor in zip(rows, losses.tolist(), learns.tolist()):
-        cell = decode(row)
-        found.append(dict(group=group, cell=row_name(row), valid=no_worse(loss, guess),
-                          parameters=recurrent_parameters(cell, config.hidden), rate=cell.rate,
-                          learns=factor, failed=not math.isfinite(loss)))
-    return found
-
-
-def train_config(config):
-    """The Config of trainings beside a search: the preset's, on its data and at its size."""
-    names = "data unit seed device dtype threads nodes hidden perturb".split()
-    return configure("train", config.preset, **{name: getattr(config, name) for name in names})
-
-
-def study_search(config, run):
-    """Search, then derive: the controller's samples beside as many uniform ones, under the shared
-    weights. With --retrain the best cell, --retrain - 1 of the samples and an LSTM are trained from
-    scratch."""
-    corpus = load_corpus(config)
-    k = config.derive_samples
-    game = game_of(config, corpus)
-    search(game, run)
-    weights = game.s["weights"]
-    controller = game.controller
-
-    # derive the best of the samples, and as many uniform ones beside them
-    run.say(f"scoring {k} sampled and {k} uniform architectures on the whole validation split")
-    drawn = {"sampled": controller.sample(k, config.seed, "derive").rows,
-             "uniform": uniform_rows(controller.decisions, k, config.seed, "uniform")}
-    found = []
-    for group, rows in drawn.items():
-        rows, losses = derive(config, weights, rows, corpus)
-        found += search_rows(config, group, rows, losses, guessing(corpus))
-        run.obey()
-    save_network(run.folder, weights, corpus)
-    save_tensors(run.folder / "controller.pt", controller.state_dict())
-
-    # the cell found, and its picture
-    names = [row["cell"] for row in found[:k]]
-    best = names[0]
-    if config.anneal:  # the policy's own choice
-        best = max(names, key=names.count)
-        found.sort(key=lambda row: (row["group"], row["cell"] != best))  # its rows first
-    draw_cell(load_cell(config, best)).figure.savefig(run.folder / "cell.png", dpi=110)
-    run.say(f"the cell found, of {len(set(names))} distinct ones in {k} samples: {best}")
-    run.say(f"its picture is {run.folder}/cell.png, the numbers are in result.json beside it")
-
-    # what it is worth from scratch, beside other samples and an LSTM
-    if config.retrain:
-        order = torch.randperm(k, generator=rng(config.seed, "retrain")).tolist()
-        entries = [dict(group="found", cell=best, seed=config.seed),
-                   *(dict(group="a sample", cell=names[i]) for i in order[:config.retrain - 1]),
-                   dict(group="LSTM", cell="lstm", seed=config.seed)]
-        found += train_rows(train_config(config), run, entries)
-    return found + floor_row(corpus)
-
-
-# 11. Settings and records -------------------------------------------------------------------------
-def option(default, help, least=1, most=10**6):
-    """A Config field with the sentence that --help prints, and the range of its values, if
-    numbers."""
-    return field(default=default, metadata={"help": help, "range": (least, most)})
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting; each field is a flag of the commands that use it.
-
-    The defaults hold where a preset says nothing else; the authors' are in the preset 'paper'.
-    """
-    preset: str = option("tiny", "smoke, tiny, ptb or paper: sizes and schedules")
-    data: str = option("toy", "toy, ptb, a folder with train.txt, valid.txt and test.txt, or a "
-                       "file, of which 90 % train")
-    unit: str = option("word", "what a token is: word, between spaces, or char, spaces too")
-    out: str = option("", "the run's folder (default: runs/COMMAND/PRESET-SEED)")
-    seed: int = option(1, "every random draw is a function of this number", -10**6)
-    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto: cuda where there is one")
-    dtype: str = option("float32", "float32, bfloat16, float64; weights stay float32")
-    threads: int = option(0, "CPU threads (0: torch decides)", 0, 256)
-    # chapter 2: the search space
-    nodes: int = option(12, "nodes of a cell", 1, 100)
-    min_nodes: int = option(0, "the controller chooses their number from this on (0: --nodes)", 0)
-    activations: str = option("tanh,relu,sigmoid,identity", "to choose from; '' is tanh alone")
-    one_activation: bool = option(False, "one activation for the whole cell")
-    connections: str = option("any", "any, chain or tree")
-    operations: str = option("highway", "highway (ENAS, or ''), glu, gate, sum; see chapter 1")
-    memory: bool = option(False, "a node's value is carried as a memory for gate and sum")
-    widths: str = option("", "hidden sizes to choose from, up to --hidden, such as 50,100,200")
-    rates: str = option("", "factors of --lr to choose from, powers of 2, such as 0.25,1,4")
-    # chapter 3: the network
-    hidden: int = option(200, "units of the embedding and of each node", 1, 10**4)
-    word_dropout: float = option(0.0, "drop rate of whole words, per segment", 0, .99)
-    input_dropout: float = option(0.0, "drop rate on the embedded input, per segment", 0, .99)
-    hidden_dropout: float = option(0.0, "on every node's input; not in an LSTM", 0, .99)
-    output_dropout: float = option(0.0, "on h before the softmax, per segment", 0, .99)
-    # chapter 5: its training, and the search
-    batch: int = option(64, "parallel streams of text")
-    bptt: int = option(35, "words of a segment, the truncation length of backpropagation")
-    lr: float = option(20.0, "of SGD on the network's weights", 1e-9)
-    schedule: str = option("constant", "of lr: constant, plateau, decay (.96 after 15) or cosine")
-    clip: float = option(0.25, "largest norm of the gradient", 1e-9, 1e9)
-    weight_decay: float = option(1e-6, "times the weight, added to the clipped gradient", 0)
-    epochs: int = option(10, "search: rounds of shared, then controller steps; else epochs")
-    state: str = option("carry", "h at a segment's start, in a search: carry, zero or warm")
-    shared_steps: int = option(0, "of a round (0: one pass over the training text)", 0)
-    shared_samples: int = option(1, "architectures in one shared step", 1, 1000)
-    warm_epochs: int = option(0, "rounds before the controller learns", 0)
-    settle: int = option(0, "rounds at the end in which only the shared weights learn", 0)
-    controller: str = option("trained", "trained; untrained, uniform: random search")
-    controller_steps: int = option(50, "controller steps of a round", 0)
-    controller_samples: int = option(10, "architectures in a controller step", 2, 1000)
-    controller_lr: float = option(3.5e-3, "of Adam on the controller", 0)
-    entropy: float = option(1e-4, "weight of the policy's entropy, added to the reward", 0)
-    anneal: int = option(0, "last rounds of learning, in which --entropy goes to -1", 0)
-    reward_input: str = option("plain", "what rewards are measured on: plain, words or noise")
-    task: str = option("none", "none, or frozen: only the response knows what is good")
-    derive_samples: int = option(100, "architectures sampled at the end; studies: cells of a kind")
-    retrain: int = option(0, "cells to train from scratch, the found one first; and an LSTM", 0)
-    # chapter 6: what ENAS leaves out
-    lookahead: str = option("none", "where rewards are taken: none, momentum, recent, fresh")
-    response: str = option("none", "the shared weights' answer: none, unrolled, sampled")
-    fold: int = option(2, "architectures that omega' is made of, and as many for v", 1, 1000)
-    # chapter 7: training
-    cell: str = option("enas", "cells to train as one, comma-separated: a name, a row, an ENAS "
-                       "arc, a DARTS genotype, a search's folder, random:SEED; or lstm, lstm:400, "
-                       "lstm:CELL, with as many weights; NAME@3 has a seed of its own")
-    supernet: str = option("", "a finished search: to start from, or that a study is about; a "
-                           "finished training: to go on from")
-    patience: int = option(5, "epochs without improvement before training stops")
-    average: bool = option(False, "evaluate the mean of the weights since the loss stopped falling")
-    perturb: bool = option(False, "measure the test loss also with words dropped, and with noise")
-
-
-# Groups of settings, so that the table of commands below stays short.
-RUN = "preset data out seed device dtype threads"
-SPACE = ("nodes min_nodes activations one_activation connections operations memory widths rates "
-         "hidden")
-NETWORK = ("word_dropout input_dropout hidden_dropout output_dropout batch bptt lr schedule clip "
-           "weight_decay epochs")
-GAME = (f"{RUN} unit {SPACE} {NETWORK} state shared_steps shared_samples warm_epochs settle "
-        "controller controller_steps controller_samples controller_lr entropy anneal reward_input "
-        "task derive_samples fold")
-AHEAD = f"{GAME} lookahead response"
-TRAIN = f"{NETWORK} patience average perturb"
-OF_CELLS = f"{RUN} unit hidden {TRAIN} supernet derive_samples"
-# command -> its function, what it does, the settings it uses
-COMMANDS = {
-    "search": (study_search, "find a cell", f"{AHEAD} retrain perturb"),
-    "train": (study_train, "train cells from scratch",
-              f"{RUN} unit {SPACE} {TRAIN} cell supernet"),
-    "compare": (study_compare, "cells of a search beside others", OF_CELLS),
-    "ablate": (study_ablate, "nodes removed, connections added, activations changed", OF_CELLS),
-    "factors": (study_factors, "connections or activations?", OF_CELLS),
-    "capacity": (study_capacity, "what cells can learn by heart",
-                 f"{RUN} {SPACE} {TRAIN} derive_samples"),
-    "state": (study_state, "ways to keep the hidden state", OF_CELLS),
-    "hidden": (study_hidden, "what the controller's state knows", f"{RUN} supernet derive_samples"),
-    "similarity": (study_similarity, "which gradient is closest to the next?", GAME),
-    "cost": (study_cost, "what the extra gradient costs", GAME),
-    "conditional": (study_conditional, "a controller told what to aim for",
-                    f"{RUN} {SPACE} controller_steps controller_samples controller_lr entropy"),
-    "progress": (study_progress, "a search, watched", AHEAD),
-    "bench": (study_bench, "speed beside the plain loop and torch.nn.LSTM",
-              "preset out device threads hidden bptt"),
-    "draw": (None, "a cell's picture, row, ENAS arc and DARTS genotype",
-             f"preset out {SPACE} cell"),
-    "report": (None, "tables and figures of the records under --out", "out"),
-}
-
-
-def settings_of(command):
-    """The names of the settings that a command uses, in the order of Config."""
-    used = COMMANDS[command][2].split()
-    return [f.name for f in fields(Config) if f.name in used]
-
-
-# preset -> command -> settings; "all" holds for every command, "studies" for those that train cells
-LIGHT = dict(input_dropout=.35, hidden_dropout=.1, output_dropout=.35)  # at 200 units
-GATED = "highway,glu,gate,sum"
-PRESETS = {
-    "smoke": {
-        "all": dict(hidden=16, bptt=20, nodes=4, epochs=2, lr=5.0, shared_steps=20,
-                    controller_samples=8, controller_steps=5, derive_samples=4),
-        "studies": dict(epochs=1, derive_samples=2),
-        "search": dict(retrain=1),
-        "conditional": dict(min_nodes=2, operations=GATED),
-    },
-    "tiny": {
-        "all": dict(hidden=32, batch=16, nodes=6, lr=10.0, shared_steps=60, controller_steps=20,
-                    controller_samples=16, derive_samples=30),
-        "search": dict(epochs=8, shared_samples=4, warm_epochs=2, retrain=1, derive_samples=100),
-        "train": dict(epochs=8, schedule="cosine"),
-        "studies": dict(epochs=75, patience=3, schedule="plateau", derive_samples=10),
-        "ablate": dict(derive_samples=3),
-        "factors": dict(derive_samples=2),
-        "capacity": dict(epochs=400, patience=10, derive_samples=4),
-        "state": dict(derive_samples=30),
-        "similarity": dict(epochs=8, warm_epochs=2),
-        "cost": dict(shared_steps=200, controller_steps=40),
-        "conditional": dict(nodes=12, min_nodes=4, operations=GATED, controller_steps=800,
-                            controller_lr=.01, entropy=.01),
-        "progress": dict(epochs=12, warm_epochs=1),
-        "bench": dict(hidden=850),
-    },
-    "ptb": {
-        "all": dict(data="ptb", batch=20, weight_decay=1.2e-6, schedule="cosine"),
-        "search": dict(epochs=4, input_dropout=.2, output_dropout=.2, warm_epochs=1, fold=1,
-                       controller_steps=80),
-        "train": LIGHT | dict(epochs=12),
-        "studies": LIGHT | dict(epochs=12, derive_samples=10),
-    },
-    # The corrected code of ENAS's authors, search and final training. Its two masks on the input
-    # are one here, of rate 1 - (1 - .2) (1 - .75) = .8. Its final training's L2 is a sum of
-    # squares, so the decay is twice that; its search's, of fourth powers, is one of squares here.
-    "paper": {
-        "all": dict(data="ptb", dtype="bfloat16", weight_decay=1.6e-6, controller_lr=5e-5,
-                    entropy=1e-5),
-        "search": dict(nodes=10, epochs=600, batch=128, word_dropout=.1, input_dropout=.8,
-                       hidden_dropout=.25, output_dropout=.75, clip=.1, controller_steps=25),
-        "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775,
-                      hidden_dropout=.225, output_dropout=.75, average=True, patience=100),
-        "studies": LIGHT | dict(epochs=300, patience=10, schedule="plateau", derive_samples=10),
-    },
-}
-
-
-def configure(command, preset="tiny", **given):
-    """The Config of a command under a preset, then the user's own settings."""
-    parts = PRESETS[choose("preset", preset, PRESETS)]
-    studies = {}
-    if command in "compare ablate factors state capacity".split():
-        studies = parts.get("studies", {})
-    # from the general to the particular, what comes later wins
-    settings = parts["all"] | studies | parts.get(command, {})
-    return Config(**settings | {"preset": preset} | given)
-
-
-CHOICES = {"preset": PRESETS, "unit": UNITS, "dtype": DTYPES, "connections": CONNECTIONS,
-           "schedule": SCHEDULES, "state": STATES, "task": TASKS,
-           "controller": ("trained", "untrained", "uniform"), "reward_input": INPUTS,
-           "lookahead": LOOKAHEAD, "response": RESPONSE}
-
-
-def check(config):
-    """Raise UserError for a wrong setting, by its name, before any work is done."""
-    for name, choices in CHOICES.items():
-        choose(f"--{name}", getattr(config, name), choices)
-    # numbers, each in its range: one that is no sensible number would end in an error of torch's
-    for f in fields(config):
-        value = getattr(config, f.name)
-        least, most = f.metadata["range"]
-        if f.type in (int, float) and not least <= value <= most:  # nan neither
-            about = f.metadata["help"]
-            raise UserError(f"--{f.name} {value} must be from {least} to {most}: {about}")
-    learning = config.epochs - config.warm_epochs  # rounds in which the controller learns
-    look = config.lookahead
-    # settings that do not go together
-    if config.response != "none" and look != "fresh":
-        raise UserError(f"--response {config.response} needs --lookahead fresh: only a fresh "
-                        "gradient depends on the policy")
-    if look != "none" and config.controller != "trained":
-        raise UserError(f"--lookahead {look}: a controller that is {config.controller} has none")
-    if config.anneal > max(0, learning):
-        raise UserError(f"--anneal {config.anneal} is more than the {learning} rounds of learning")
-    if config.rates and (look in ("momentum", "recent") or config.shared_samples > 1):
-        raise UserError(f"--rates {config.rates} needs --shared_samples 1, and --lookahead none or "
-                        "fresh: a step then has one architecture's rate, and past gradients none")
-    search_space(config)  # refuses its settings itself, as does device_of
-    if device_of(config).type == "meta":
-        raise UserError(f"--device {config.device} has no memory")
-
-
-@lru_cache
-def tensorboard(folder):
-    """add_scalar(name, value, step) of a TensorBoard writer, or of nobody where it does not
-    work."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-        return SummaryWriter(str(folder / "tensorboard")).add_scalar
-    except Exception:  # it is not installed, or broken
-        return lambda name, value, step: None
-
-
-def commit():
-    """The commit that this file is at, '+' if it has changed since; '' outside a repository."""
-    here = Path(__file__)
-    ask = f"git rev-parse --short=12 HEAD && (git diff --quiet HEAD -- {here.name} || echo +)"
-    said = subprocess.run(ask, shell=True, cwd=here.parent, capture_output=True, text=True)
-    return said.stdout.replace("\n", "")
-
-
-def machine(device):
-    """The name of the GPU or of the processor, with what it can and the threads used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")  # of Linux, which knows more
-    if cpuinfo.exists():
-        name = re.search(r"model name\s*: (.*)|$", cpuinfo.read_text())[1] or name
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
-
-
-def digest(config):
-    """Of the files that a run reads, so that it does not go on with others: texts, cells, shared
-    weights."""
-    data = os.path.expanduser(config.data)
-    paths = [data, *(f"{data}/{split}.txt" for split in SPLITS)]
-    paths += [f"{entry.partition('@')[0]}/result.json" for entry in config.cell.split(",")]
-    paths += [f"{config.supernet}/result.json", f"{config.supernet}/weights.pt"]
-    content = b"".join(Path(path).read_bytes() for path in paths if os.path.isfile(path))
-    return sha256(content)[:12] if content else ""
-
-
-CHECKPOINT_SECONDS = 30.0  # least time between two
-WHEREABOUTS = {"out", "device", "threads"}  # may differ when a run resumes
-SEAL = 64  # bytes of a hash in hex
-STOP = []  # the signal that asked to stop
-
-
-class Halt(UserError):
-    """The machine ends a run, as its memory or disk does: one line, exit code 1."""
-
-
-class Run:
-    """A folder with config.json, metrics.jsonl, checkpoint.pt, and at the end result.json.
-
-    Killed at any instant, the same command goes on from the last checkpoint, which also knows how
-    long metrics.jsonl was; as every random draw depends only on its key, the result is that of an
-    undisturbed run.
-    """
-
-    def __init__(self, command, config):
-        self.command = command
-        self.config = config
-        self.commit = commit()
-        default = f"runs/{command}/{config.preset}-{config.seed}"
-        self.folder = Path(os.path.expanduser(config.out or default))
-        self.metrics = self.folder / "metrics.jsonl"
-        self.checkpoint = self.folder / "checkpoint.pt"
-        self.result = self.folder / "result.json"
-        self.good = None       # the last good state
-        self.good_bytes = 0    # the length of metrics.jsonl then
-        self.safe = 0          # the step of the checkpoint
-        self.started = time.time()
-        self.saved_at = self.started
-        self.spoke_at = 0.0
-        settings = {name: getattr(config, name) for name in settings_of(command)}
-        self.settings = {"command": command, **settings, "inputs": digest(config)}
-
-    def open(self):
-        """Make the folder and lock it, unless the run is finished; refuse other settings than
-        its."""
-        finished = self.result.exists()
-        path = self.folder / "config.json"
-        if not finished:
-            self.take_folder()
-        # a run that has done nothing refuses nothing
-        worked = any(record.stat().st_size for record in self.folder.rglob("*.json*")
-                     if record.name != "config.json")
-        # a setting that an older version lacked counts as its default
-        theirs = vars(Config()) | read_json(path) if path.exists() else self.settings
-        for name, value in self.settings.items():
-            if worked and name not in WHEREABOUTS and theirs.get(name) != value:
-                raise UserError(f"{self.folder} holds a run with {name} = {theirs.get(name)!r}, "
-                                f"not {value!r}; give this one another --out; a training goes on "
-                                f"from a finished one with --supernet {self.folder}")
-        if not finished:
-            write_json(path, self.settings)
-
-    def take_folder(self):
-        """Make and lock it; remove what a killed run was writing."""
-        with refusing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "w")
-        try:
-            import fcntl  # not on Windows
-            # the system's own lock, so a killed run frees it
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is at work in {self.folder}: give this one another "
-                            "--out") from None
-        except (ImportError, OSError):
-            self.say("this system has no file locks: run nothing else in this folder")
-        for left in self.folder.glob(".menas-*"):
-            left.unlink()
-
-    def seal(self, content):
-        """What a checkpoint begins with: a hash of the settings that a resumed run must share, and
-        of all that follows."""
-        key = str([(name, x) for name, x in self.settings.items() if name not in WHEREABOUTS])
-        return sha256(key.encode() + content).encode()
-
-    def restore(self):
-        """The state to resume from, or None at the start; metrics.jsonl is cut back to what it
-        was."""
-        if self.checkpoint.exists():
-            with refusing(self.checkpoint, "; delete it to start again"):
-                content = self.checkpoint.read_bytes()
-                seal, content = content[:SEAL], content[SEAL:]
-                if seal != self.seal(content):
-                    raise ValueError("it is damaged, or another run's")
-                saved = load_tensors(io.BytesIO(content), device_of(self.config))
-                self.good = saved["state"]
-                self.good_bytes = saved["metrics_bytes"]
-                if self.metrics.stat().st_size < self.good_bytes:
-                    raise ValueError("metrics.jsonl is shorter than when it was written")
-                self.started -= saved["seconds"]
-                self.safe = self.good["step"]
-        with open(self.metrics, "ab") as file:
-            file.truncate(self.good_bytes)
-        return copy.deepcopy(self.good)
-
-    def keep(self, state):
-        """Remember a state known to be good; write it if the last checkpoint is old."""
-        self.good = copy.deepcopy(state)
-        self.good_bytes = self.metrics.stat().st_size
-        if time.time() - self.saved_at >= CHECKPOINT_SECONDS:
-            self.save()
-
-    def save(self):
-        """Write the last good state as a checkpoint."""
-        if self.good is not None:
-            content = serialized(dict(state=self.good, metrics_bytes=self.good_bytes,
-                                      seconds=time.time() - self.started))
-            write_atomically(self.checkpoint, self.seal(content) + content)
-            self.safe = self.good["step"]
-        self.saved_at = time.time()
-
-    def obey(self):
-        """Leave on SIGTERM or Ctrl-C, with the last good state on disk."""
-        if STOP:
-            self.save()
-            self.say(f"stopped by {signal.Signals(STOP[0]).name} at step {self.safe}; the same "
-                     "command goes on from here")
-            raise SystemExit(128 + STOP[0])
-
-    def say(self, text):
-        """A line for who waits, with the run's folder."""
-        print(f"[{self.folder}] {text}", flush=True)
-
-    def log(self, line, done, total, words):
-        """A line of metrics.jsonl, which has no times; the first, and then one every few seconds,
-        for who waits: how much is done, words a second, and how long the rest takes on this
-        machine."""
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(strict(line)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # before a checkpoint counts on it
-        show = tensorboard(self.folder)
-        for name, value in line.items():
-            if not isinstance(value, list):
-                show(name, value, line["step"])
-            elif name != "networks":
-                for k, x in zip(line["networks"], value):
-                    show(f"{name} of network {k}", x, line["step"])
-        now = time.time()
-        if now - self.spoke_at >= 5 or done >= total:
-            self.spoke_at = now
-            spent = now - self.started
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if not isinstance(v, list))
-            left = timedelta(seconds=int(spent * (total / done - 1)))
-            self.say(f"{100 * done / total:3.0f} %  {shown}  {words / spent:,.0f} words/s  "
-                     f"{left} left")
-
-    def finish(self, rows):
-        """Write result.json: the rows, and all that it takes to make them again."""
-        names = settings_of(self.command)
-        config = {name: self.settings[name] for name in names if name != "out"}
-        record = {"command": self.command, "config": config, "seed": self.config.seed,
-                  "commit": self.commit, "date": time.strftime("%Y-%m-%d"),
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                  "machine": machine(device_of(self.config)),
-                  "seconds": round(time.time() - self.started, 1), "rows": rows}
-        write_json(self.result, record)
-        return record
-
-    @contextmanager
-    def halting(self):
-        """Where the machine fails, one line says what is safe and how to go on."""
-        try:
-            yield
-        except OSError as error:
-            raise Halt(f"{self.folder}: {error}; what it has up to step {self.safe} is safe, and "
-                       "the same command goes on from there") from None
-        except (MemoryError, RuntimeError) as error:
-            if not re.search("MemoryError|(allocate|enough|out of) memory", repr(error)):
-                raise
-            raise Halt(f"{self.folder}: out of memory; lower --hidden, --batch, --bptt, or the "
-                       "architectures at once: --controller_samples, --shared_samples, --fold, "
-                       "cells of --cell") from None
-
-
-def run_command(command, config):
-    """Run, resume, or find finished a command: its record, 'earlier' in it if it was."""
-    check(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    run = Run(command, config)
-    with run.halting():
-        run.open()
-        if run.result.exists():
-            run.say("already finished")
-            with refusing(run.result, "; delete it to make it again"):
-                record = read_json(run.result)
-                summary(record)  # can be shown, so it is whole
-                return record | {"earlier": True}
-        with run.lock:
-            work, _, _ = COMMANDS[command]
-            return run.finish(work(config, run))
-
-
-# 12. The report -----------------------------------------------------------------------------------
-def table(headers, rows):
-    """A Markdown table whose columns are also aligned as plain text; floats to three decimals.
-
-    It is both what a command prints and what the report's page shows.
-    """
-    text = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    widths = [max(map(len, texts)) for texts in zip(headers, *text)]
-    lines = [headers, ["-" * width for width in widths], *text]
-    padded = [[x.ljust(width) for x, width in zip(line, widths)] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
-
-
+# 13. The report -----------------------------------------------------------------------------------
 # Statistics: one test everywhere. A value stands for what was drawn independently, mostly a search.
 EXACT = 14  # up to so many pairs all sign flips are enumerated; draws are functions of the sizes
 
@@ -3580,13 +3656,6 @@ def answer(lines):
             f"Not shown to differ: {', '.join(rest) or 'none'}.")
 
 
-def figure_of(columns, width=4.5, height=3.6):
-    """A Figure and its axes, in a row; legible at half size."""
-    matplotlib.rc("font", size=11)
-    figure = Figure(figsize=(width * columns, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
 def rows_of(records):
     """All rows of several records."""
     return [row for record in records for row in record["rows"]]
@@ -3655,52 +3724,6 @@ def curves(axes, records, value):
         axes.set(ylim=(0.9 * min(ends.values()), 1.5 * median(ends.values())))
     axes.set(xlabel="updates", ylabel=value.replace("_", " "))
     axes.legend(fontsize=8)
-
-
-COLOURS = dict(zip(ACTIVATIONS, ("#7fb3d5", "#f5b041", "#82e0aa", "#d5d8dc")))
-
-
-def draw_cell(cell, axes=None, title=""):
-    """The cell as a picture, input at the bottom, h_t at the top, second slots' arrows dashed: its
-    axes."""
-    # a slot stands as high as the longest path to it
-    tiers = {}
-    for slot, level in depths(cell).items():
-        if slot is not None or cell.memory:
-            tiers.setdefault(level, []).append(slot)
-    top = max(tiers) + 1
-    width = max(map(len, tiers.values()))
-    # every tier is centred
-    place = {slot: (x - (len(tier) - 1) / 2, y)
-             for y, tier in tiers.items() for x, slot in enumerate(tier)}
-    if axes is None:
-        _, (axes,) = figure_of(1, max(4, 1.3 * width), 0.8 * top + 1)
-
-    def box(where, text, colour="white"):
-        frame = dict(boxstyle="round,pad=0.35", edgecolor="#333333", facecolor=colour)
-        axes.text(*where, text, ha="center", va="center", fontsize=9, zorder=3, bbox=frame)
-
-    def arrow(start, end, linestyle="-", color="#333333"):
-        line = dict(arrowstyle="-|>", linestyle=linestyle, color=color)
-        axes.annotate("", (end[0], end[1] - 0.22), (start[0], start[1] + 0.22), arrowprops=line)
-
-    box(place[INPUT], "$x_t,\\ h_{t-1}$")
-    if cell.memory:
-        box(place[None], "memory")
-    for i, node in enumerate(cell.nodes):
-        for slot, style in zip(slots_read(node), ("-", "--")):
-            arrow(place[slot], place[i + 1], style)
-        act = list(ACTIVATIONS)[node.activation]
-        text = (act, f"glu {act}", f"gate {act}", "+")[node.operation]
-        colour = "white" if node.operation == SUM else COLOURS[act]
-        carried = ", memory" if i + 1 == cell.memory else ""
-        box(place[i + 1], f"{i}: {text}{carried}", colour)
-    for i in leaves(cell):
-        arrow(place[i + 1], (0, top), ":", "#aaaaaa")
-    box((0, top), "$h_t$ = mean")
-    axes.set(xlim=(-width / 2, width / 2), ylim=(-0.5, top + 0.5), title=title)
-    axes.axis("off")
-    return axes
 
 
 def draw_progress(path, rows):
@@ -3869,7 +3892,27 @@ def report(out):
     print(text)
 
 
-# 13. Main -----------------------------------------------------------------------------------------
+# 14. Main -----------------------------------------------------------------------------------------
+# command -> its function, which returns rows, and what it does
+COMMANDS = {
+    "search": (study_search, "find a cell"),
+    "train": (study_train, "train cells from scratch"),
+    "compare": (study_compare, "cells of a search beside others"),
+    "ablate": (study_ablate, "nodes removed, connections added, activations changed"),
+    "factors": (study_factors, "connections or activations?"),
+    "capacity": (study_capacity, "what cells can learn by heart"),
+    "state": (study_state, "ways to keep the hidden state"),
+    "hidden": (study_hidden, "what the controller's state knows"),
+    "similarity": (study_similarity, "which gradient is closest to the next?"),
+    "cost": (study_cost, "what the extra gradient costs"),
+    "conditional": (study_conditional, "a controller told what to aim for"),
+    "progress": (study_progress, "a search, watched"),
+    "bench": (study_bench, "speed beside the plain loop and torch.nn.LSTM"),
+    "draw": (None, "a cell's picture, row, ENAS arc and DARTS genotype"),
+    "report": (None, "tables and figures of the records under --out"),
+}
+
+
 def boolean(text):
     """--flag, --flag true or --flag false."""
     return ("false", "true").index(text.lower()) == 1
@@ -3877,7 +3920,7 @@ def boolean(text):
 
 def usage():
     """All commands, a line each."""
-    lines = [f"    {name:12s} {about}" for name, (_, about, _) in COMMANDS.items()]
+    lines = [f"    {name:12s} {about}" for name, (_, about) in COMMANDS.items()]
     how = "usage: python menas.py COMMAND [--SETTING VALUE ...]; COMMAND --help lists settings"
     return "\n".join([how, "", *lines])
 
@@ -3920,31 +3963,6 @@ def on_signal(number, frame):
     STOP.append(number)
 
 
-LEFT_OUT = "seed folder capped late best_loss best_epoch rate learns".split()  # in old ones too
-
-
-def summary(record):
-    """What a finished command prints: its rows as a table, of sampled ones the best; losses as
-    perplexities, of characters also as bits. A row has a column 'failed' only if it did."""
-    char = record["config"].get("unit") == "char"
-    # of a hundred samples the first, for they are sorted; of all else every row
-    shown = {}
-    for i, row in enumerate(record["rows"]):
-        key = row["group"] if row["group"] in ("sampled", "uniform") else i
-        shown.setdefault(key, {name: x for name, x in row.items()
-                               if name not in LEFT_OUT and (x or name != "failed")})
-    rows = shown.values()
-    columns = dict.fromkeys(name for row in rows for name in row if name not in SPLITS)
-    for split, row in product(SPLITS, rows):
-        if split in row:
-            measures = {f"{split} perplexity": f"{math.exp(row[split]):.2f}"}
-            if char:
-                measures[f"{split} bits per character"] = row[split] / math.log(2)
-            row |= measures
-            columns |= measures
-    return table(list(columns), [[row.get(name, "") for name in columns] for row in rows])
-
-
 def one_line(error):
     """An error in at most 300 characters, the middle left out, of which none breaks the line."""
     text = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in str(error))
@@ -3968,7 +3986,8 @@ def main(arguments=None):
         else:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, on_signal)
-            print(f"\n{summary(run_command(command, config))}")
+            work, _ = COMMANDS[command]
+            print(f"\n{summary(run_command(command, work, config))}")
     except (UserError, OSError) as error:
         print(f"menas: {one_line(error)}", file=sys.stderr)
         return 2 if type(error) is UserError else 1

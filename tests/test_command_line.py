@@ -41,7 +41,7 @@ def runs(tmp_path_factory, words):
 def test_alone_it_lists_the_commands(arguments, capsys):
     assert menas.main(arguments) == 0
     shown = capsys.readouterr().out
-    for name, (_, about, _) in menas.COMMANDS.items():
+    for name, (_, about) in menas.COMMANDS.items():
         assert re.search(rf"^ +{name} +{re.escape(about)}$", shown, re.M)
 
 
@@ -60,7 +60,7 @@ def test_help_shows_the_settings_used_with_the_presets_defaults(command, capsys,
 
 
 def test_every_setting_is_used_and_explained():
-    used = [name for _, _, names in menas.COMMANDS.values() for name in names.split()]
+    used = [name for names in menas.SETTINGS.values() for name in names.split()]
     assert set(used) == {f.name for f in fields(menas.Config)}
     assert all(len(f.metadata["help"]) > 8 for f in fields(menas.Config))
 

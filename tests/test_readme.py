@@ -130,8 +130,8 @@ def code(mark):
 
 def test_its_code_scores_a_trained_network_and_writes(tmp_path, text, capsys):
     """The loss is the record's, to the last bit; the words are of the vocabulary."""
-    run = menas.run_command("train", menas.configure("train", "smoke", data=str(text), epochs=1,
-                                                     out=str(tmp_path / "run")))
+    config = menas.configure("train", "smoke", data=str(text), epochs=1, out=str(tmp_path / "run"))
+    run = menas.run_command("train", menas.study_train, config)
     program = code("code").replace("runs/train/enas/1", str(tmp_path / "run"))
     program = program.replace('"train", "ptb"', f'"train", "smoke", data={str(text)!r}')
     space = {}

@@ -35,7 +35,8 @@ def finished(tmp_path_factory):
         (folder / f"{split}.txt").write_text(text)
     out = folder / "search"
     given = SMALL | dict(data=str(folder), out=str(out), shared_steps=10, retrain=0)
-    menas.run_command("search", menas.configure("search", "smoke", **given, derive_samples=30))
+    config = menas.configure("search", "smoke", **given, derive_samples=30)
+    menas.run_command("search", menas.study_search, config)
     return out, folder
 
 
@@ -70,7 +71,7 @@ def fake_trainings(world, loss=lambda name, seed, config: any_number((name, seed
     """Training takes no time and ends at a known loss; the configs that it will be asked for."""
     configs = []
 
-    def run_command(command, config):
+    def run_command(command, work, config):
         configs.append(config)
         rows = []
         for entry in config.cell.split(","):
