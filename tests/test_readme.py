@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import pytest
 import torch
@@ -79,6 +79,9 @@ def test_the_findings_are_those_of_the_records():
     rates = {group: mean(x) for group, x in values("optimizer", "valid").items()}
     kept = {group: mean(x) for group, x in values("kept", "valid").items()}
     start = {group: mean(x) for group, x in values("train-start", "test").items()}
+    anneal = {group: mean(x) for group, x in values("anneal", "test").items()}
+    robust = {group: mean(x) for group, x in values("robust", "test, words").items()}
+    long = {group: math.exp(median(x)) for group, x in values("search-long", "valid").items()}
     spaces = {group: mean(x) for group, x in values("spaces", "valid").items()}
     errors = {group: mean(x) for group, x in values("conditional", "error").items()}
     blind = {group: mean(x) for group, x in values("conditional", "untrained").items()}
@@ -97,13 +100,16 @@ def test_the_findings_are_those_of_the_records():
         [shown(rates["no-choice"] - rates[arm], 3) for arm in ("sampled", "control")],
         [shown(kept["carry"], 3)] + [shown(kept[arm] - kept["carry"], 3) for arm in ("zero", "warm")],
         [shown(start["scratch"] - start["shared"], 3)],
+        [shown(anneal["annealed"] - anneal["best-of-sample"], 3)],
+        [shown(robust["words"] - robust["plain"], 3)],
         [shown(x, 2) for x in (errors["parameters"], errors["paths"], blind["parameters"], blind["paths"],
                                errors["depth"])],
         [shown(mean(values("hidden", name, arm)), 2) for name, arm in (
             ("distance with decisions", "trained"), ("distance with decisions", "untrained"),
             ("distance with loss", "trained"), ("distance with loss", "untrained"),
             ("probe for loss", "trained"), ("probe for loss", "untrained"))],
-        [], [shown(ptb[arm], 1) for arm in ("found", "random-cell-1")]]
+        [], [shown(ptb[arm], 1) for arm in ("found", "random-cell-1")],
+        [f"{long[f'{arm}: sampled']:.0f}" for arm in ("trained", "untrained")]]
     assert len(findings) == len(expected)
     for finding, numbers in zip(findings, expected):
         at = 0
