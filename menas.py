@@ -2245,7 +2245,7 @@ SETTINGS = {
     "compare": OF_CELLS,
     "ablate": OF_CELLS,
     "factors": OF_CELLS,
-    "capacity": f"{RUN} {SPACE} {TRAIN} derive_samples",
+    "capacity": f"{RUN} {SPACE} batch bptt lr clip epochs derive_samples",
     "state": OF_CELLS,
     "hidden": f"{RUN} supernet derive_samples",
     "similarity": GAME,
@@ -2272,6 +2272,7 @@ PRESETS = {
         "all": dict(hidden=16, bptt=20, nodes=4, epochs=2, lr=5.0, shared_steps=20,
                     controller_samples=8, controller_steps=5, derive_samples=4),
         "studies": dict(epochs=1, derive_samples=2),
+        "capacity": dict(epochs=1, derive_samples=2),
         "search": dict(retrain=1),
         "conditional": dict(min_nodes=2, operations=GATED),
     },
@@ -2283,7 +2284,7 @@ PRESETS = {
         "studies": dict(epochs=75, patience=3, schedule="plateau", derive_samples=10),
         "ablate": dict(derive_samples=3),
         "factors": dict(derive_samples=2),
-        "capacity": dict(epochs=400, patience=10, derive_samples=4),
+        "capacity": dict(batch=4, epochs=300, derive_samples=4),
         "state": dict(derive_samples=30),
         "similarity": dict(epochs=8, warm_epochs=2),
         "cost": dict(shared_steps=200, controller_steps=40),
@@ -2298,6 +2299,7 @@ PRESETS = {
                        controller_steps=80),
         "train": LIGHT | dict(epochs=12),
         "studies": LIGHT | dict(epochs=12, derive_samples=10),
+        "capacity": dict(batch=4, epochs=300, derive_samples=4),
     },
     # The corrected code of ENAS's authors, search and final training. Its two masks on the input
     # are one here, of rate 1 - (1 - .2) (1 - .75) = .8. Its final training's L2 is a sum of
@@ -2310,6 +2312,7 @@ PRESETS = {
         "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775,
                       hidden_dropout=.225, output_dropout=.75, average=True, patience=100),
         "studies": LIGHT | dict(epochs=300, patience=10, schedule="plateau", derive_samples=10),
+        "capacity": dict(batch=4, epochs=300, derive_samples=4),
     },
 }
 
@@ -2318,7 +2321,7 @@ def configure(command, preset="tiny", **given):
     """The Config of a command under a preset, then the user's own settings."""
     parts = PRESETS[choose("preset", preset, PRESETS)]
     studies = {}
-    if command in "compare ablate factors state capacity".split():
+    if command in "compare ablate factors state".split():
         studies = parts.get("studies", {})
     # from the general to the particular, what comes later wins
     settings = parts["all"] | studies | parts.get(command, {})
@@ -3167,16 +3170,18 @@ def matrices(cell):
 
 
 MEASURES = {"parameters": matrices, "paths": path_count, "depth": depth}
-UNREGULARIZED = dict(word_dropout=0.0, input_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0,
-                     weight_decay=0.0, average=False)
-CAPACITY_WORDS = 1000  # of the training text, to be learnt by heart
-CAPACITY_RATES = (1.0, 0.25, 4.0)  # times --lr
+# Every network takes all epochs: one that stopped, or slowed down, where its loss rises once would
+# learn far less.
+BY_HEART = dict(word_dropout=0.0, input_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0,
+                weight_decay=0.0, average=False, schedule="cosine", patience=10**6)
+CAPACITY_WORDS = 300  # of the training text, to be learnt by heart
+CAPACITY_RATES = (1.0, 4.0, 16.0)  # times --lr
 
 
 def study_capacity(config, run):
-    """How much can a cell learn by heart? Random cells as they are, at half the width, and with
-    each single activation, trained without dropout on a short text until its own loss stops
-    falling; the best of three learning rates counts."""
+    """How much of a short text does a cell learn by heart in --epochs? Random cells as they are, at
+    half the width, and with each single activation, trained without dropout; the best of three
+    learning rates counts."""
     corpus = load_corpus(config)
     folder = run.folder / "text"
     rows = []
@@ -3194,7 +3199,7 @@ def study_capacity(config, run):
     tried = []
     # a cell that needs another learning rate is not one that remembers less
     for rate in CAPACITY_RATES:
-        sub = replace(config, data=str(folder), lr=config.lr * rate, **UNREGULARIZED)
+        sub = replace(config, data=str(folder), lr=config.lr * rate, **BY_HEART)
         labelled = [row | dict(rate=rate) for row in rows]
         tried.append(train_rows(sub, run, labelled, f"rate {rate:g} "))
     return [min(several, key=lambda row: row["train"]) for several in zip(*tried)]
@@ -3752,7 +3757,7 @@ STUDIES = {
                      ("test", "best", "shared", "distinct"), panels=((densities, "test"),)),
     "factors": Study("Is it the connections or the activations?", ("test",)),
     "ablate": Study("What in a cell matters?", ("test",)),
-    "capacity": Study("How much can a cell learn by heart?", ("train",)),
+    "capacity": Study("How much does a cell learn by heart in the same time?", ("train",)),
     "hidden": Study("Does the controller's state know the architecture?",
                     ("distance with decisions", "distance with loss", "probe for loss",
                      "probe for depth")),
@@ -3900,7 +3905,7 @@ COMMANDS = {
     "compare": (study_compare, "cells of a search beside others"),
     "ablate": (study_ablate, "nodes removed, connections added, activations changed"),
     "factors": (study_factors, "connections or activations?"),
-    "capacity": (study_capacity, "what cells can learn by heart"),
+    "capacity": (study_capacity, "how much cells learn by heart"),
     "state": (study_state, "ways to keep the hidden state"),
     "hidden": (study_hidden, "what the controller's state knows"),
     "similarity": (study_similarity, "which gradient is closest to the next?"),

@@ -75,7 +75,7 @@ def test_a_yes_or_no_may_be_given_in_words(given, expected):
 @pytest.mark.parametrize("command", [name for name in menas.COMMANDS if name != "report"])
 def test_flags_win_over_the_preset_and_the_command_over_all(command):
     for preset, parts in menas.PRESETS.items():
-        of_cells = command in ("compare", "ablate", "factors", "state", "capacity")
+        of_cells = command in ("compare", "ablate", "factors", "state")
         expected = parts["all"] | parts.get("studies", {}) if of_cells else parts["all"]
         flag = "hidden" if "hidden" in menas.settings_of(command) else "derive_samples"
         config = menas.parse_command(command, ["--preset", preset, f"--{flag}", "123"])

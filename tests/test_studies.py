@@ -223,11 +223,11 @@ def check_capacity(world):
     """Oracle: the best learning rate made up for each cell. The text that is learnt is judged, and
     nothing is dropped, decayed or averaged."""
     def best_rate(name):
-        return (1.0, 0.25, 4.0)[int(3 * any_number(name))]
+        return menas.CAPACITY_RATES[int(3 * any_number(name))]
 
     configs = fake_trainings(world, lambda name, _, config: abs(config.lr - 2 * best_rate(name)))
     world.patch.setattr(menas, "CAPACITY_WORDS", 50)
-    rows = measure(world, "capacity", lr=2.0, average=True, weight_decay=.1, **DROPOUT)
+    rows = measure(world, "capacity", lr=2.0, average=True, weight_decay=.1, patience=1, **DROPOUT)
     corpus = load_corpus(settings(world, "capacity"))
     text = [corpus.words[i] for i in corpus.train[:50]]
     for config in configs:
@@ -235,6 +235,7 @@ def check_capacity(world):
         assert [learnt.words[i] for i in learnt.train[:50]] == text
         assert learnt.train.tolist() == learnt.valid.tolist() == learnt.test.tolist()
         assert not any(getattr(config, name) for name in (*DROPOUT, "weight_decay", "average"))
+        assert config.patience > config.epochs  # all take as long
     plain = {row["source"]: cell_of(row) for row in rows if row["group"] == "as it is"}
     assert len(rows) == 6 * len(plain) == 12
     for row in rows:
@@ -547,7 +548,7 @@ MUTANTS = {
         ("study_factors", "drawn[b][draws[1]]", "drawn[a][draws[1]]"),
         ("study_factors", "connections=a, activations=b", "connections=b, activations=a")],
     check_capacity: [
-        ("study_capacity", ", **UNREGULARIZED", ""),
+        ("study_capacity", ", **BY_HEART", ""),
         ("study_capacity", "corpus.train[:", "corpus.test[:"),
         ("study_capacity", "text.replace(", "(text + ' w0' * (split == 'valid')).replace("),
         ("study_capacity", "config.hidden // 2", "config.hidden")],
