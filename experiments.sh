@@ -110,8 +110,9 @@ arm spaces/gated-memory $seeds --operations $gated --memory
 finish
 # Can the learning rate be a decision? An hour. Expected: rates to choose from help by .13 to .18 nats, the response
 # hardly.
-rates=0.25,0.5,1,2,4
+rates=0.25,0.5,1,2,4  # 1.55 on average, so larger-rate has 2.5 times that
 arm optimizer/no-choice $seeds --lr 2.5
+arm optimizer/larger-rate $seeds --lr 3.875
 arm optimizer/at-random $seeds --lr 2.5 --rates $rates --controller uniform
 arm optimizer/control $seeds --lr 2.5 --rates $rates --lookahead fresh
 arm optimizer/sampled $seeds --lr 2.5 --rates $rates --lookahead fresh --response sampled
