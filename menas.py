@@ -2953,7 +2953,7 @@ def kind_of_network(config, name):
     return "cells" if is_enas(load_cell(config, name)) else "other cells"
 
 
-def train_rows(config, run, rows, prefix=""):
+def train_rows(config, run, rows):
     """The rows, each with the losses of its 'cell' trained from scratch, and how that ended.
 
     Batches of AT_ONCE networks, each a run of its own in this one's folder, and each network with a
@@ -2968,7 +2968,7 @@ def train_rows(config, run, rows, prefix=""):
             batch = members[first:first + AT_ONCE]
             seeds = [rows[i].get("seed", config.seed + i) for i in batch]
             cells = ",".join(f"{rows[i]['cell']}@{seed}" for i, seed in zip(batch, seeds))
-            folder = run.folder / f"{prefix}{kind} {first // AT_ONCE}"
+            folder = run.folder / f"{kind} {first // AT_ONCE}"
             sub = replace(config, cell=cells, supernet="", out=str(folder))
             record = run_command("train", study_train, sub)
             if "earlier" in record:  # the time of that call counts
@@ -3175,7 +3175,7 @@ MEASURES = {"parameters": matrices, "paths": path_count, "depth": depth}
 BY_HEART = dict(word_dropout=0.0, input_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0,
                 weight_decay=0.0, average=False, schedule="cosine", patience=10**6)
 CAPACITY_WORDS = 300  # of the training text, to be learnt by heart
-CAPACITY_RATES = (1.0, 4.0, 16.0)  # times --lr
+CAPACITY_RATES = (0, 2, 4)  # log2 of what --lr is multiplied by
 
 
 def study_capacity(config, run):
@@ -3193,16 +3193,18 @@ def study_capacity(config, run):
     for i, row in enumerate(drawn):
         cell = decode(row)
         kinds = {"as it is": cell, "half the width": cell._replace(width=config.hidden // 2)}
-        rows += [dict(group=kind, source=f"cell {i}", seed=config.seed + i, cell=name_of(x),
-                      paths=path_count(x), depth=depth(x))
-                 for kind, x in (kinds | all_alike(cell)).items()]
-    tried = []
-    # a cell that needs another learning rate is not one that remembers less
-    for rate in CAPACITY_RATES:
-        sub = replace(config, data=str(folder), lr=config.lr * rate, **BY_HEART)
-        labelled = [row | dict(rate=rate) for row in rows]
-        tried.append(train_rows(sub, run, labelled, f"rate {rate:g} "))
-    return [min(several, key=lambda row: row["train"]) for several in zip(*tried)]
+        kinds |= all_alike(cell)
+        # a cell that needs another learning rate is not one that remembers less
+        for (kind, x), rate in product(kinds.items(), CAPACITY_RATES):
+            rows.append(dict(group=kind, source=f"cell {i}", rate=rate, seed=config.seed + i,
+                             cell=name_of(x._replace(rate=rate)), paths=path_count(x),
+                             depth=depth(x)))
+    train_rows(replace(config, data=str(folder), **BY_HEART), run, rows)
+    best = {}
+    for row in rows:
+        of = (row["source"], row["group"])
+        best[of] = min(best.get(of, row), row, key=lambda row: row["train"])
+    return list(best.values())
 
 
 def policy_gradient(controller, sample, rewards):
