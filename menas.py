@@ -3792,11 +3792,11 @@ def study_of(folder):
 
 
 def load_records(out):
-    """{folder: [record]} of OUT/STUDY[/ARM]/SEED/result.json.
+    """{folder: [record]} of OUT/STUDY[/ARM]/SEED/result.json; of PRESET-SEED the preset is the arm.
 
-    A row's unit is the run's name, its seed, and the row's source if it has one. Its group is the
-    arm; without arms its own; 'ARM: GROUP' where the study is about all groups. Rows that it is not
-    about, and folders that are no study's, are left out.
+    A row's unit is the seed, and its source if it has one. Its group is the arm; without arms its
+    own; 'ARM: GROUP' where the study is about all groups. Rows that it is not about, and folders
+    that are no study's, are left out.
     """
     found = {}
     for path in sorted(Path(out).glob("**/result.json")):
@@ -3807,13 +3807,16 @@ def load_records(out):
         is_run = len(arm) in (1, 2) and f"-{arm[-1]}".endswith(f"-{record.get('seed')}")
         if not study or not is_run:
             continue  # another folder, or a part of another run
+        *arm, name = arm
+        preset, _, seed = name.rpartition("-")
+        arm += [preset] * bool(preset)
         rows = []
         for row in record["rows"]:
             if row["group"] == study.about or not study.about and row["group"] != "floor":
-                names = arm[:-1]
+                names = arm
                 if not study.about or not names:
                     names = names + [row["group"]]
-                unit = " ".join([arm[-1], row.get("source", "")]).strip()
+                unit = " ".join([seed, row.get("source", "")]).strip()
                 rows.append(row | {"unit": unit, "group": ": ".join(names)})
         found.setdefault(folder, []).append(record | {"rows": rows, "folder": path.parent})
     return found

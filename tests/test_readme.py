@@ -61,6 +61,17 @@ def test_the_first_table_is_that_of_the_records():
             assert int(n) == len(perplexities)
 
 
+@needs_records
+def test_the_quick_start_shows_what_its_command_printed():
+    """But for the names of the cells."""
+    record = json.loads((ROOT / "results/quick/1/result.json").read_text())
+    shown = [line.strip() for line in README.splitlines() if line.startswith("    | ")]
+    made = [line.strip("|").split("|") for line in menas.summary(record).splitlines()]
+    for line, cells in zip(shown, made, strict=True):
+        ours = [cell.strip() for cell in line.strip("|").split("|")]
+        assert [ours[0], *ours[2:]] == [cell.strip() for cell in (cells[0], *cells[2:])] or "---" in line
+
+
 def shown(x, digits):
     """A number as the README has it: without the zero before the point."""
     return f"{x:.{digits}f}".replace("0.", ".") if abs(x) < 1 else f"{x:.{digits}f}"
@@ -73,6 +84,7 @@ def test_the_findings_are_those_of_the_records():
     same = {group: mean(x) for group, x in values("similarity", "same samples").items()}
     extra = {group: mean(x) for group, x in values("extra", "valid").items()}
     slow = {group: mean(x) for group, x in values("extra-slow", "valid").items()}
+    frozen = {group: mean(x) for group, x in values("extra-frozen", "valid").items()}
     learns = {group: mean(x) for group, x in values("extra-frozen", "learns").items()}
     test = {group: mean(x) for group, x in values("compare", "test").items()}
     factors = {group: mean(x) for group, x in values("factors", "test").items()}
@@ -92,12 +104,13 @@ def test_the_findings_are_those_of_the_records():
         + [shown(extra[arm], 3) for arm in ("fresh-sampled", "fresh-unrolled", "plain-4x-steps")]
         + [shown(slow[arm] - slow["plain"], 3)
            for arm in ("fresh-unrolled", "fresh-sampled", "plain-4x-steps")],
-        [shown(learns[arm], 2) for arm in ("fresh-sampled", "plain")],
+        [shown(learns[arm], 2) for arm in ("fresh-sampled", "fresh-unrolled", "plain")]
+        + [shown(frozen["plain"] - frozen[arm], 3) for arm in ("fresh-sampled", "fresh-unrolled")],
         [shown(test["uniform"] - test["trained"], 3), shown(test["trained"] - test["LSTM"], 3)],
         [shown(factors[f"{a} connections, {b} activations"], 3) for a, b in
          (("searched", "searched"), ("random", "searched"), ("random", "random"))],
         [shown(spaces[arm], 2) for arm in ("chain", "ENAS", "gated", "gated-memory")],
-        [shown(rates["no-choice"] - rates[arm], 3) for arm in ("sampled", "control")],
+        [shown(rates["no-choice"] - rates[arm], 3) for arm in ("sampled", "control", "larger-rate")],
         [shown(kept["carry"], 3)] + [shown(kept[arm] - kept["carry"], 3) for arm in ("zero", "warm")],
         [shown(start["scratch"] - start["shared"], 3)],
         [shown(anneal["annealed"] - anneal["best-of-sample"], 3)],

@@ -51,11 +51,14 @@ def test_records_are_found_where_they_belong(tmp_path):
     assert rows["extra-slow"] == [("1", "plain")]
 
 
-def test_a_run_in_its_default_folder_is_found(tmp_path):
-    """RUNS/COMMAND/PRESET-SEED, of which README says: report --out runs."""
-    save(tmp_path, "search/tiny-3", [dict(group="sampled", valid=1.0)], seed=3)
-    (record,) = load_records(tmp_path)["search"]
-    assert [row["unit"] for row in record["rows"]] in (["3"], ["tiny-3"])
+def test_runs_in_their_default_folders_are_told_apart(tmp_path):
+    """RUNS/COMMAND/PRESET-SEED, of which README says: report --out runs. Of one seed, but not of
+    one text."""
+    for preset in ("ptb", "tiny"):
+        save(tmp_path, f"search/{preset}-3", [dict(group="sampled", valid=1.0)], seed=3)
+    rows = [row for record in load_records(tmp_path)["search"] for row in record["rows"]]
+    assert [(row["unit"], row["group"]) for row in rows] == [
+        ("3", "ptb: sampled"), ("3", "tiny: sampled")]
 
 
 def check_comparison(monkeypatch):
