@@ -3175,7 +3175,7 @@ MEASURES = {"parameters": matrices, "paths": path_count, "depth": depth}
 BY_HEART = dict(word_dropout=0.0, input_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0,
                 weight_decay=0.0, average=False, schedule="cosine", patience=10**6)
 CAPACITY_WORDS = 300  # of the training text, to be learnt by heart
-CAPACITY_RATES = (0, 2, 4)  # log2 of what --lr is multiplied by
+CAPACITY_RATES = (-2, 0, 2)  # log2 of what --lr is multiplied by
 
 
 def study_capacity(config, run):
