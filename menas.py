@@ -1405,7 +1405,7 @@ class Search:
         # the response is 0 in ENAS; chapter 6 has another rewarded()
         direct, response = self.rewarded(sample, progress)
         rewards = worst_for_failures(direct + response)
-        self.adam.zero_grad(set_to_none=False)
+        self.adam.zero_grad()
         policy_loss(sample, rewards, self.entropy_weight(progress)).backward()
         self.adam.step()
         direct = worst_for_failures(direct)
@@ -2641,7 +2641,7 @@ def run_command(command, work, config):
 
 
 # 11. Search and train -----------------------------------------------------------------------------
-# A command is a function (config, run) -> rows, flat dicts, of ONE seed; experiments.sh runs it for
+# Most commands are a function (config, run) -> rows, flat dicts, of ONE seed; experiments.sh runs it for
 # several, and the report puts them together. A sweep needs no code: its arms are searches with
 # other flags.
 
