@@ -2641,8 +2641,8 @@ def run_command(command, work, config):
 
 
 # 11. Search and train -----------------------------------------------------------------------------
-# Most commands are a function (config, run) -> rows, flat dicts, of ONE seed; experiments.sh runs it for
-# several, and the report puts them together. A sweep needs no code: its arms are searches with
+# Most commands are a function (config, run) -> rows, flat dicts, of ONE seed; experiments.sh runs it
+# for several, and the report puts them together. A sweep needs no code: its arms are searches with
 # other flags.
 
 def guessing(corpus):
