@@ -2665,7 +2665,8 @@ def supernet(config):
         raise UserError("this is about a finished search: name its folder as --supernet")
     folder = Path(config.supernet)
     with refusing(f"--supernet {folder}"):
-        settings = read_json(folder / "config.json")
+        # a setting that an older version lacked counts as its default
+        settings = vars(Config()) | read_json(folder / "config.json")
         searched = {name: settings[name] for name in settings_of(settings["command"])}
         searched = replace(Config(**searched), device=config.device, dtype=config.dtype)
         check(searched)

@@ -360,6 +360,18 @@ def test_damaged_records_are_refused(file, content, undisturbed, words, tmp_path
         refused(capsys, *command("train", words, tmp_path / "new", "--cell", folder))
 
 
+def test_what_an_older_version_did_not_record_is_its_default(undisturbed, words, tmp_path, capsys):
+    """Of a run that is found finished, or whose shared weights are taken."""
+    search = shutil.copytree(undisturbed("search"), tmp_path / "search")
+    settings = json.loads((search / "config.json").read_text())
+    assert settings.pop("task") == "none"
+    menas.write_json(search / "config.json", settings)
+    assert menas.main(command("search", words, search)) == 0
+    assert "already finished" in capsys.readouterr().out
+    more = ["--cell", str(search), "--supernet", str(search)]
+    assert menas.main(command("train", words, tmp_path / "run", *more)) == 0
+
+
 # one folder, one run
 
 @pytest.mark.parametrize("more", ["--seed 2", "--lr 4.0", "--bptt 11"])
