@@ -3660,8 +3660,8 @@ def answer(lines):
     rest = [line[0] for line in tested if float(line[7]) > .05]
     if not tested:
         return "Too few seeds for a test."
-    return (f"From {lines[0][0]} differ: {', '.join(differ) or 'none'}. "
-            f"Not shown to differ: {', '.join(rest) or 'none'}.")
+    return (f"From {lines[0][0]} differ: {'; '.join(differ) or 'none'}. "
+            f"Not shown to differ: {'; '.join(rest) or 'none'}.")
 
 
 def rows_of(records):
@@ -3747,8 +3747,10 @@ def draw_progress(path, rows):
 
 
 # A study's question; the values that are compared; the group of its rows that it is about, '' for
-# each; the group that the others are compared with, '' for the first; and panels beside the dots.
-Study = namedtuple("Study", "question values about first panels", defaults=("", "", ()))
+# each; the group that the others are compared with, '' for the first; panels beside the dots; and
+# columns that are crossed, of which each is also compared alone, over all values of the others.
+Study = namedtuple("Study", "question values about first panels crossed",
+                   defaults=("", "", (), ()))
 
 # A folder's name up to a '-' is the study: extra-slow is another 'extra', train-ptb a 'train'.
 STUDIES = {
@@ -3758,7 +3760,8 @@ STUDIES = {
                    panels=((curves, "valid_perplexity"),)),
     "compare": Study("Is a trained controller better than chance?",
                      ("test", "best", "shared", "distinct"), panels=((densities, "test"),)),
-    "factors": Study("Is it the connections or the activations?", ("test",)),
+    "factors": Study("Is it the connections or the activations?", ("test",),
+                     crossed=("connections", "activations")),
     "ablate": Study("What in a cell matters?", ("test",)),
     "capacity": Study("How much does a cell learn by heart in the same time?", ("train",)),
     "hidden": Study("Does the controller's state know the architecture?",
@@ -3818,7 +3821,7 @@ def load_records(out):
                 if not study.about or not names:
                     names = names + [row["group"]]
                 unit = " ".join([seed, row.get("source", "")]).strip()
-                rows.append(row | {"unit": unit, "group": ": ".join(names)})
+                rows.append(row | {"unit": unit, "arm": arm, "group": ": ".join(names)})
         found.setdefault(folder, []).append(record | {"rows": rows, "folder": path.parent})
     return found
 
@@ -3836,10 +3839,16 @@ def measured(study, records):
 
 def tables(study, records):
     """Its comparisons, as text: of each value a table and what it says."""
+    rows = rows_of(records)
     parts = []
     for value in measured(study, records):
-        lines = comparison(rows_of(records), value, study.first)
-        parts += [f"**{value}**. {answer(lines)}", table(HEADERS, lines)]
+        views = {value: rows}
+        for column in study.crossed:
+            views[f"{value}, {column}"] = [
+                row | {"group": ": ".join([*row["arm"], row[column]])} for row in rows]
+        for name, view in views.items():
+            lines = comparison(view, value, study.first)
+            parts += [f"**{name}**. {answer(lines)}", table(HEADERS, lines)]
     return parts
 
 

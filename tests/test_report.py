@@ -104,7 +104,27 @@ def test_an_answer_is_what_the_test_says():
              ["c", 9, 9, 2., 2., "+1.000", "-", "0.051"], ["d", 1, 1, 2., 2., "", "", ""]]
     expected = "From a differ: b (+1.000, p = 0.050). Not shown to differ: c."
     assert menas.answer(lines) == expected
+    assert menas.answer([*lines, lines[2]]) == expected.replace("c.", "c; c.")
     assert menas.answer(lines[:1]) == "Too few seeds for a test."
+
+
+def test_what_is_crossed_is_also_compared_alone(tmp_path):
+    """By hand: means over all values of the other column; p is that of six pairs, times the
+    differences of a table. Another preset is another arm."""
+    for seed in range(1, 7):
+        for folder in (f"factors/{seed}", f"factors/tiny-{seed}"):
+            rows = [dict(group=a + b, connections=a, activations=b, test=2.0 * (a == "r") + 3.0 * (b == "t"))
+                    for a in "sr" for b in "srt"]
+            save(tmp_path, folder, rows, seed=seed)
+    study = menas.STUDIES["factors"]
+    alone = [record for record in load_records(tmp_path)["factors"] if "tiny" not in str(record["folder"])]
+    _, all_of_them, said, connections, _, activations = menas.tables(study, alone)
+    assert len(lines_of(all_of_them)) == 6
+    assert said == "**test, connections**. From s differ: r (+2.000, p = 0.031). Not shown to differ: none."
+    assert [float(line["mean"]) for line in lines_of(connections).values()] == [1, 3]
+    assert [line["p, corrected"] for line in lines_of(activations).values()] == ["", "1.000", "0.062"]
+    both = menas.tables(study, load_records(tmp_path)["factors"])
+    assert [*lines_of(both[3])] == ["s", "r", "tiny: s", "tiny: r"]
 
 
 def test_a_label_says_what_it_stands_for(tmp_path):
