@@ -3,6 +3,7 @@
 #
 #   ./experiments.sh                  all of it, under runs/; an interrupted run goes on, a finished one is skipped
 #   SMOKE=1 ./experiments.sh          the same at smoke sizes: minutes on a laptop, under runs/smoke
+#   PRESET=day ./experiments.sh       Penn Treebank at twice the width, a search of 3,920 controller updates: days
 #   PRESET=paper ./experiments.sh     the published schedules, on a GPU
 #   OUT=folder ./experiments.sh       somewhere else; results/ is what the project's own runs left
 #   LAUNCH="srun --gres=gpu:1 -c 4" ./experiments.sh
@@ -131,32 +132,31 @@ for seed in $(seq $seeds); do run conditional/$seed conditional --preset $toy --
 run progress/1 progress --preset $toy
 finish
 
-# Penn Treebank, an hour to an hour and a half a training. Expected (test; ours in bfloat16, the preset is float32): LSTM
-# 98, with as many weights 88, ENAS's cell 98, chain 650.
-run train-ptb/lstm/1 train --preset $preset --cell lstm
-run train-ptb/lstm-as-many-weights/1 train --preset $preset --cell lstm:enas
-for cell in enas darts_v2 enas_lm chain; do run train-ptb/$cell/1 train --preset $preset --cell $cell; done
-random=12-0-0-0-0-0-0-0-1-1-0-0-1-2-0-0-1-1-0-0-0-4-0-0-3-2-0-0-2-5-0-0-3-1-0-0-1-5-0-0-3-2-0-0-1-9-0-0-3-9-0-0-3
-for seed in $(seq $few); do run train-ptb/random-cell-1/$seed train --preset $preset --cell $random --seed $seed; done
-# ENAS, and random search with weight sharing: the same loop, the controller untrained; then their cells, from scratch
-# and from the shared weights.
-run search-ptb/trained/1 search --preset $preset --retrain 0
-run search-ptb/untrained/1 search --preset $preset --retrain 0 --controller untrained
-# The same for far longer, 3,920 controller updates. 3.9 and 2.4 hours. Expected: the policy's cells at 126 under their
-# shared weights, the untrained one's at 195.
-if [ "$preset" = ptb ]; then
-    long="--epochs 50 --shared_steps 100 --retrain 0"
-    run search-long/trained/1 search --preset ptb $long
-    run search-long/untrained/1 search --preset ptb $long --controller untrained
-fi
+# Penn Treebank. ENAS, and random search with weight sharing: the same loop, the controller untrained. Preset ptb: 240
+# controller updates, half an hour each; day: 3,920, 3.9 and 2.4 hours. Expected of day: the policy's cells at 126 under
+# their shared weights, the untrained one's at 195.
+run search-$preset/trained/1 search --preset $preset --retrain 0
+run search-$preset/untrained/1 search --preset $preset --retrain 0 --controller untrained
 finish
-${LAUNCH:-} python menas.py draw --cell "$out/search-ptb/trained/1" --out "$out/search-ptb"
+${LAUNCH:-} python menas.py draw --cell "$out/search-$preset/trained/1" --out "$out/search-$preset"
+# Cells of known names, LSTMs, the cells found and a random one, from scratch. Preset ptb: an hour to an hour and a half
+# each. Expected (test; ours in bfloat16, the preset is float32): LSTM 98, with as many weights 88, ENAS's cell 98, chain
+# 650. Preset day: six to ten hours each; not run by us.
+run train-$preset/lstm/1 train --preset $preset --cell lstm
+run train-$preset/lstm-as-many-weights/1 train --preset $preset --cell lstm:enas
+for cell in enas darts_v2 enas_lm chain; do run train-$preset/$cell/1 train --preset $preset --cell $cell; done
+random=12-0-0-0-0-0-0-0-1-1-0-0-1-2-0-0-1-1-0-0-0-4-0-0-3-2-0-0-2-5-0-0-3-1-0-0-1-5-0-0-3-2-0-0-1-9-0-0-3-9-0-0-3
 for seed in $(seq $few); do
-    run train-ptb/found/$seed train --preset $preset --cell "$out/search-ptb/trained/1" --seed $seed
-    run train-ptb/random-search/$seed train --preset $preset --cell "$out/search-ptb/untrained/1" --seed $seed
+    run train-$preset/random-cell-1/$seed train --preset $preset --cell $random --seed $seed
+    run train-$preset/found/$seed train --preset $preset --cell "$out/search-$preset/trained/1" --seed $seed
+    run train-$preset/random-search/$seed train --preset $preset --cell "$out/search-$preset/untrained/1" --seed $seed
 done
-[ "$preset" = paper ] || run train-ptb/from-shared-weights/1 train --preset $preset \
-    --cell "$out/search-ptb/trained/1" --supernet "$out/search-ptb/trained/1"
+# From the shared weights, where trainings are as wide as searches.
+case $preset in smoke | ptb)
+    run train-$preset/from-shared-weights/1 train --preset $preset --cell "$out/search-$preset/trained/1" \
+        --supernet "$out/search-$preset/trained/1" ;;
+esac
+finish
 
 # How fast? Ratios to the plain loop. Minutes. Expected: above 1.
 run bench/1 bench --hidden $([ -z "${SMOKE:-}" ] && echo 850 || echo 32)

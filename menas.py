@@ -2163,7 +2163,7 @@ class Config:
 
     The defaults hold where a preset says nothing else; the authors' are in the preset 'paper'.
     """
-    preset: str = option("tiny", "smoke, tiny, ptb or paper: sizes and schedules")
+    preset: str = option("tiny", "smoke, tiny, ptb, day or paper: sizes and schedules")
     data: str = option("toy", "toy, ptb, a folder with train.txt, valid.txt and test.txt, or a "
                        "file, of which 90 % train")
     unit: str = option("word", "what a token is: word, between spaces, or char, spaces too")
@@ -2264,9 +2264,13 @@ def settings_of(command):
     return [f.name for f in fields(Config) if f.name in used]
 
 
-# preset -> command -> settings; "all" holds for every command, "studies" for those that train cells
+# parts of presets
+PENN = dict(data="ptb", batch=20, weight_decay=1.2e-6, schedule="cosine")
+PENN_SEARCH = dict(input_dropout=.2, output_dropout=.2, warm_epochs=1, fold=1, controller_steps=80)
 LIGHT = dict(input_dropout=.35, hidden_dropout=.1, output_dropout=.35)  # at 200 units
+CAPACITY = dict(batch=4, epochs=300, derive_samples=4)
 GATED = "highway,glu,gate,sum"
+# preset -> command -> settings; "all" holds for every command, "studies" for those that train cells
 PRESETS = {
     "smoke": {
         "all": dict(hidden=16, bptt=20, nodes=4, epochs=2, lr=5.0, shared_steps=20,
@@ -2284,7 +2288,7 @@ PRESETS = {
         "studies": dict(epochs=75, patience=3, schedule="plateau", derive_samples=10),
         "ablate": dict(derive_samples=3),
         "factors": dict(derive_samples=2),
-        "capacity": dict(batch=4, epochs=300, derive_samples=4),
+        "capacity": CAPACITY,
         "state": dict(derive_samples=30),
         "similarity": dict(epochs=8, warm_epochs=2),
         "cost": dict(shared_steps=200, controller_steps=40),
@@ -2294,12 +2298,20 @@ PRESETS = {
         "bench": dict(hidden=850),
     },
     "ptb": {
-        "all": dict(data="ptb", batch=20, weight_decay=1.2e-6, schedule="cosine"),
-        "search": dict(epochs=4, input_dropout=.2, output_dropout=.2, warm_epochs=1, fold=1,
-                       controller_steps=80),
+        "all": PENN,
+        "search": PENN_SEARCH | dict(epochs=4),
         "train": LIGHT | dict(epochs=12),
         "studies": LIGHT | dict(epochs=12, derive_samples=10),
-        "capacity": dict(batch=4, epochs=300, derive_samples=4),
+        "capacity": CAPACITY,
+    },
+    # a search of 3,920 controller updates, and trainings twice as wide
+    "day": {
+        "all": PENN,
+        "search": PENN_SEARCH | dict(epochs=50, shared_steps=100),
+        "train": dict(hidden=400, epochs=40, input_dropout=.5, hidden_dropout=.2,
+                      output_dropout=.5),
+        "studies": LIGHT | dict(epochs=12, derive_samples=10),
+        "capacity": CAPACITY,
     },
     # The corrected code of ENAS's authors, search and final training. Its two masks on the input
     # are one here, of rate 1 - (1 - .2) (1 - .75) = .8. Its final training's L2 is a sum of
@@ -2312,7 +2324,7 @@ PRESETS = {
         "train": dict(hidden=800, epochs=3000, word_dropout=.125, input_dropout=.775,
                       hidden_dropout=.225, output_dropout=.75, average=True, patience=100),
         "studies": LIGHT | dict(epochs=300, patience=10, schedule="plateau", derive_samples=10),
-        "capacity": dict(batch=4, epochs=300, derive_samples=4),
+        "capacity": CAPACITY,
     },
 }
 
