@@ -510,22 +510,62 @@ def inherit(shared, rows):
     return copies | {"nodes": shared["edges"][edges_of(rows)]}
 
 
-def pick(options, which):
-    """Each cell's own choice: options [choices, K, ...] and which [K] give [K, ...]."""
-    return options[which, torch.arange(len(which), device=which.device)]
+def own(which, options):
+    """What K cells choose, which [K]: those of the options that some cell takes, and each cell's
+    place among them [K]. On a GPU all options, as it would wait for the host to ask."""
+    if which.device.type == "cpu":
+        taken, place = which.unique(return_inverse=True)
+        return taken.tolist(), place
+    return list(range(options)), which.long()
 
 
-def node_value(p, q, z, operation, activation):
+def of_each(choice, option):
+    """Each cell's own [K, ...] of the tensors option(number) [K, ...], of a choice as own() has it.
+
+    What no cell takes is not computed, what all take is not copied.
+    """
+    taken, place = choice
+    values = [option(number) for number in taken]
+    if len(values) == 1:
+        return values[0]
+    return torch.stack(values)[place, torch.arange(len(place), device=place.device)]
+
+
+# What K cells choose for a node, each as own() has it: the slot it reads, and whether that is the
+# input pair; the second slot, and whether it reads the mean of both; the operation, and whether it
+# is a gate, which multiplies act(s_q) in the place of act(u); the activation.
+Choices = namedtuple("Choices", "read from_input second both operation gates activation")
+
+
+def choices_of(cells):
+    """[Choices] of the nodes; made once a segment, for every word."""
+    both = (cells.operation == HIGHWAY) & (cells.second > 0)
+    columns = Choices(cells.read, cells.read == INPUT, cells.second, both, cells.operation,
+                      cells.operation == GATE, cells.activation)
+    nodes = []
+    for i, choices in enumerate(zip(*[column.unbind(1) for column in columns])):
+        options = (i + 1, 2, i + 1, 2, len(OPERATIONS), 2, len(ACTIVATIONS))
+        nodes.append(Choices(*map(own, choices, options)))
+    return nodes
+
+
+def node_value(p, q, z, node):
     """One node of K cells, s_i [K, B, H], by the equations of chapter 1.
 
-    p, q [K, B, H]: the slots it reads; z [K, B, 2H]: c and u; operation, activation [K].
+    p, q [K, B, H]: the slots it reads; z [K, B, 2H]: c and u; node: its Choices.
     """
     c, u = z.chunk(2, dim=-1)
     gate = torch.sigmoid(c)
-    through = torch.where((operation == GATE)[:, None, None], q, u)
-    # all activations and all operations are computed, and each cell takes its own
-    y = pick(torch.stack([act(through) for act in ACTIVATIONS.values()]), activation)
-    return pick(torch.stack([p + gate * (y - p), gate * y, gate * y, p + q]), operation)
+    activations = list(ACTIVATIONS.values())
+    through = of_each(node.gates, lambda gates: q if gates else u)
+    y = of_each(node.activation, lambda number: activations[number](through))
+
+    def value(operation):
+        if operation == HIGHWAY:
+            return p + gate * (y - p)
+        return p + q if operation == SUM else gate * y
+
+    return of_each(node.operation, value)
 
 
 def bounded(state):
@@ -537,31 +577,26 @@ def bounded(state):
     return state * (STATE_BOUND * square.clamp(min=STATE_BOUND ** 2).rsqrt())
 
 
-def read_word(cells, w, xw, h, memory, mask, live, leaf):
+def read_word(nodes, carried, w, xw, h, memory, mask, live, leaf):
     """One word: the state h, memory [K, B, H] before it -> those after it.
 
-    w: N of [K, H, 2H], the nodes' weights; xw: 1 or N of [K or 1, B, 2H], x_t times input weights;
-    mask [K or 1, B or 1, H]: dropout on what nodes read; live [K, 1, H]: the units a cell has.
+    nodes: choices_of() the cells; carried: own() of the slots that become the memory; w: N of [K,
+    H, 2H], the nodes' weights; xw: 1 or N of [K or 1, B, 2H], x_t times input weights; mask [K or
+    1, B or 1, H]: dropout on what nodes read; live [K, 1, H]: the units a cell has.
     """
     # what the next node can read: the input pair's h, then the nodes so far
     slots = [h]
-    for i in range(len(w)):
-        read = cells.read[:, i]
-        operation = cells.operation[:, i]
-        second = cells.second[:, i]
-        values = torch.stack(slots)                                               # [i + 1, K, B, H]
-        p = pick(values, read)
-        q = pick(torch.cat([memory[None], values[1:]]), second)
-        adds = (operation == HIGHWAY) & (second > 0)
-        p = torch.where(adds[:, None, None], (p + q) / 2, p)
+    for i, node in enumerate(nodes):
+        p = of_each(node.read, lambda slot: slots[slot])
+        q = of_each(node.second, lambda slot: memory if slot == MEMORY else slots[slot])
+        p = of_each(node.both, lambda both: (p + q) / 2 if both else p)
         z = (p * mask) @ w[i]                                                         # [K, B, 2H]
         if i < len(xw):
-            z = z + (read == INPUT)[:, None, None] * xw[i]
-        slots.append(live * node_value(p, q, z, operation, cells.activation[:, i]))
+            z = of_each(node.from_input, lambda reads: z + xw[i] if reads else z)
+        slots.append(live * node_value(p, q, z, node))
     # out of the cell: the mean of the leaves, and the node that is carried
-    values = torch.stack(slots)                                                   # [N + 1, K, B, H]
-    h = torch.einsum("kn,nkbh->kbh", leaf, values[1:])
-    memory = pick(values, cells.memory) * (cells.memory > 0)[:, None, None]
+    memory = of_each(carried, lambda slot: slots[slot] if slot else torch.zeros_like(h))
+    h = torch.einsum("kn,nkbh->kbh", leaf, torch.stack(slots[1:]))
     return bounded(h), bounded(memory)
 
 
@@ -581,11 +616,13 @@ def plain_recurrence(cells, w, xw, h, memory, mask=None):
     live = live_units(cells, h.shape[-1]).to(h.dtype)                                   # [K, 1, H]
     leaf = leaf_weights(cells).to(h.dtype)                                                 # [K, N]
     mask = live if mask is None else mask * live
+    nodes = choices_of(cells)
+    carried = own(cells.memory, len(nodes) + 1)
     states = []
     # the gradient of a slice would be as large as what it is a slice of; unbind's is not
     w = w.unbind()
     for word in xw.unbind(2):
-        h, memory = read_word(cells, w, word.unbind(1), h, memory, mask, live, leaf)
+        h, memory = read_word(nodes, carried, w, word.unbind(1), h, memory, mask, live, leaf)
         states.append(h)
     return torch.stack(states, 1), memory
 

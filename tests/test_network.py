@@ -46,6 +46,14 @@ def test_the_network_is_the_naive_one(kind, recurrence, shared, k, masked, size)
         assert miss(kind, shared, k, recurrence, seed=seed, masked=masked, size=size) < 1e-10
 
 
+@pytest.mark.parametrize("k", [1, 5])
+def test_it_is_the_naive_one_also_where_all_options_are_computed(k, monkeypatch):
+    """As on a GPU, which does not wait to hear which of them are taken."""
+    mutate(monkeypatch, "own", ("which.device.type == 'cpu'", "False"))
+    for kind in ("enas", "gated", "narrow"):
+        assert miss(kind, True, k, plain_recurrence, seed=1, masked=True) < 1e-10
+
+
 @pytest.mark.parametrize("function, right, wrong", [
     ("local_derivatives", "y.sub_(p)", "y"),                         # no -p in the gate's
     ("local_derivatives", ".add_(offset)", ""),                    # no constant in act'
