@@ -2690,9 +2690,9 @@ def run_command(command, work, config):
 
 
 # 11. Search and train -----------------------------------------------------------------------------
-# Most commands are a function (config, run) -> rows, flat dicts, of ONE seed; experiments.sh runs it
-# for several, and the report puts them together. A sweep needs no code: its arms are searches with
-# other flags.
+# Most commands are a function (config, run) -> rows, flat dicts, of ONE seed; experiments.sh runs
+# it for several, and the report puts them together. A sweep needs no code: its arms are searches
+# with other flags.
 
 def guessing(corpus):
     """The loss of guessing, nats per token."""
