@@ -88,6 +88,7 @@ def test_the_findings_are_those_of_the_records():
     learns = {group: mean(x) for group, x in values("extra-frozen", "learns").items()}
     test = {group: mean(x) for group, x in values("compare", "test").items()}
     factors = {group: mean(x) for group, x in values("factors", "test").items()}
+    capacity = {group: mean(x) for group, x in values("capacity", "train").items()}
     rates = {group: mean(x) for group, x in values("optimizer", "valid").items()}
     kept = {group: mean(x) for group, x in values("kept", "valid").items()}
     start = {group: mean(x) for group, x in values("train-start", "test").items()}
@@ -109,6 +110,7 @@ def test_the_findings_are_those_of_the_records():
         [shown(test["uniform"] - test["trained"], 3), shown(test["trained"] - test["LSTM"], 3)],
         [shown(factors[f"{a} connections, {b} activations"], 3) for a, b in
          (("searched", "searched"), ("random", "searched"), ("random", "random"))],
+        [shown(capacity[kind], 3) for kind in ("as it is", "only tanh", "only sigmoid")],
         [shown(spaces[arm], 2) for arm in ("chain", "ENAS", "gated", "gated-memory")],
         [shown(rates["no-choice"] - rates[arm], 3) for arm in ("sampled", "control", "larger-rate")],
         [shown(kept["carry"], 3)] + [shown(kept[arm] - kept["carry"], 3) for arm in ("zero", "warm")],
