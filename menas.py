@@ -710,7 +710,6 @@ class FastRecurrence(torch.autograd.Function):
         nodes, k, hidden, _ = w.shape
         steps, batch = xw.shape[1:3]
         kept = steps if training else 1  # steps whose slots are stored
-        scale, shift, linear, floor = coefficients[:4]
         slots = take(w, nodes + 1, k, kept, batch, hidden)                   # what a node can read
         gates = take(w, nodes, k, kept, batch, 2, hidden)                    # sigmoid(c), act(u)
         h = w.new_empty(k, steps, batch, hidden)
@@ -718,22 +717,27 @@ class FastRecurrence(torch.autograd.Function):
         p = w.new_empty(k, batch, hidden)
         masked = torch.empty_like(p)
         z = w.new_empty(k, batch, 2 * hidden)
-        u = z.view(k, batch, 2, hidden)[:, :, 1]
+        both = z.view(k, batch, 2, hidden)
+        u = both[:, :, 1]
         source, alone = sources(read)
+        # unbound once: an index in the loop costs as much as a small product
+        scale, shift, linear, floor = [x.unbind() for x in coefficients[:4]]
+        matrices = w.unbind()
         state = h0
         # without a backward pass to come, each step overwrites the last
         for t in range(steps):
             now = t if training else 0
             values = slots[:, :, now].unbind()                              # of each slot [K, B, H]
             flat = slots.view(-1, kept, batch, hidden)[:, now]               # [slots * K, B, H]
+            gates_now = gates[:, :, now].unbind()
             values[0].copy_(state)
             for i in range(nodes):
                 p = values[source[i]] if alone else torch.index_select(flat, 0, source[i], out=p)
-                torch.bmm(p if mask is None else torch.mul(p, mask, out=masked), w[i], out=z)
+                torch.bmm(p if mask is None else torch.mul(p, mask, out=masked), matrices[i], out=z)
                 # only node 0 reads the word
                 if i == 0:
                     z += xw[:, t]
-                c, y = torch.sigmoid(z.view(k, batch, 2, hidden), out=gates[i, :, now]).unbind(2)
+                c, y = torch.sigmoid(both, out=gates_now[i]).unbind(2)
                 # y = act(u) by its coefficients, then s_i = p + c (y - p)
                 torch.maximum(u.mul_(linear[i]), floor[i], out=u)
                 torch.add(u.addcmul_(y, scale[i]), shift[i], out=y)
@@ -767,11 +771,14 @@ class FastRecurrence(torch.autograd.Function):
         for i in range(nodes):
             local_derivatives(gates[i], read_by(i), [x[i, :, None] for x in coefficients], keep[i])
         weight = leaf.t()[:, :, None, None]                                  # [N, K, 1, 1]
-        back = w.transpose(2, 3).contiguous()  # a product with a view is slow in bfloat16
+        # a product with a view is slow in bfloat16
+        back = w.transpose(2, 3).contiguous().unbind()
         ds = w.new_zeros(nodes + 1, k, batch, hidden)                        # of one step's slots
         flat_ds = ds.flatten(0, 1)
         values = ds.unbind()
+        twice = ds[:, :, :, None].unbind()
         dz = w.new_empty(k, batch, 2, hidden)
+        flat_dz = dz.flatten(2)
         dp = w.new_empty(k, batch, hidden)
         dh = torch.zeros_like(dp)
         for t in reversed(range(steps)):
@@ -779,14 +786,15 @@ class FastRecurrence(torch.autograd.Function):
             dmean = bound_backward(grad[:, t] + dh, h[:, t], shrink[:, t])
             ds[0] = 0
             torch.mul(dmean, weight, out=ds[1:])
+            local_now = local[:, :, t].unbind()
+            keep_now = keep[:, :, t].unbind()
             for i in reversed(range(nodes)):
-                here = local[i, :, t]
-                torch.mul(here, values[i + 1][:, :, None], out=dz)
-                here.copy_(dz)  # kept for dw
-                torch.bmm(dz.flatten(2), back[i], out=dp)
+                torch.mul(local_now[i], twice[i + 1], out=dz)
+                local_now[i].copy_(dz)  # kept for dw
+                torch.bmm(flat_dz, back[i], out=dp)
                 if mask is not None:
                     dp.mul_(mask)
-                dp.addcmul_(values[i + 1], keep[i, :, t])
+                dp.addcmul_(values[i + 1], keep_now[i])
                 # what node i read gets dp, also from other nodes that read it
                 if alone:
                     values[source[i]].add_(dp)
