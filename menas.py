@@ -777,8 +777,6 @@ class FastRecurrence(torch.autograd.Function):
         flat_ds = ds.flatten(0, 1)
         values = ds.unbind()
         twice = ds[:, :, :, None].unbind()
-        dz = w.new_empty(k, batch, 2, hidden)
-        flat_dz = dz.flatten(2)
         dp = w.new_empty(k, batch, hidden)
         dh = torch.zeros_like(dp)
         for t in reversed(range(steps)):
@@ -786,12 +784,12 @@ class FastRecurrence(torch.autograd.Function):
             dmean = bound_backward(grad[:, t] + dh, h[:, t], shrink[:, t])
             ds[0] = 0
             torch.mul(dmean, weight, out=ds[1:])
-            local_now = local[:, :, t].unbind()
+            dz = local[:, :, t].unbind()  # overwritten once more: kept for dw
+            flat_dz = local[:, :, t].flatten(3).unbind()
             keep_now = keep[:, :, t].unbind()
             for i in reversed(range(nodes)):
-                torch.mul(local_now[i], twice[i + 1], out=dz)
-                local_now[i].copy_(dz)  # kept for dw
-                torch.bmm(flat_dz, back[i], out=dp)
+                dz[i].mul_(twice[i + 1])
+                torch.bmm(flat_dz[i], back[i], out=dp)
                 if mask is not None:
                     dp.mul_(mask)
                 dp.addcmul_(values[i + 1], keep_now[i])
