@@ -511,12 +511,16 @@ def inherit(shared, rows):
 
 
 def own(which, options):
-    """What K cells choose, which [K]: those of the options that some cell takes, and each cell's
-    place among them [K]. On a GPU all options, as it would wait for the host to ask."""
+    """What K cells choose, which [K]: the options that some cell takes, and where each cell's own
+    stands in the K values of the first of them, then K of the second, and so on [K].
+
+    A GPU would wait for the host to ask which, so there all options count as taken.
+    """
+    taken = torch.arange(options)
     if which.device.type == "cpu":
-        taken, place = which.unique(return_inverse=True)
-        return taken.tolist(), place
-    return list(range(options)), which.long()
+        taken, which = which.unique(return_inverse=True)
+    cells = torch.arange(len(which), device=which.device)
+    return taken.tolist(), which * len(which) + cells
 
 
 def of_each(choice, option):
@@ -526,9 +530,7 @@ def of_each(choice, option):
     """
     taken, place = choice
     values = [option(number) for number in taken]
-    if len(values) == 1:
-        return values[0]
-    return torch.stack(values)[place, torch.arange(len(place), device=place.device)]
+    return values[0] if len(values) == 1 else torch.cat(values).index_select(0, place)
 
 
 # What K cells choose for a node, each as own() has it: the slot it reads, and whether that is the
