@@ -91,6 +91,8 @@ def test_the_findings_are_those_of_the_records():
     capacity = {group: mean(x) for group, x in values("capacity", "train").items()}
     rates = {group: mean(x) for group, x in values("optimizer", "valid").items()}
     kept = {group: mean(x) for group, x in values("kept", "valid").items()}
+    bias = {group: mean(x) for group, x in values("state", "bias").items()}
+    tau = min(map(mean, values("state", "tau").values()))
     start = {group: mean(x) for group, x in values("train-start", "test").items()}
     anneal = {group: mean(x) for group, x in values("anneal", "test").items()}
     robust = {group: mean(x) for group, x in values("robust", "test, words").items()}
@@ -114,6 +116,7 @@ def test_the_findings_are_those_of_the_records():
         [shown(spaces[arm], 2) for arm in ("chain", "ENAS", "gated", "gated-memory")],
         [shown(rates["no-choice"] - rates[arm], 3) for arm in ("sampled", "control", "larger-rate")],
         [shown(kept["carry"], 3)] + [shown(kept[arm] - kept["carry"], 3) for arm in ("zero", "warm")],
+        [shown(bias[policy], 3) for policy in ("carry", "zero", "warm")] + [shown(tau, 2)],
         [shown(start["scratch"] - start["shared"], 3)],
         [shown(anneal["annealed"] - anneal["best-of-sample"], 3)],
         [shown(robust["words"] - robust["plain"], 3)],
