@@ -3597,8 +3597,8 @@ def study_progress(config, run):
     def watch(round_):
         drawn = game.controller.sample(config.derive_samples, config.seed, "watch", round_).rows
         rows, losses = derive(config, game.s["weights"], drawn, corpus)
-        best = dict(group="best", round=round_, cell=row_name(rows[0]), valid=losses[0].item(),
-                    distinct=len(drawn.unique(dim=0)))
+        best = dict(group=f"before round {round_}", round=round_, cell=row_name(rows[0]),
+                    valid=losses[0].item(), distinct=len(drawn.unique(dim=0)))
         write_json(run.folder / f"round {round_}.json", best)
 
     search(game, run, watch)
@@ -3798,7 +3798,7 @@ def draw_progress(path, rows):
     with movie.saving(figure, str(path), dpi=70):
         for row in rows:
             axes.clear()
-            title = f"before round {row['round']}: perplexity {math.exp(row['valid']):.2f}"
+            title = f"{row['group']}: perplexity {math.exp(row['valid']):.2f}"
             draw_cell(decode(row_of(row["cell"])), axes, title)
             movie.grab_frame()
 
