@@ -3937,9 +3937,11 @@ def report_study(folder, records, out):
     """Its section of the page: question, tables, figure, command, and what they were made with."""
     study = study_of(folder)
     rows = rows_of(records)
+    pictures = [f"![{folder}]({folder}.png)"]
     draw_study(Path(out) / f"{folder}.png", study, records)
     if any("round" in row for row in rows):
         draw_progress(Path(out) / f"{folder}.gif", records[0]["rows"])
+        pictures.append(f"![the best cell of each round]({folder}.gif)")
     machines = "; ".join(sorted({record["machine"] for record in records}))
     hours = sum(record["seconds"] for record in records) / 3600
     notes = "".join(sorted({f" {record.get('converted', '')}" for record in records})).strip()
@@ -3947,7 +3949,7 @@ def report_study(folder, records, out):
             f"{len(rows)} rows, {hours:.1f} hours on {machines}. {notes}".strip())
     arms = [f"- {arm}: `{given}`" for arm, given in flags(records).items() if given]
     return [f"## {folder}: {study.question}", *tables(study, records),
-            f"![{folder}]({folder}.png)", made, *(["\n".join(arms)] if arms else [])]
+            *pictures, made, *(["\n".join(arms)] if arms else [])]
 
 
 def report(out):
