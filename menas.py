@@ -11,7 +11,7 @@ own (many networks, trained as one).
     code          symbol        meaning
     weights       omega         of the shared network, the supernet, or of K standalone ones; a dict
     controller    theta         the policy's weights; F(theta): the reward once omega has answered
-    rows          m             architectures [K, D], a column a decision; cells: rows, by name
+    rows          m             architectures [K, D], D = 5 + 4N numbers each; cells: rows, by name
     network()     L(omega; m)   mean loss per token [K], nats; perplexity is its exponential
     K, N          -             architectures in a batch, nodes of a cell
     T, B, H, V    -             words of a segment (bptt), streams (batch), hidden units, vocabulary
@@ -115,7 +115,7 @@ def move(x, device):
 #     highway   s_i = s_p + sigmoid(c) * (act(u) - s_p)     ENAS's only one (Zilly et al. 2017)
 #     glu       s_i = sigmoid(c) * act(u)                   (Dauphin et al. 2017)
 #     gate      s_i = sigmoid(c) * act(s_q)                 multiplies what another node computed
-#     sum       s_i = s_p + s_q                             no weights, no activation
+#     sum       s_i = s_p + s_q                             no weights: of the input pair h_{t-1}
 #
 # The new state h_t is the mean of the leaves, the nodes that nobody reads (Pham et al. 2018, 2.1).
 # Outside ENAS's space one node's value may be carried on as a memory mem_t, which gate and sum can
@@ -129,10 +129,10 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "identity": torch.clone,
 }
-TANH, RELU, SIGMOID, IDENTITY = range(4)  # in the order of the corrected code's arcs
+TANH, RELU, SIGMOID, IDENTITY = range(4)  # in the order of ENAS's corrected code, see arc()
 LEAVES, ALL = range(2)       # h_t is the mean of the leaves, or of all nodes after node 0
 # A 0 is: in read the input pair; in second the memory, of a highway nothing; in memory that nothing
-# is carried. Where functions below name slots, None is the memory.
+# is carried. slots_read() calls the memory None.
 INPUT = 0
 MEMORY = 0
 
@@ -232,7 +232,7 @@ CELLS = {
 }
 
 
-def leaf_weights(cells):
+def leaf_weights(cells, dtype=torch.float64):
     """[K, N]: each node's weight in h_t, 1 / leaves for a leaf, else 0.
 
     A leaf is a node that nobody reads (Pham et al. 2018, 2.1), or of a cell whose output is ALL
@@ -246,7 +246,7 @@ def leaf_weights(cells):
     is_read = (F.one_hot(cells.read, n + 1) | F.one_hot(cells.second, n + 1)).any(1)
     inner = exists & ((node > 0) | (cells.nodes[:, None] == 1))  # DARTS: all but node 0
     # carried on as memory is not read: such a node can still be a leaf
-    leaf = torch.where(cells.output[:, None] == ALL, inner, exists & ~is_read[:, 1:]).double()
+    leaf = torch.where(cells.output[:, None] == ALL, inner, exists & ~is_read[:, 1:]).to(dtype)
     return leaf / leaf.sum(1, keepdim=True)
 
 
@@ -341,7 +341,7 @@ def listed(config, name, known):
     return [known[choose(f"word in --{name}", word, known)] for word in words] or [0]
 
 
-def nodes_decisions(config, i, operations, activations, least):
+def node_decisions(config, i, operations, activations, least):
     """What is to be decided of node i; a node from the least number on may be absent."""
     exists = ()
     if i >= least:  # column 0, the number of nodes, is larger than i
@@ -398,7 +398,7 @@ def search_space(config):
         every = tuple(column(i, "activation") for i in range(n))
         decisions.append(Decision("activation", every, activations))
     for i in range(n):
-        decisions += nodes_decisions(config, i, operations, activations, least)
+        decisions += node_decisions(config, i, operations, activations, least)
     return decisions
 
 
@@ -422,7 +422,8 @@ def matters(rows, decision):
 # An LSTM has torch.nn.LSTM's instead, with a leading K.
 
 STATE_BOUND = 25.0  # largest norm of h_t and of mem_t
-# ENAS-pytorch bounds only what it carries, the last node's value, and decodes the unbounded mean.
+# ENAS-pytorch (Taehoon Kim's code) bounds only what it carries, the last node's value, and decodes
+# the unbounded mean.
 
 
 def edge_index(slot, node):
@@ -454,7 +455,8 @@ def init_bound(units):
 def shared_weights(config, words):
     """Weights of the supernet: the embedding, the edges, the input's, the bias."""
     h = config.hidden
-    shapes = {"embedding": (words, h), "edges": (edge_index(0, config.nodes), h, 2 * h)}
+    edges = edge_index(0, config.nodes)  # as many as come before those of another node
+    shapes = {"embedding": (words, h), "edges": (edges, h, 2 * h)}
     # a width cuts the input too, so it needs the general path
     if config.operations in ("", "highway") and not config.widths:
         shapes["input"] = (1, h, 2 * h)
@@ -482,8 +484,8 @@ def standalone_weights(config, words, cells, seeds):
 
 
 def lstm_weights(config, words, units, seeds):
-    """Weights of K LSTMs; if units is not --hidden, h is projected to that, the tied embedding's
-    size, by which all are drawn."""
+    """Weights of K LSTMs, all drawn by --hidden, the tied embedding's size; if units is another
+    number, h is projected to it."""
     e = config.hidden
     h = units
     shapes = {"embedding": (words, e), "weight_ih": (4 * h, e), "weight_hh": (4 * h, h),
@@ -510,13 +512,13 @@ def inherit(shared, rows):
     return copies | {"nodes": shared["edges"][edges_of(rows)]}
 
 
-def own(which, options):
-    """What K cells choose, which [K]: the options that some cell takes, and where each cell's own
-    stands in the K values of the first of them, then K of the second, and so on [K].
+def own(which, count):
+    """What K cells choose of 0 .. count - 1, which [K]: the options that some cell takes, and each
+    cell's place [K] in the K values of the first of them, then K of the second, and so on.
 
-    A GPU would wait for the host to ask which, so there all options count as taken.
+    To ask which, the host would wait for a GPU, so there all options count as taken.
     """
-    taken = torch.arange(options)
+    taken = torch.arange(count)
     if which.device.type == "cpu":
         taken, which = which.unique(return_inverse=True)
     cells = torch.arange(len(which), device=which.device)
@@ -526,7 +528,7 @@ def own(which, options):
 def of_each(choice, option):
     """Each cell's own [K, ...] of the tensors option(number) [K, ...], of a choice as own() has it.
 
-    What no cell takes is not computed, what all take is not copied.
+    Only what counts as taken is computed, and a lone option is not copied.
     """
     taken, place = choice
     values = [option(number) for number in taken]
@@ -540,14 +542,14 @@ Choices = namedtuple("Choices", "read from_input second both operation gates act
 
 
 def choices_of(cells):
-    """[Choices] of the nodes; made once a segment, for every word."""
+    """A list, the Choices of each node; made once a segment, for every word."""
     both = (cells.operation == HIGHWAY) & (cells.second > 0)
     columns = Choices(cells.read, cells.read == INPUT, cells.second, both, cells.operation,
                       cells.operation == GATE, cells.activation)
     nodes = []
     for i, choices in enumerate(zip(*[column.unbind(1) for column in columns])):
-        options = (i + 1, 2, i + 1, 2, len(OPERATIONS), 2, len(ACTIVATIONS))
-        nodes.append(Choices(*map(own, choices, options)))
+        counts = (i + 1, 2, i + 1, 2, len(OPERATIONS), 2, len(ACTIVATIONS))
+        nodes.append(Choices(*map(own, choices, counts)))
     return nodes
 
 
@@ -582,9 +584,9 @@ def bounded(state):
 def read_word(nodes, carried, w, xw, h, memory, mask, live, leaf):
     """One word: the state h, memory [K, B, H] before it -> those after it.
 
-    nodes: choices_of() the cells; carried: own() of the slots that become the memory; w: N of [K,
-    H, 2H], the nodes' weights; xw: 1 or N of [K or 1, B, 2H], x_t times input weights; mask [K or
-    1, B or 1, H]: dropout on what nodes read; live [K, 1, H]: the units a cell has.
+    nodes: choices_of() the cells; carried: own() of the slots that become the memory; w: the nodes'
+    weights, N of [K, H, 2H]; xw: x_t times input weights, 1 or N of [K or 1, B, 2H]; mask [K, B or
+    1, H]: live, times dropout on what nodes read; live [K, 1, H]: units a cell has; leaf [K, N].
     """
     # what the next node can read: the input pair's h, then the nodes so far
     slots = [h]
@@ -609,14 +611,14 @@ def live_units(cells, hidden):
 
 
 def plain_recurrence(cells, w, xw, h, memory, mask=None):
-    """h of every step [K, T, B, H] and the last memory [K, B, H], for xw [K or 1, 1 or N, T, B,
-    2H].
+    """h of every step [K, T, B, H] and the last memory [K, B, H], for w [N, K, H, 2H], xw [K or 1,
+    1 or N, T, B, 2H] and mask [K or 1, B, H].
 
-    It serves every space and can be differentiated twice: it is the reference. FastRecurrence is
+    It serves every space and can be differentiated twice: it is the reference. fast_recurrence() is
     the same for ENAS's own space.
     """
     live = live_units(cells, h.shape[-1]).to(h.dtype)                                   # [K, 1, H]
-    leaf = leaf_weights(cells).to(h.dtype)                                                 # [K, N]
+    leaf = leaf_weights(cells, h.dtype)                                                    # [K, N]
     mask = live if mask is None else mask * live
     nodes = choices_of(cells)
     carried = own(cells.memory, len(nodes) + 1)
@@ -667,10 +669,10 @@ def give(*buffers):
 
 
 def sources(read):
-    """Of each node, what selects the slot it reads; and is it a lone architecture on the CPU?
+    """What selects the slot that each node reads; and is there one architecture only, on the CPU?
 
-    If so, the slot's number: a view is faster than a copy. Else the indices [K] of slot * K + k, in
-    the slots of all architectures one after the other.
+    If so, the slot's number: a view is faster than a copy. Else the indices slot * K + k [K] into
+    the slots [slots * K]: all architectures' slot 0, then their slot 1, and so on.
     """
     k = read.shape[1]
     if k == 1 and read.device.type == "cpu":
@@ -678,15 +680,15 @@ def sources(read):
     return (read * k + torch.arange(k, device=read.device)).unbind(), False
 
 
-def local_derivatives(gate, p, coefficients, keep):
-    """Of s = p + c (y - p), all steps, in place: gate [K, T, B, 2, H], which holds c = sigmoid(c~)
-    and y = act(u), becomes ds/dc~ and ds/dz, and keep [K, T, B, H] ds/dp = 1 - c."""
-    c, y = gate.unbind(3)
+def local_derivatives(gates, p, coefficients, keep):
+    """Of s = p + gate (y - p), all steps, in place: gates [K, T, B, 2, H], of gate = sigmoid(c) and
+    y = act(u), becomes ds/dc and ds/dz, and keep [K, T, B, H] ds/dp = 1 - gate."""
+    gate, y = gates.unbind(3)
     square, line, offset, jump = coefficients
-    torch.sub(1, c, out=keep)
+    torch.sub(1, gate, out=keep)
     dz = y.mul(square).add_(line).mul_(y).add_(offset).addcmul_(jump, (y > 0).to(y.dtype))
-    dz.mul_(c)
-    c.mul_(y.sub_(p)).mul_(keep)
+    dz.mul_(gate)
+    gate.mul_(y.sub_(p)).mul_(keep)
     y.copy_(dz)
 
 
@@ -719,8 +721,8 @@ class FastRecurrence(torch.autograd.Function):
         p = w.new_empty(k, batch, hidden)
         masked = torch.empty_like(p)
         z = w.new_empty(k, batch, 2 * hidden)
-        both = z.view(k, batch, 2, hidden)
-        u = both[:, :, 1]
+        cu = z.view(k, batch, 2, hidden)
+        u = cu[:, :, 1]
         source, alone = sources(read)
         # unbound once: an index in the loop costs as much as a small product
         scale, shift, linear, floor = [x.unbind() for x in coefficients[:4]]
@@ -739,17 +741,17 @@ class FastRecurrence(torch.autograd.Function):
                 # only node 0 reads the word
                 if i == 0:
                     z += xw[:, t]
-                c, y = torch.sigmoid(both, out=gates_now[i]).unbind(2)
-                # y = act(u) by its coefficients, then s_i = p + c (y - p)
+                gate, y = torch.sigmoid(cu, out=gates_now[i]).unbind(2)
+                # y = act(u) by its coefficients, then s_i = p + gate (y - p)
                 torch.maximum(u.mul_(linear[i]), floor[i], out=u)
                 torch.add(u.addcmul_(y, scale[i]), shift[i], out=y)
-                torch.lerp(p, y, c, out=values[i + 1])
+                torch.lerp(p, y, gate, out=values[i + 1])
             # h is the mean of the leaves, bounded in norm
-            y = torch.bmm(leaf[:, None], slots[1:, :, now].reshape(nodes, k, -1).transpose(0, 1))
-            y = y.view(k, batch, hidden)
-            norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+            x = torch.bmm(leaf[:, None], slots[1:, :, now].reshape(nodes, k, -1).transpose(0, 1))
+            x = x.view(k, batch, hidden)
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             torch.div(STATE_BOUND, norm.clamp_(min=STATE_BOUND), out=shrink[:, t])
-            state = torch.mul(y, shrink[:, t], out=h[:, t])
+            state = torch.mul(x, shrink[:, t], out=h[:, t])
         if training:
             ctx.save_for_backward(w, mask, read, leaf, slots, gates, h, shrink, *coefficients[4:])
         else:
@@ -778,7 +780,7 @@ class FastRecurrence(torch.autograd.Function):
         ds = w.new_zeros(nodes + 1, k, batch, hidden)                        # of one step's slots
         flat_ds = ds.flatten(0, 1)
         values = ds.unbind()
-        twice = ds[:, :, :, None].unbind()
+        over_cu = ds[:, :, :, None].unbind()  # to broadcast over c and u
         dp = w.new_empty(k, batch, hidden)
         dh = torch.zeros_like(dp)
         for t in reversed(range(steps)):
@@ -790,7 +792,7 @@ class FastRecurrence(torch.autograd.Function):
             flat_dz = local[:, :, t].flatten(3).unbind()
             keep_now = keep[:, :, t].unbind()
             for i in reversed(range(nodes)):
-                dz[i].mul_(twice[i + 1])
+                dz[i].mul_(over_cu[i + 1])
                 torch.bmm(flat_dz[i], back[i], out=dp)
                 if mask is not None:
                     dp.mul_(mask)
@@ -816,12 +818,12 @@ def fast_recurrence(cells, w, xw, h, memory, mask=None):
     # the slope goes into the weights of u, so that one sigmoid serves c and u
     slope, *coefficients = coefficients[..., None, None].unbind(2)
     halves = [torch.ones_like(slope), slope]
-    both = torch.cat([half.expand(-1, -1, -1, h.shape[-1]) for half in halves], -1)  # [N, K, 1, 2H]
-    xw = xw[:, 0] * both[0][:, None]
-    leaf = leaf_weights(cells).to(w.dtype)
+    slopes = torch.cat([half.expand(-1, -1, -1, h.shape[-1]) for half in halves], -1)
+    xw = xw[:, 0] * slopes[0][:, None]
+    leaf = leaf_weights(cells, w.dtype)
     training = torch.is_grad_enabled()
     read = cells.read.t()
-    states = FastRecurrence.apply(training, xw, h, w * both, mask, read, leaf, *coefficients)
+    states = FastRecurrence.apply(training, xw, h, w * slopes, mask, read, leaf, *coefficients)
     return states, memory
 
 
@@ -879,7 +881,7 @@ def unroll(weights, rows, batch, dtype=torch.float32, recurrence=None):
     """h of K architectures over a segment [K, T, B, H], and the state to go on with [2, K, B, H].
 
     rows [K, D]; dtype: that of the recurrence, while weights and states stay float32 or better.
-    The recurrence is the fast one where there is one for these weights, or the one given.
+    The recurrence is the one given, or the fast one where there is one for these weights.
     """
     cells = parse(rows)
     general = "inputs" in weights
@@ -923,16 +925,16 @@ def unroll_lstm(weights, batch):
 class SoftmaxLoss(torch.autograd.Function):
     """Mean loss [K] of h [K, R, H] for targets [R], -1 for none, decoders [K, V, H], biases [K, V].
 
-    By chunks of rows, so that all logits never exist at once. Log-probabilities are in h's dtype,
-    their sum in float32 or better. The softmax is at hand in forward, so the gradient for dL = 1 is
-    computed there, if one is wanted, and backward only scales it.
+    By chunks of the R = T * B positions, so that all logits never exist at once. Log-probabilities
+    are in h's dtype, their sum in float32 or better. The softmax is at hand in forward, so the
+    gradient for dL = 1 is computed there, if one is wanted, and backward only scales it.
     """
 
     @staticmethod
     def forward(ctx, training, h, decoder, bias, targets, chunk=512):
         wide = torch.promote_types(h.dtype, torch.float32)
         real = (targets >= 0).to(wide)[:, None]
-        share = real / real.sum().clamp(min=1)                                 # weights of the rows
+        share = real / real.sum().clamp(min=1)                        # of each position in the mean
         losses = torch.zeros(len(h), dtype=wide, device=h.device)
         if training:
             dh = torch.empty_like(h)
@@ -974,8 +976,8 @@ class SoftmaxLoss(torch.autograd.Function):
 def network(weights, rows, batch, dtype=torch.float32, recurrence=None):
     """L(omega; m): mean loss per token of K architectures [K], nats; and the state they leave.
 
-    Shared weights or K networks' own, an LSTM's or a cell's: what differs is only where weights
-    come from. A pure function: nothing is stored, and the caller decides what becomes of the state.
+    Shared weights or K networks' own: what differs is only where weights come from; LSTMs run one
+    by one. A pure function: nothing is stored, and the caller decides what becomes of the state.
     """
     if "weight_hh" in weights:
         h, state = unroll_lstm(weights, batch)  # always in float32
@@ -1068,7 +1070,8 @@ class Controller(nn.Module):
             choices = getattr(self, f"choices{i}")
             relevant = matters(out, d).long()
             if i not in self.free:
-                out[:, d.columns] = (choices[0] * relevant)[:, None]
+                for place in d.columns:
+                    out[:, place] = choices[0] * relevant
                 continue
             f = self.free.index(i)
             n = len(choices)
@@ -1084,7 +1087,8 @@ class Controller(nn.Module):
             # what does not matter is neither probable nor uncertain
             log_prob = log_prob + relevant * logp.gather(1, choice[:, None])[:, 0]
             entropy = entropy - relevant * (logp.exp() * logp).sum(1)
-            out[:, d.columns] = (choices[choice] * relevant)[:, None]
+            for place in d.columns:
+                out[:, place] = choices[choice] * relevant
             x = self.embed[f][choice * relevant]
         return Sample(out, log_prob, entropy, self.lstm(x, state)[0])
 
@@ -1177,7 +1181,8 @@ class Stream:
 def carry(weights, rows, segment, carried, dtype):
     """ENAS's: from whatever architecture read the segment before; of several, from their mean.
 
-    It costs nothing, and the state is another cell's: studies 'state' and 'kept' ask what of it.
+    It costs nothing, and the state is another cell's; the studies 'state' and 'kept' of chapter 13
+    ask what that does.
     """
     return carried
 
@@ -1348,7 +1353,7 @@ class Search:
         weights = {name: w.to(self.device) for name, w in weights.items()}
         zeros = zero_state(weights, config.batch)
         self.s = {
-            "step": 0,                                 # places of the rounds passed, idle ones too
+            "step": 0,                                 # also those in which the controller is idle
             "weights": weights,                        # omega
             "past": {},                                # its gradients so far, see remember()
             "state": dict.fromkeys(texts, zeros),      # of each text, where its stream stands
@@ -1482,7 +1487,7 @@ LOG_EVERY = 20  # steps from one line of metrics to the next; a run resumes at s
 
 def search(game, run, watch=None):
     """ENAS (Pham et al. 2018, 2.2): rounds of SGD on the shared weights, then of REINFORCE on the
-    controller. watch(round) is called before each of them.
+    controller. watch(round) is called before each round.
 
     A round is a pass over the training text, or --shared_steps, then --controller_steps. Everything
     that changes is in game; run logs it, keeps it, and restores it.
@@ -1540,8 +1545,8 @@ def search(game, run, watch=None):
 # Theta moves omega' only through which architectures it is trained on, so the response is a
 # REINFORCE gradient too: an architecture is rewarded by what a step of training on it does to
 # everyone's reward. LOOKAHEAD says where R is evaluated, RESPONSE what v passes through; ENAS is
-# (none, none); (fresh, unrolled) estimates this gradient, exactly if the fold is the whole policy.
-# These functions know nothing of RNNs: toy_enas.py holds them to closed forms,
+# (none, none); (fresh, unrolled) estimates this gradient, without bias if the fold is the whole
+# policy. These functions know nothing of RNNs: toy_enas.py holds them to closed forms,
 # tests/test_gradients.py to enumerated spaces.
 
 def no_rates(rows):
@@ -1618,7 +1623,7 @@ def recent(weights, step):
 
 
 def fresh(weights, step):
-    """g = d/domega mean_m xi_m L_T(omega; m) over the fold; of these alone it is unbiased."""
+    """g = d/domega mean_m xi_m L_T(omega; m) over the fold: the only unbiased one of these."""
     def scaled(w):
         losses, state = step.losses(w, step.fold)
         return step.rates(step.fold) * losses, state
@@ -1672,13 +1677,14 @@ def through_clip(v, g, step):
 def unrolled(v, weights, g, step, rows):
     """- <xi_m grad L_T(omega; m), u> - lr xi_m ( [|g| > c] clip <g^, v> + decay <omega, v> ).
 
-    u = lr J^T v: a step on the policy's MEAN gradient, clipped as a whole. Exact if the fold is the
-    whole policy: DARTS's second order, for a sampled controller. The second part is what a larger
-    rate does to the step's bound and to the decay; with one rate it is the same for all.
+    u = lr J^T v; c and g^ as in through_clip(): a step on the policy's MEAN gradient, clipped as a
+    whole. Exact if the fold is the whole policy: DARTS's second order, for a sampled controller.
+    The second part is what a larger rate does to the step's bound and to the decay; with one rate
+    it is the same for all.
     """
     norm = dot(g, g).sqrt()
-    longer = torch.where(norm > foreseen_clip(step), step.clip * dot(v, g) / norm, 0.0)
-    longer = step.lr * (longer + step.decay * dot(v, weights))
+    bound = torch.where(norm > foreseen_clip(step), step.clip * dot(v, g) / norm, 0.0)
+    longer = step.lr * (bound + step.decay * dot(v, weights))
     return -directional(step, weights, rows, through_clip(v, g, step)) - longer * step.rates(rows)
 
 
@@ -1751,9 +1757,9 @@ class Anticipation(Search):
 
         # each architecture's own gradient: K copies of its weights, differentiated as one
         def each(weights, rows, v):
-            own = inherit(weights, rows)
+            copies = inherit(weights, rows)
             along = inherit(v, rows)
-            grads, _ = mean_gradient(lambda w: (losses(w, rows)[0] * len(rows), None), own)
+            grads, _ = mean_gradient(lambda w: (losses(w, rows)[0] * len(rows), None), copies)
             square = sum(g.flatten(1).square().sum(1) for g in grads.values())
             inner = sum((grads[name] * along[name]).flatten(1).sum(1) for name in grads)
             return square.sqrt(), inner

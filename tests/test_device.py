@@ -42,7 +42,8 @@ class NoLists(TorchFunctionMode):
         indexes = function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
         if indexes and args[0].device == META:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            assert not any(isinstance(x, list) for x in index), f"{index} is copied to the device"
+            lists = [x for x in index if isinstance(x, (list, tuple))]
+            assert not lists, f"{lists} are copied to the device"
         assert function is not torch.tensor or (kwargs or {}).get("device") != META
         return function(*args, **(kwargs or {}))
 
@@ -52,6 +53,7 @@ class NoLists(TorchFunctionMode):
     lambda x: x[x > 0],
     lambda x: x + torch.ones(2),
     lambda x: x[[0, 1]],
+    lambda x: x[(0, 1),],
     lambda x: 1 if x.sum() > 0 else 0,
     lambda x: torch.ones(2).to(META),
     lambda x: torch.tensor([1], device=META),

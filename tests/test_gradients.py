@@ -133,7 +133,7 @@ MUTANTS = {
     "no projection": ("through_clip", " - along * g[name]", ""),
     "a step not clipped is projected": ("through_clip", "norm > clip,", "norm > 0,"),
     "no longer step": ("unrolled", " - longer * step.rates(rows)", ""),
-    "no decay in the response": ("unrolled", "(longer + step.decay * dot(v, weights))", "longer"),
+    "no decay in the response": ("unrolled", "(bound + step.decay * dot(v, weights))", "bound"),
     "bound without rates": ("foreseen_clip", " * mean_rate(step)", ""),
     "no decay": ("look_ahead", "step.decay * mean_rate(step)", "0.0"),
     "clipped before the mean": (

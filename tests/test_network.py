@@ -57,7 +57,7 @@ def test_it_is_the_naive_one_also_where_all_options_are_computed(k, monkeypatch)
 @pytest.mark.parametrize("function, right, wrong", [
     ("local_derivatives", "y.sub_(p)", "y"),                         # no -p in the gate's
     ("local_derivatives", ".add_(offset)", ""),                    # no constant in act'
-    ("local_derivatives", "torch.sub(1, c, out=keep)", "keep.copy_(c)"),
+    ("local_derivatives", "torch.sub(1, gate, out=keep)", "keep.copy_(gate)"),
     ("bound_backward", "value=-1", "value=0"),                       # as in ENAS-pytorch
     ("FastRecurrence", "dp.mul_(mask)", "pass"),
     ("FastRecurrence", "read_by(i) * mask[:, None]", "read_by(i)"),  # no mask in dW
