@@ -3793,7 +3793,7 @@ def curves(axes, records, value):
             ends[arm] = values[-1]
     if value == "valid_perplexity" and ends:  # of what failed only the start is seen
         axes.set(ylim=(0.9 * min(ends.values()), 1.5 * median(ends.values())))
-    axes.set(xlabel="updates", ylabel=value.replace("_", " "))
+    axes.set(xlabel="steps", ylabel=value.replace("_", " "))
     axes.legend(fontsize=8)
 
 
@@ -3916,14 +3916,20 @@ def tables(study, records):
 
 
 def flags(records):
-    """{arm: the settings in which the arms differ}: what a label stands for."""
-    arms = {record["folder"].parent.name: record["config"] for record in records}
+    """{arm: the settings in which the arms differ}: what a label stands for. Those in which the
+    runs of one arm differ, such as --supernet, are left out."""
+    arms = {}
+    for record in records:
+        arms.setdefault(record["folder"].parent.name, []).append(record["config"])
     known = {f.name for f in fields(Config)} - WHEREABOUTS - {"seed"}
-    base = next(iter(arms.values()))
-    differ = [name for name in base if name in known
-              and any(config.get(name) != base[name] for config in arms.values())]
-    return {arm: " ".join(f"--{name} {config.get(name)}" for name in differ)
-            for arm, config in arms.items()}
+    base = next(iter(arms.values()))[0]
+    differ = []
+    for name in known & base.keys():
+        values = [{str(config.get(name)) for config in configs} for configs in arms.values()]
+        if max(map(len, values)) == 1 and len(set.union(*values)) > 1:
+            differ.append(name)
+    return {arm: " ".join(f"--{name} {configs[0].get(name)}" for name in sorted(differ))
+            for arm, configs in arms.items()}
 
 
 def draw_study(path, study, records):
@@ -3950,9 +3956,10 @@ def report_study(folder, records, out):
         pictures.append(f"![the best cell of each round]({folder}.gif)")
     machines = "; ".join(sorted({record["machine"] for record in records}))
     hours = sum(record["seconds"] for record in records) / 3600
+    took = f", {hours:.1f} hours" if hours else ""  # converted records do not know
     notes = "".join(sorted({f" {record.get('converted', '')}" for record in records})).strip()
     made = (f"`python menas.py {records[0]['command']}`, see experiments.sh. {len(records)} runs, "
-            f"{len(rows)} rows, {hours:.1f} hours on {machines}. {notes}".strip())
+            f"{len(rows)} rows{took} on {machines}. {notes}".strip())
     arms = [f"- {arm}: `{given}`" for arm, given in flags(records).items() if given]
     return [f"## {folder}: {study.question}", *tables(study, records),
             *pictures, made, *(["\n".join(arms)] if arms else [])]

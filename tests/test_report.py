@@ -128,10 +128,12 @@ def test_what_is_crossed_is_also_compared_alone(tmp_path):
 
 
 def test_a_label_says_what_it_stands_for(tmp_path):
-    """The settings in which arms differ; not the seed, nor where it ran."""
+    """The settings in which arms differ; not the seed, nor where it ran, nor what each run has of its
+    own."""
     for arm, lr in (("plain", 1.0), ("fast", 2.0)):
         for seed in "12":
-            save(tmp_path, f"extra/{arm}/{seed}", [], lr=lr, clip=.25, seed_=seed, threads=seed)
+            own = f"runs/search/{seed}" if arm == "fast" else ""
+            save(tmp_path, f"extra/{arm}/{seed}", [], lr=lr, clip=.25, seed_=seed, threads=seed, supernet=own)
     found = menas.flags(load_records(tmp_path)["extra"])
     assert found == {"plain": "--lr 1.0", "fast": "--lr 2.0"}
 
