@@ -3789,12 +3789,12 @@ def curves(axes, records, value):
         points = [point for point in points if point[1] is not None]
         if points and arm not in ends:
             steps, values = zip(*points)
-            axes.plot(steps, values, linewidth=1, label=arm)
+            axes.plot(steps, values, ".-", linewidth=0.6, markersize=3, label=arm)
             ends[arm] = values[-1]
     if value == "valid_perplexity" and ends:  # of what failed only the start is seen
         axes.set(ylim=(0.9 * min(ends.values()), 1.5 * median(ends.values())))
     axes.set(xlabel="steps", ylabel=value.replace("_", " "))
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the curves
 
 
 def draw_progress(path, rows):
