@@ -940,7 +940,7 @@ class SoftmaxLoss(torch.autograd.Function):
             dh = torch.empty_like(h)
             dw = decoder.new_zeros(decoder.shape)
             db = bias.new_zeros(bias.shape)
-        buffers = h.new_empty(2, min(chunk, h.shape[1]), decoder.shape[1])
+        buffers = take(h, 2, min(chunk, h.shape[1]), decoder.shape[1])
         for k in range(len(h)):
             down = decoder[k].to(h.dtype)
             offset = bias[k].to(h.dtype)
@@ -961,6 +961,7 @@ class SoftmaxLoss(torch.autograd.Function):
                         dw[k].addmm_(d.t(), x)  # in place, which is a quarter of the time
                     else:
                         dw[k] += d.t() @ x
+        give(buffers)
         if training:
             ctx.save_for_backward(dh, dw, db)
         return losses
@@ -970,7 +971,7 @@ class SoftmaxLoss(torch.autograd.Function):
     def backward(ctx, grad):
         dh, dw, db = ctx.saved_tensors
         grad = grad.to(dw.dtype)[:, None, None]
-        return None, dh * grad.to(dh.dtype), dw * grad, db * grad[:, 0], None, None
+        return None, dh.mul_(grad.to(dh.dtype)), dw.mul_(grad), db.mul_(grad[:, 0]), None, None
 
 
 def network(weights, rows, batch, dtype=torch.float32, recurrence=None):

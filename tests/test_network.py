@@ -154,7 +154,7 @@ def test_softmax_loss_is_torchs_cross_entropy(rows, chunk):
 @pytest.mark.parametrize("right, wrong", [
     ("full_like(y, -1,", "full_like(y, 1,"),      # the target's sign
     (".mul_(part)", ""),                          # rows are not weighed
-    ("dh * grad.to(dh.dtype)", "dh"),             # not scaled
+    ("dh.mul_(grad.to(dh.dtype))", "dh"),             # not scaled
     ("targets >= 0", "targets > -9"),             # a mean over ignored rows, too
 ])
 def test_a_wrong_softmax_loss_is_found(monkeypatch, right, wrong):
