@@ -159,6 +159,6 @@ esac
 finish
 
 # How fast? Ratios to the plain loop. Minutes. Expected: above 1.
-run bench/1 bench --hidden $([ -z "${SMOKE:-}" ] && echo 850 || echo 32)
+run bench/1 bench --preset $toy
 finish
 ${LAUNCH:-} python menas.py report --out "$out"

@@ -1820,12 +1820,14 @@ def evaluate(weights, rows, tokens, dtype=torch.float32, masks=None, batch=64, b
 
 
 def score(weights, rows, tokens, config, **how):
-    """Losses [K] on the CPU of a whole split under shared weights, ten architectures at a time.
+    """Losses [K] of a whole split under shared weights, ten architectures at a time; on the CPU
+    then.
 
     how: the further arguments of evaluate().
     """
     device = device_of(config)
-    found = [evaluate(weights, some.to(device), tokens.to(device), DTYPES[config.dtype], **how)
+    tokens = tokens.to(device)
+    found = [evaluate(weights, some.to(device), tokens, DTYPES[config.dtype], **how)
              for some in rows.split(10)]
     return torch.cat(found).float().cpu()
 
@@ -1861,7 +1863,7 @@ def validate(config, s, valid, epoch):
     won = alive[better]
     lost = alive[~better]
     s["before"][:, alive] = torch.stack([s["best_loss"][alive], s["before"][0, alive]])
-    # s["best"] has a place for every network, the rest only for those in the batch
+    # w has a place for each network still in the batch, s["best"] for all K
     for name, w in current.items():
         s["best"][name][won] = w[better]
     s["best_loss"][won] = loss[better]
@@ -1885,7 +1887,8 @@ def validate(config, s, valid, epoch):
 
 
 def start_training(config, weights, rows, seeds):
-    """What a checkpoint holds: of the networks still in the batch, of all K, of the run."""
+    """What a checkpoint holds: down to 'state' of networks still in the batch, then of all K; and
+    of the run step and summed."""
     device = rows.device
 
     def full(value):
@@ -1927,7 +1930,7 @@ def training_step(config, s, stream, words):
     failed = s["failed"][alive]
     s["failed"][alive] = torch.where(finite | (failed > 0), failed, int(progress) + 1)
     s["state"] = torch.where(finite[:, None, None], state, 0.0)
-    s["sum"][alive] += losses
+    s["sum"][alive] += torch.where(finite, losses, math.nan)
     s["summed"] += 1
     s["step"] += 1
 
@@ -2068,7 +2071,7 @@ def ptb_folder(folder=CACHE, address=PTB):
 # in between: 'n3b that n1a v1a v3b'. A stack machine writes it, so the distribution of the next
 # word given ALL words before is known exactly.
 TOY_CLASSES = 8
-TOY_DEPTH = 4     # of clauses in one another
+TOY_DEPTH = 4     # nouns at once whose verbs are still to come
 TOY_NEST = 0.4    # probabilities, see toy_next()
 TOY_ADVERB = 0.3
 TOY_TOPIC = 0.75
@@ -2152,7 +2155,7 @@ def read_splits(name):
         test = len(lines) * 95 // 100
         return {"train": lines[:valid], "valid": lines[valid:test], "test": lines[test:]}
     if not path.is_dir():
-        choose("data folder", name, ("ptb", "toy"))
+        choose("data folder", name, ("ptb", "toy"))  # raises: it is neither
     return {split: read_lines(path / f"{split}.txt") for split in SPLITS}
 
 
@@ -2284,10 +2287,9 @@ SPACE = ("nodes min_nodes activations one_activation connections operations memo
          "hidden")
 NETWORK = ("word_dropout input_dropout hidden_dropout output_dropout batch bptt lr schedule clip "
            "weight_decay epochs")
-GAME = (f"{RUN} unit {SPACE} {NETWORK} state shared_steps shared_samples warm_epochs settle "
-        "controller controller_steps controller_samples controller_lr entropy anneal reward_input "
-        "task derive_samples fold")
-AHEAD = f"{GAME} lookahead response"
+GAME = (f"{RUN} unit {SPACE} {NETWORK} state shared_steps shared_samples warm_epochs controller "
+        "controller_steps controller_samples controller_lr entropy anneal reward_input task fold")
+AHEAD = f"{GAME} settle derive_samples lookahead response"
 TRAIN = f"{NETWORK} patience average perturb"
 OF_CELLS = f"{RUN} unit hidden {TRAIN} supernet derive_samples"
 # command -> the settings it uses
@@ -2299,10 +2301,11 @@ SETTINGS = {
     "factors": OF_CELLS,
     "capacity": f"{RUN} {SPACE} batch bptt lr clip epochs derive_samples",
     "state": OF_CELLS,
-    "hidden": f"{RUN} supernet derive_samples",
+    "hidden": f"{RUN} unit supernet derive_samples",
     "similarity": GAME,
     "cost": GAME,
-    "conditional": f"{RUN} {SPACE} controller_steps controller_samples controller_lr entropy",
+    "conditional": f"preset out seed threads {SPACE} controller_steps controller_samples "
+                   "controller_lr entropy",
     "progress": AHEAD,
     "bench": "preset out device threads hidden bptt",
     "draw": f"preset out {SPACE} cell",
@@ -2322,7 +2325,7 @@ PENN_SEARCH = dict(input_dropout=.2, output_dropout=.2, warm_epochs=1, fold=1, c
 LIGHT = dict(input_dropout=.35, hidden_dropout=.1, output_dropout=.35)  # at 200 units
 CAPACITY = dict(batch=4, epochs=300, derive_samples=4)
 GATED = "highway,glu,gate,sum"
-# preset -> command -> settings; "all" holds for every command, "studies" for those that train cells
+# preset -> command -> settings; "all" holds for every command, "studies" for those of configure()
 PRESETS = {
     "smoke": {
         "all": dict(hidden=16, bptt=20, nodes=4, epochs=2, lr=5.0, shared_steps=20,
@@ -2331,6 +2334,7 @@ PRESETS = {
         "capacity": dict(epochs=1, derive_samples=2),
         "search": dict(retrain=1),
         "conditional": dict(min_nodes=2, operations=GATED),
+        "bench": dict(hidden=32),
     },
     "tiny": {
         "all": dict(hidden=32, batch=16, nodes=6, lr=10.0, shared_steps=60, controller_steps=20,
@@ -2624,10 +2628,11 @@ class Run:
         """Write result.json: the rows, and all that it takes to make them again."""
         names = settings_of(self.command)
         config = {name: self.settings[name] for name in names if name != "out"}
+        device = device_of(self.config) if "device" in names else torch.device("cpu")
         record = {"command": self.command, "config": config, "seed": self.config.seed,
                   "commit": self.commit, "date": time.strftime("%Y-%m-%d"),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__},
-                  "machine": machine(device_of(self.config)),
+                  "machine": machine(device),
                   "seconds": round(time.time() - self.started, 1), "rows": rows}
         write_json(self.result, record)
         return record
@@ -2660,12 +2665,13 @@ def table(headers, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-LEFT_OUT = "seed folder capped late best_loss best_epoch rate learns".split()  # in old ones too
+LEFT_OUT = "seed folder capped late best_loss best_epoch rate learns".split()  # details
 
 
 def summary(record):
-    """What a finished command prints: its rows as a table, of sampled ones the best; losses as
-    perplexities, of characters also as bits. A row has a column 'failed' only if it did."""
+    """What a finished command prints: its rows as a table, of sampled ones the best; the splits'
+    losses as perplexities, of characters also as bits, others in nats. 'failed' is there only if it
+    did."""
     char = record["config"].get("unit") == "char"
     # of a hundred samples the first, for they are sorted; of all else every row
     shown = {}
@@ -2773,7 +2779,7 @@ def spellings(cell):
     numbers = " ".join(f"{read} {act}" for read, act in pairs)
     if pairs and is_enas(cell) and arc(numbers, cell.output) == cell:
         recurrent = [(list(ACTIVATIONS)[act], read) for read, act in pairs]
-        averaged = "all nodes" if cell.output == ALL else "the leaves"
+        averaged = "all nodes but node 0" if cell.output == ALL else "the leaves"
         said += f"\nENAS arc, h_t the mean of {averaged}: {numbers}"
         said += f"\nDARTS genotype: Genotype(recurrent={recurrent}, concat={leaves(cell)})"
     return said
@@ -2983,6 +2989,7 @@ def study_train(config, run):
     best, ends = train_networks(config, run, corpus, weights, rows, seeds)
     save_network(run.folder, best, corpus)
     found = {"cell": names, "seed": seeds, "parameters": parameters, **ends}
+    # stopped by --epochs, not by --patience
     found["capped"] = [epochs >= config.epochs for epochs in ends["epochs"]]
     judged = [(split, "plain", getattr(corpus, split)) for split in SPLITS]
     if config.perturb:
@@ -3021,8 +3028,8 @@ def kind_of_network(config, name):
 def train_rows(config, run, rows):
     """The rows, each with the losses of its 'cell' trained from scratch, and how that ended.
 
-    Batches of AT_ONCE networks, each a run of its own in this one's folder, and each network with a
-    seed of its own. Rows are shuffled before they are cut into batches, so that no group is one.
+    Batches of AT_ONCE networks, each a run of its own in this one's folder; a row without a 'seed'
+    gets one of its own. Rows are shuffled before they are cut, so that no group is a batch.
     """
     # networks of one kind can be trained together
     kinds = {}
@@ -3160,7 +3167,7 @@ def all_alike(cell):
 
 
 def variants(cell):
-    """{kind of change: cells of ENAS's space changed so in one place}.
+    """{kind of change: a cell of ENAS's space changed so in one place, or to one activation}.
 
     A connection that is added is a second one: the node reads the mean of both. Node 0, which alone
     reads the input pair, is never removed.
@@ -3538,14 +3545,14 @@ def study_hidden(config, run):
     untrained, trained = [Controller(search_space(searched), searched.seed) for _ in range(2)]
     with refusing(Path(config.supernet) / "controller.pt"):
         trained.load_state_dict(load_tensors(Path(config.supernet) / "controller.pt"))
-    i = torch.randperm(len(rows), generator=rng(config.seed, "pairs"))
+    partner = torch.randperm(len(rows), generator=rng(config.seed, "pairs"))
     found = []
     for name, controller in (("untrained", untrained), ("trained", trained)):
         states = controller(rows=rows).hidden.double()
-        far = (states[i] - states).norm(dim=1).tolist()
-        differ = (rows[i] != rows).sum(1)
+        far = (states[partner] - states).norm(dim=1).tolist()
+        differ = (rows[partner] != rows).sum(1)
         row = {"group": name, "distance with decisions": kendall(far, differ.tolist()),
-               "distance with loss": kendall(far, (losses[i] - losses).abs().tolist())}
+               "distance with loss": kendall(far, (losses[partner] - losses).abs().tolist())}
         found.append(row | {f"probe for {of}": probe(states, y) for of, y in values.items()})
     return found
 
@@ -3605,7 +3612,8 @@ def study_progress(config, run):
         drawn = game.controller.sample(config.derive_samples, config.seed, "watch", round_).rows
         rows, losses = derive(config, game.s["weights"], drawn, corpus)
         best = dict(group=f"before round {round_}", round=round_, cell=row_name(rows[0]),
-                    valid=losses[0].item(), distinct=len(drawn.unique(dim=0)))
+                    valid=no_worse(losses[0].item(), guessing(corpus)),
+                    distinct=len(drawn.unique(dim=0)))
         write_json(run.folder / f"round {round_}.json", best)
 
     search(game, run, watch)
@@ -3651,7 +3659,7 @@ def p_value(a, b, paired, shift=0.0):
 
 
 def interval(a, b, paired):
-    """The 95 % interval of p_value's test: shifts not refused at .05; None if none can be."""
+    """The 95 % interval of p_value's test: shifts not refused at .05; None if none is refused."""
     seen = mean(b) - mean(a)
     ends = []
     spread = max(*a, *b) - min(*a, *b) + 1e-9
@@ -3672,11 +3680,10 @@ def interval(a, b, paired):
 
 
 def by_unit(rows, value):
-    """{group: {unit: its rows' mean}}: what was drawn independently counts once.
+    """{group: {unit: its rows' mean}}, so that a unit, what was drawn independently, counts once.
 
-    A unit is what was drawn independently: a run, for the cells of one search are not independent
-    of each other; or, where rows have a source, a cell of a run with its changes (of which darts_v2
-    is the same in every run).
+    A unit is a run, for the cells of one search are not independent of each other; or, where rows
+    have a source, a cell of a run with its changes (of which darts_v2 is the same in every run).
     """
     found = {}
     for row in rows:
@@ -3723,7 +3730,7 @@ def answer(lines):
     differ = [f"{line[0]} ({line[5]}, p = {line[7]})" for line in tested if float(line[7]) <= .05]
     rest = [line[0] for line in tested if float(line[7]) > .05]
     if not tested:
-        return "Too few seeds for a test."
+        return "Too few seeds or groups for a test."
     return (f"From {lines[0][0]} differ: {'; '.join(differ) or 'none'}. "
             f"Not shown to differ: {'; '.join(rest) or 'none'}.")
 
@@ -3784,7 +3791,7 @@ def curves(axes, records, value):
     ends = {}
     for record in records:
         path = record["folder"] / "metrics.jsonl"
-        arm = record["folder"].parent.name
+        arm = record["label"]
         lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
         points = [(line["step"], metric(line, value)) for line in lines]
         points = [point for point in points if point[1] is not None]
@@ -3876,7 +3883,8 @@ def load_records(out):
         if not study or not is_run:
             continue  # another folder, or a part of another run
         *arm, name = arm
-        preset, _, seed = name.rpartition("-")
+        seed = str(record["seed"])  # which may be negative
+        preset = name.removesuffix(seed).removesuffix("-")
         arm += [preset] * bool(preset)
         rows = []
         for row in record["rows"]:
@@ -3886,7 +3894,9 @@ def load_records(out):
                     names = names + [row["group"]]
                 unit = " ".join([seed, row.get("source", "")]).strip()
                 rows.append(row | {"unit": unit, "arm": arm, "group": ": ".join(names)})
-        found.setdefault(folder, []).append(record | {"rows": rows, "folder": path.parent})
+        label = ": ".join(arm) or folder
+        found.setdefault(folder, []).append(
+            record | {"rows": rows, "folder": path.parent, "label": label})
     return found
 
 
@@ -3921,7 +3931,7 @@ def flags(records):
     runs of one arm differ, such as --supernet, are left out."""
     arms = {}
     for record in records:
-        arms.setdefault(record["folder"].parent.name, []).append(record["config"])
+        arms.setdefault(record["label"], []).append(record["config"])
     known = {f.name for f in fields(Config)} - WHEREABOUTS - {"seed"}
     base = next(iter(arms.values()))[0]
     differ = []
@@ -4057,7 +4067,7 @@ def on_signal(number, frame):
 
 
 def one_line(error):
-    """An error in at most 300 characters, the middle left out, of which none breaks the line."""
+    """An error as one printable line; of more than 290 characters the middle is left out."""
     text = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in str(error))
     return text if len(text) <= 290 else f"{text[:140]} ... {text[-140:]}"
 

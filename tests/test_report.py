@@ -59,6 +59,10 @@ def test_runs_in_their_default_folders_are_told_apart(tmp_path):
     rows = [row for record in load_records(tmp_path)["search"] for row in record["rows"]]
     assert [(row["unit"], row["group"]) for row in rows] == [
         ("3", "ptb: sampled"), ("3", "tiny: sampled")]
+    save(tmp_path, "search/tiny--4", [dict(group="sampled", valid=1.0)], seed=-4)
+    records = load_records(tmp_path)["search"]
+    assert sorted((record["label"], record["seed"]) for record in records) == [
+        ("ptb", 3), ("tiny", -4), ("tiny", 3)]
 
 
 def check_comparison(monkeypatch):
@@ -105,7 +109,7 @@ def test_an_answer_is_what_the_test_says():
     expected = "From a differ: b (+1.000, p = 0.050). Not shown to differ: c."
     assert menas.answer(lines) == expected
     assert menas.answer([*lines, lines[2]]) == expected.replace("c.", "c; c.")
-    assert menas.answer(lines[:1]) == "Too few seeds for a test."
+    assert menas.answer(lines[:1]) == "Too few seeds or groups for a test."
 
 
 def test_what_is_crossed_is_also_compared_alone(tmp_path):

@@ -117,6 +117,8 @@ def test_what_is_worse_than_guessing_counts_as_that(world):
     row, = measure(world, "train", cell="random:1", lr=1e6, clip=1e6, epochs=1, supernet="")
     assert [row[split] for split in menas.SPLITS] == [GUESSING] * 3
     assert [menas.no_worse(loss, 2.0) for loss in (1.9, 2.1, math.nan)] == [1.9, 2.0, 2.0]
+    world.patch.setattr(menas, "derive", lambda config, w, rows, corpus: (rows, torch.full((len(rows),), math.nan)))
+    assert {row["valid"] for row in measure(world, "progress", epochs=1, derive_samples=2)} == {GUESSING}
 
 
 def check_compare(world):
@@ -590,7 +592,7 @@ MUTANTS = {
         ("conditional", "in (got, anywhere)", "in (anywhere, got)"),
         ("conditional", "-(values(sample.rows)", "(values(sample.rows)")],
     check_progress: [
-        ("study_progress", "valid=losses[0]", "valid=losses[-1]"),
+        ("study_progress", "valid=no_worse(losses[0]", "valid=no_worse(losses[-1]"),
         ("study_progress", "game.controller", "uniform(game.controller.decisions)")],
 }
 
