@@ -141,7 +141,7 @@ finish
 ${LAUNCH:-} python menas.py draw --cell "$out/search-$preset/trained/1" --out "$out/search-$preset"
 # Cells of known names, LSTMs, the cells found and a random one, from scratch. Preset ptb: an hour to an hour and a half
 # each. Expected (test; ours in bfloat16, the preset is float32): LSTM 98, with as many weights 88, ENAS's cell 98, chain
-# 650. Preset day: six to ten hours each; not run by us.
+# 650. Preset day: five to ten hours each, judged by speed; not run by us.
 run train-$preset/lstm/1 train --preset $preset --cell lstm
 run train-$preset/lstm-as-many-weights/1 train --preset $preset --cell lstm:enas
 for cell in enas darts_v2 enas_lm chain; do run train-$preset/$cell/1 train --preset $preset --cell $cell; done

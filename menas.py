@@ -455,7 +455,7 @@ def init_bound(units):
 def shared_weights(config, words):
     """Weights of the supernet: the embedding, the edges, the input's, the bias."""
     h = config.hidden
-    edges = edge_index(0, config.nodes)  # as many as come before those of another node
+    edges = edge_index(0, config.nodes)  # those of a next node would follow
     shapes = {"embedding": (words, h), "edges": (edges, h, 2 * h)}
     # a width cuts the input too, so it needs the general path
     if config.operations in ("", "highway") and not config.widths:
@@ -525,13 +525,13 @@ def own(which, count):
     return taken.tolist(), which * len(which) + cells
 
 
-def of_each(choice, option):
-    """Each cell's own [K, ...] of the tensors option(number) [K, ...], of a choice as own() has it.
+def of_each(choice, tensor):
+    """Each cell's own [K, ...] of the tensors tensor(number) [K, ...], of a choice as own() has it.
 
     Only what counts as taken is computed, and a lone option is not copied.
     """
     taken, place = choice
-    values = [option(number) for number in taken]
+    values = [tensor(number) for number in taken]
     return values[0] if len(values) == 1 else torch.cat(values).index_select(0, place)
 
 
@@ -544,10 +544,10 @@ Choices = namedtuple("Choices", "read from_input second both operation gates act
 def choices_of(cells):
     """A list, the Choices of each node; made once a segment, for every word."""
     both = (cells.operation == HIGHWAY) & (cells.second > 0)
-    columns = Choices(cells.read, cells.read == INPUT, cells.second, both, cells.operation,
-                      cells.operation == GATE, cells.activation)
+    of_cells = Choices(cells.read, cells.read == INPUT, cells.second, both, cells.operation,
+                       cells.operation == GATE, cells.activation)               # each [K, N]
     nodes = []
-    for i, choices in enumerate(zip(*[column.unbind(1) for column in columns])):
+    for i, choices in enumerate(zip(*[x.unbind(1) for x in of_cells])):
         counts = (i + 1, 2, i + 1, 2, len(OPERATIONS), 2, len(ACTIVATIONS))
         nodes.append(Choices(*map(own, choices, counts)))
     return nodes
@@ -726,7 +726,7 @@ class FastRecurrence(torch.autograd.Function):
         source, alone = sources(read)
         # unbound once: an index in the loop costs as much as a small product
         scale, shift, linear, floor = [x.unbind() for x in coefficients[:4]]
-        matrices = w.unbind()
+        matrix = w.unbind()
         state = h0
         # without a backward pass to come, each step overwrites the last
         for t in range(steps):
@@ -737,7 +737,7 @@ class FastRecurrence(torch.autograd.Function):
             values[0].copy_(state)
             for i in range(nodes):
                 p = values[source[i]] if alone else torch.index_select(flat, 0, source[i], out=p)
-                torch.bmm(p if mask is None else torch.mul(p, mask, out=masked), matrices[i], out=z)
+                torch.bmm(p if mask is None else torch.mul(p, mask, out=masked), matrix[i], out=z)
                 # only node 0 reads the word
                 if i == 0:
                     z += xw[:, t]
@@ -2325,7 +2325,8 @@ PENN_SEARCH = dict(input_dropout=.2, output_dropout=.2, warm_epochs=1, fold=1, c
 LIGHT = dict(input_dropout=.35, hidden_dropout=.1, output_dropout=.35)  # at 200 units
 CAPACITY = dict(batch=4, epochs=300, derive_samples=4)
 GATED = "highway,glu,gate,sum"
-# preset -> command -> settings; "all" holds for every command, "studies" for those of configure()
+# preset -> command -> settings; "all" holds for every command, "studies" for those that
+# configure() names
 PRESETS = {
     "smoke": {
         "all": dict(hidden=16, bptt=20, nodes=4, epochs=2, lr=5.0, shared_steps=20,
@@ -2665,7 +2666,8 @@ def table(headers, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-LEFT_OUT = "seed folder capped late best_loss best_epoch rate learns".split()  # details
+# details of a row, for the record alone
+LEFT_OUT = "seed folder capped late best_loss best_epoch rate learns".split()
 
 
 def summary(record):
@@ -3917,9 +3919,9 @@ def tables(study, records):
     parts = []
     for value in measured(study, records):
         views = {value: rows}
-        for column in study.crossed:
-            views[f"{value}, {column}"] = [
-                row | {"group": ": ".join([*row["arm"], row[column]])} for row in rows]
+        for crossed in study.crossed:
+            views[f"{value}, {crossed}"] = [
+                row | {"group": ": ".join([*row["arm"], row[crossed]])} for row in rows]
         for name, view in views.items():
             lines = comparison(view, value, study.first)
             parts += [f"**{name}**. {answer(lines)}", table(HEADERS, lines)]
