@@ -79,9 +79,10 @@ def test_uniform_rows_are_uniform_at_every_decision(space):
     """Oracle: probabilities by hand, and chi squared. In ENAS's space all cells are alike."""
     decisions = search_space(Config(**SPACES[space]))
     rows, p = every_row(decisions)
-    assert_close(menas.uniform(decisions)(rows=rows).log_prob.exp(), p)
+    found = menas.uniform(decisions)(rows=rows).log_prob
+    assert_close(found.exp(), p)
     assert surprise(rows, menas.uniform_rows(decisions, 4000, "draws"), p) < 5
-    assert (len(p.unique()) == 1) == (space in ("tiny", "enas", "widths, rates"))
+    assert (found.max() - found.min() < 1e-4) == (space in ("tiny", "enas", "widths, rates"))
 
 
 def test_logits_are_bounded_and_soft():

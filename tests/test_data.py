@@ -7,10 +7,9 @@ import math
 import random
 import re
 from collections import Counter
-from itertools import chain, pairwise, product
+from itertools import chain, pairwise
 
 import pytest
-import torch
 
 import menas
 
@@ -55,19 +54,19 @@ def test_what_is_absent_is_fetched_once(tmp_path):
     assert fetch(tmp_path) == tmp_path / "cache"
 
 
+def full(_):
+    """As os.fsync() on a full disk."""
+    raise OSError(28, "No space left on device")
+
+
 @pytest.mark.parametrize("content, reason", [
-    (None, "No such file"), (b"an error page", "wrong SHA-256"), (CONTENT + b"x", "wrong SHA-256")])
-def test_a_failed_download_says_why_and_leaves_nothing(content, reason, tmp_path):
+    (None, "No such file"), (b"an error page", "wrong SHA-256"), (CONTENT + b"x", "wrong SHA-256"),
+    (CONTENT, "No space left")])
+def test_a_failed_download_says_why_and_leaves_nothing(content, reason, tmp_path, monkeypatch):
+    if content == CONTENT:
+        monkeypatch.setattr(menas.os, "fsync", full)
     line = complaint(fetch, tmp_path, content)
     assert "source-train.txt" in line and "--data" in line and reason in line
-    assert files(tmp_path) == {}
-
-
-def test_a_download_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
-    def full(_):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(menas.os, "fsync", full)
-    assert "No space left" in complaint(fetch, tmp_path, CONTENT)
     assert files(tmp_path) == {}
 
 
@@ -161,24 +160,6 @@ def test_missing_folders_and_files_are_named(name, says, tmp_path, monkeypatch):
     assert says in complaint(menas.load_corpus, menas.Config(data=name))
 
 
-# streams: the text is 0, 1, 2, ..., so that a token is its own position
-
-@pytest.mark.parametrize("count, batch, bptt", list(product((12, 331), (1, 3, 6), (1, 7, 35))))
-def test_every_token_but_the_first_is_a_target_once_an_epoch(count, batch, bptt):
-    stream = menas.Stream(torch.arange(count), batch, bptt)
-    segments = [stream.segment(i) for i in range(len(stream))]
-    assert {x.shape for s in segments for x in s[:2]} == {(bptt, batch)}
-    inputs, targets = (torch.cat([s[i] for s in segments]) for i in (0, 1))  # [all steps, B]
-    real = targets >= 0
-    assert sorted(targets[real].tolist()) == list(range(1, count))
-    assert (inputs[real] == targets[real] - 1).all()
-    for column in range(batch):  # each reads on where it stopped, so that h can be carried
-        read = targets[real[:, column], column]
-        assert (read.diff() == 1).all() and real[:len(read), column].all()
-    assert segments[0].before is None and stream.segment(len(stream)).before is None
-    assert all(two.before.equal(one.inputs) for one, two in pairwise(segments))
-
-
 # the toy grammar
 
 def test_probabilities_of_the_next_word_sum_to_one():
@@ -238,15 +219,6 @@ def test_the_floor_is_the_loss_under_the_grammar(split):
     assert corpus.floor[split] < math.log(len(corpus.words))
 
 
-def test_every_verb_agrees_with_its_noun():
-    """Oracle: without its pairs that agree, from the inside out, nothing of a sentence is left."""
-    for sentence in " ".join(menas.toy_corpus()[0]["valid"]).split(" <eos>"):
-        sentence, pairs = re.sub(r"adv\w |that ", "", sentence.strip() + " "), 1
-        while pairs:
-            sentence, pairs = re.subn(r"n(\d)\w v\1\w ", "", sentence)
-        assert sentence.strip() == ""
-
-
 def test_words_come_as_often_as_the_grammar_says():
     """Oracle: the marginals of its description."""
     words = menas.toy_corpus()[0]["train"]
@@ -265,11 +237,8 @@ def test_words_come_as_often_as_the_grammar_says():
     assert sum(kept) / len(kept) == pytest.approx(menas.TOY_TOPIC, abs=.01)
 
 
-def test_the_toy_corpus_is_whole_sentences_and_the_same_everywhere():
+def test_the_toy_corpus_is_that_of_the_records():
     """Oracle: the hash of the text that all records were made with."""
     texts, _ = menas.toy_corpus()
-    for split, size in zip(menas.SPLITS, (60_000, 6_000, 6_000)):
-        assert size <= len(texts[split]) < size + 200 and texts[split][-1] == "<eos>"
-        assert set(texts[split]) <= set(texts["train"])
     content = " ".join(chain(*texts.values())).encode()
     assert hashlib.sha256(content).hexdigest()[:12] == "fd0fec631b46"

@@ -147,7 +147,7 @@ def test_a_mutant_fails(monkeypatch, name):
     """In one case at least."""
     function, right, wrong = MUTANTS[name]
     mutate(monkeypatch, function, (right, wrong))
-    assert max(errors(case)[0] for case in CASES) > .02
+    assert any(errors(case)[0] > .02 for case in CASES)
 
 
 def test_masks_that_differ_between_the_two_passes_fail():

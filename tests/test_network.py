@@ -106,19 +106,22 @@ def test_two_passes_alive_at_once():
         assert distance(derivatives(x, one[0], one[2]), wanted) == 0
 
 
-def test_a_second_backward_is_refused():
-    """The first one uses its buffers up: the second would be silently wrong."""
-    weights, cells, batch = setting("enas", True, 2)
-    h, _ = menas.unroll(weights, encode(cells), batch, F64)
-    h.sum().backward(retain_graph=True)
+@pytest.mark.parametrize("kind, function", [("enas", menas.unroll), ("gated", network)])
+def test_a_second_backward_is_refused(kind, function):
+    """The first one uses its buffers up, in the fast path or in the loss: the second would be
+    silently wrong."""
+    weights, cells, batch = setting(kind, True, 2)
+    found, _ = function(weights, encode(cells), batch, F64)
+    found.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError):
-        h.sum().backward()
+        found.sum().backward()
 
 
+@pytest.mark.parametrize("kind, shared", [("enas", True), ("gated", False)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, .05)])
-def test_low_precision_is_near(dtype, tolerance):
+def test_low_precision_is_near(kind, shared, dtype, tolerance):
     """Oracle: float64; the losses, and the direction of each weight's gradient."""
-    weights, cells, batch = setting("enas", True, 4, steps=8, masked=False)
+    weights, cells, batch = setting(kind, shared, 4, steps=8, masked=False)
     exact, _ = network(weights, encode(cells), batch, F64)
     low = {name: w.detach().float().requires_grad_() for name, w in weights.items()}
     batch = batch._replace(state=batch.state.detach().float())
@@ -198,9 +201,13 @@ def test_the_lstm_of_four_nodes_is_torchs():
 
 @pytest.mark.parametrize("units", [HIDDEN, 3])
 def test_k_lstms_are_torchs(units):
-    """With masks, projected if of other units: losses, states, and the gradient of each weight."""
+    """With masks, projected if of other units: losses, states, the gradient of each weight, and the
+    number of them that is recorded."""
     config = Config(hidden=HIDDEN, **DROPOUT)
     weights = in_double(menas.lstm_weights(config, WORDS, units, [3, 4]))
+    sizes = {name: w[0].numel() for name, w in weights.items()}
+    sizes_of_text = sizes["embedding"] + sizes["bias"]
+    assert menas.lstm_parameters(config, units) == sum(sizes.values()) - sizes_of_text
     masks = menas.draw_masks(config, WORDS, STREAMS, [3, 4], 0)
     state = doubles(1, (2, 2, STREAMS, units))[0]
     batch = plain_batch()._replace(state=state, masks=masks)

@@ -98,7 +98,7 @@ def check_comparison(monkeypatch):
     assert list(lines) == ["b", "a", "c", "e", "f"] and lines["a"]["difference"] == "-4.167"
 
 
-def test_a_comparison(monkeypatch):
+def test_a_comparison_is_that_by_hand(monkeypatch):
     check_comparison(monkeypatch)
 
 

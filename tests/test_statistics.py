@@ -109,7 +109,7 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize("check", [check_p_value, check_interval, check_kendall, check_probe])
-def test_statistic(check):
+def test_a_statistic_is_that_of_its_oracle(check):
     check()
 
 

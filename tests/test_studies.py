@@ -233,7 +233,8 @@ def check_capacity(world):
 
     configs = fake_trainings(world, loss)
     world.patch.setattr(menas, "CAPACITY_WORDS", 50)
-    rows = measure(world, "capacity", lr=2.0, average=True, weight_decay=.1, patience=1, **DROPOUT)
+    rows = measure(world, "capacity", lr=2.0, average=True, weight_decay=.1, patience=1,
+                   schedule="plateau", **DROPOUT)
     corpus = load_corpus(settings(world, "capacity"))
     text = [corpus.words[i] for i in corpus.train[:50]]
     for config in configs:
@@ -241,7 +242,8 @@ def check_capacity(world):
         assert [learnt.words[i] for i in learnt.train[:50]] == text
         assert learnt.train.tolist() == learnt.valid.tolist() == learnt.test.tolist()
         assert not any(getattr(config, name) for name in (*DROPOUT, "weight_decay", "average"))
-        assert config.patience > config.epochs and config.lr == 2  # all take as long
+        assert config.patience > config.epochs  # all take as long
+        assert (config.schedule, config.lr) == ("cosine", 2)
     plain = {row["source"]: cell_of(row) for row in rows if row["group"] == "as it is"}
     assert len(rows) == 6 * len(plain) == 12
     for row in rows:
@@ -255,13 +257,17 @@ def check_capacity(world):
 
 @pytest.mark.parametrize("anneal", [0, 1])
 def test_an_annealed_search_finds_the_cell_that_its_policy_draws_most(anneal, world):
-    """By hand: of three samples one is best, the others are the same cell; its rows come first."""
+    """By hand: of three samples one is best, the others are the same cell; its rows come first, and
+    it is the one that is trained, beside a sample and an LSTM."""
     best, often = [Cell((Node(0, activation=act), Node(1))) for act in (TANH, RELU)]
     drawn = encode([best, often, often]), torch.tensor([1.0, 2.0, 2.0])
     world.patch.setattr(menas, "derive", lambda config, weights, rows, corpus: drawn)
-    rows = measure(world, "search", nodes=2, anneal=anneal, retrain=0, derive_samples=3)
-    assert cell_of(rows[0]) == (often if anneal else best)
-    assert [row["group"] for row in rows] == ["sampled"] * 3 + ["uniform"] * 3
+    fake_trainings(world)
+    rows = measure(world, "search", nodes=2, anneal=anneal, retrain=2, derive_samples=3)
+    trained = ["found", "a sample", "LSTM"]
+    assert [row["group"] for row in rows] == ["sampled"] * 3 + ["uniform"] * 3 + trained
+    assert cell_of(rows[0]) == cell_of(rows[6]) == (often if anneal else best)
+    assert cell_of(rows[7]) in (best, often) and rows[8]["cell"] == "lstm"
 
 
 def test_measures_of_a_cell():
@@ -270,6 +276,12 @@ def test_measures_of_a_cell():
     assert [menas.path_count(cell) for cell in cells] == [1, 6, 4]
     assert [menas.depth(cell) for cell in cells] == [12, 4, 3]
     assert [menas.matrices(cell) for cell in cells] == [26, 26, 8]
+
+
+def test_an_lstm_of_as_many_weights():
+    """By hand: ENAS's cell has 26 * 200^2 = 1,040,000; 4 units (200 + units + 2) + 200 units are
+    1,038,996 for 399 units and 1,043,200 for 400."""
+    assert menas.lstm_units(menas.Config(hidden=200), "lstm:enas") == 399
 
 
 def check_train(world):
@@ -634,12 +646,24 @@ def test_every_study_runs_and_finds_what_is_reported(study, world):
         assert menas.comparison(record["rows"], value)
 
 
-@pytest.mark.parametrize("study, more", [
-    ("compare", dict(supernet="")), ("compare", dict(supernet="nowhere")),
-    ("bench", dict(hidden=3)), ("conditional", dict(nodes=1, operations="highway")),
-    ("cost", dict(controller_steps=1, shared_steps=1)),  # a deviation from the only draw
-    ("similarity", dict(epochs=1, shared_steps=5))])     # nothing would be measured
-def test_what_a_study_is_not_for(study, more, world):
+@pytest.mark.parametrize("study, more, said", [
+    ("compare", dict(supernet=""), "--supernet"),
+    ("compare", dict(supernet="nowhere"), "nowhere"),
+    ("bench", dict(hidden=3), "smallest case"),
+    ("conditional", dict(nodes=2, operations="highway"), "too few values"),
+    ("cost", dict(controller_steps=1, shared_steps=1), "two draws"),
+    ("similarity", dict(epochs=1, shared_steps=5), "at least")])
+def test_what_a_study_is_not_for(study, more, said, world):
     """Oracle: by hand, what there would be nothing to measure in."""
-    with pytest.raises(menas.UserError):
+    with pytest.raises(menas.UserError, match=said):
         measure(world, study, **more)
+
+
+@pytest.mark.parametrize("study", ["ablate", "factors"])
+def test_cells_are_changed_in_enas_space_only(study, world):
+    """By hand: of a search that chose the number of nodes they could not be."""
+    searched, *rest = menas.supernet(settings(world, study))
+    other = replace(searched, min_nodes=1), *rest
+    world.patch.setattr(menas, "supernet", lambda config: other)
+    with pytest.raises(menas.UserError, match="own space"):
+        measure(world, study)

@@ -82,7 +82,8 @@ def test_a_mutant_is_exit_code_1(mutant, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("way", [None, *toy_enas.WAYS])
 def test_where_training_ends_is_a_check(way, tmp_path, monkeypatch, capsys):
-    """One step already tells the architectures apart, and one way in place of another fails."""
+    """One step already tells the architectures apart: all is well, and one way in place of another
+    fails."""
     if way:
         other = toy_enas.WAYS["unrolled" if way == "ENAS" else "ENAS"]
         monkeypatch.setitem(toy_enas.WAYS, way, other)

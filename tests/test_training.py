@@ -69,7 +69,7 @@ def test_one_stream_is_the_naive_pass(length, bptt, cells, units):
 
 
 @pytest.mark.parametrize("batch, bptt", [(2, 7), (5, 70), (64, 1)])
-def test_every_token_but_the_first_counts_once(batch, bptt):
+def test_evaluate_scores_every_token_but_the_first_once(batch, bptt):
     """Oracle: a model that gives each word the constant probability of its bias: a count."""
     weights, rows, _ = networks(PLAIN[:1])
     weights["embedding"].zero_()
@@ -185,15 +185,16 @@ SCRIPT = [(3.0, 3.0), (2.0, 4.0), (2.5, 3.5), (1.5, 2.9), (1.4, 3.1), (1.7, 3.2)
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Of each step the learning rates, the state before and the weights after it; the weights that
-    were judged."""
-    seen = {"lr": [], "state": [], "after": [], "judged": []}
+    """Of each step the learning rates, the state before, the dropout and the weights after it; the
+    weights that were judged."""
+    seen = {"lr": [], "state": [], "dropout": [], "after": [], "judged": []}
     right = menas.train_step
 
     def step(weights, rows, batch, lr, config):
         out = right(weights, rows, batch, lr, config)
         seen["lr"].append(lr.tolist())
         seen["state"].append(batch.state)
+        seen["dropout"].append(batch.masks["hidden"])
         seen["after"].append(weights["nodes"][0].detach().clone())
         return out
 
@@ -214,6 +215,13 @@ def test_patience_and_plateau_by_hand(scripted, tmp_path):
     assert found["epochs"] == [7, 3] and found["failed"] == [0, 0]
     assert scripted["lr"][::STEPS] == [[8, 8], [8, 8], [8, 2], [2], [2], [2], [.5]]
     assert [x.any().item() for x in scripted["state"]] == [False, True, True] * 7
+
+
+def test_a_schedule_goes_by_the_share_of_epochs_done(scripted, tmp_path):
+    """By hand: half a cosine over the six steps of two epochs; each has another mask."""
+    train(tmp_path / "run", networks(PLAIN[:1]), schedule="cosine", lr=8.0, epochs=2, patience=9)
+    assert sum(scripted["lr"], []) == pytest.approx([4 + 4 * math.cos(math.pi * i / 6) for i in range(6)])
+    assert not any(a.equal(b) for a, b in zip(scripted["dropout"], scripted["dropout"][1:]))
 
 
 def test_averaging_is_a_running_mean_by_hand(scripted, tmp_path):
@@ -276,6 +284,18 @@ def test_derive_sorts_and_scores_each_distinct_row_once(monkeypatch):
     double = {name: w.double() for name, w in weights.items()}
     expected = [naive(double, row[None], corpus.valid).item() for row in found]
     assert losses.tolist() == pytest.approx(expected, abs=2e-4)
+
+
+def test_derive_scores_the_perturbed_text(monkeypatch):
+    """Oracle: where every word is dropped, weights of 0 for the input."""
+    config, corpus = Config(hidden=6, nodes=4, reward_input="words"), corpus_of()
+    weights = menas.shared_weights(config, WORDS)
+    rows = menas.uniform_rows(menas.search_space(config), 1, "derive")
+    monkeypatch.setitem(menas.INPUTS, "words",
+                        lambda inputs, words, hidden, *key: {"word": torch.zeros(1, words)})
+    _, losses = menas.derive(config, weights, rows, corpus)
+    weights["input"] = torch.zeros_like(weights["input"])
+    assert losses.item() == pytest.approx(evaluate(weights, rows, corpus.valid).item(), abs=1e-5)
 
 
 def test_perturbed_inputs_are_what_they_say():
