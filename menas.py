@@ -106,6 +106,20 @@ def move(x, device):
     return x.to(device, non_blocking=True)
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def device_of(config):
+    """The torch.device that --device names, or with auto CUDA where there is one."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with refusing(f"--device {name} with --dtype {config.dtype}", "; use --device cpu"):
+        x = torch.ones(1, 1, device=name, dtype=DTYPES[config.dtype])
+        x @ x  # not every device has every dtype
+        return x.device
+
+
 # 1. The cell --------------------------------------------------------------------------------------
 # A cell is a few nodes that are computed in order, once for every word. A node reads an earlier
 # slot p: slot 0 is the input pair (x_t, h_{t-1}), slot i + 1 the value of node i. Some operations
@@ -193,6 +207,11 @@ def row_name(row):
     return "-".join(map(str, row.tolist()))
 
 
+def name_of(cell):
+    """The cell as records and --cell have it, its row."""
+    return row_name(encode([cell])[0])
+
+
 def row_of(name):
     """The row [5 + 4N] of such a name."""
     return torch.tensor([int(x) for x in re.findall(r"(?:^|-)(-?\d+)", name)])
@@ -225,10 +244,6 @@ CELLS = {
     # f * mem + i * tanh(g), carried on as mem; h = o * tanh(mem), node 3, the only leaf
     "lstm_cell": Cell((Node(INPUT, GATE, MEMORY, IDENTITY), Node(INPUT, GLU, 0, TANH),
                        Node(1, SUM, 2), Node(INPUT, GATE, 3, TANH)), memory=3),
-    # like a recurrent additive network (Lee et al. 2017), whose u reads x_t alone: f * mem + i * u,
-    # which is both mem and h
-    "additive": Cell((Node(INPUT, GATE, MEMORY, IDENTITY), Node(INPUT, GLU, 0, IDENTITY),
-                      Node(1, SUM, 2)), memory=3),
 }
 
 
@@ -255,16 +270,12 @@ def leaves(cell):
     return leaf_weights(parse(encode([cell])))[0].nonzero().flatten().tolist()
 
 
-def has_second(node):
-    """Does it read a second slot?"""
-    return node.operation in (GATE, SUM) or node.operation == HIGHWAY and node.second > 0
-
-
 def slots_read(node):
     """The slots that a node reads, None for the memory."""
-    if not has_second(node):
-        return [node.read]
-    return [node.read, None if node.second == MEMORY else node.second]
+    slots = [node.read]
+    if node.operation in (GATE, SUM) or node.operation == HIGHWAY and node.second > 0:
+        slots.append(None if node.second == MEMORY else node.second)
+    return slots
 
 
 def is_enas(cell):
@@ -308,7 +319,7 @@ def checked(cell):
 # Something to decide: the columns of a row that it sets, the values that it may take, and when it
 # matters: (column, values) that must all hold of columns decided before. With a single value there
 # is nothing to decide; what does not matter is 0.
-Decision = namedtuple("Decision", "name columns choices when", defaults=((),))
+Decision = namedtuple("Decision", "columns choices when", defaults=((),))
 
 
 def chain(i):
@@ -343,32 +354,28 @@ def listed(config, name, known):
 
 def node_decisions(config, i, operations, activations, least):
     """What is to be decided of node i; a node from the least number on may be absent."""
-    exists = ()
-    if i >= least:  # column 0, the number of nodes, is larger than i
-        exists = ((0, tuple(range(i + 1, config.nodes + 1))),)
-    operation = column(i, "operation")
-    second = column(i, "second")
+    # column 0, the number of nodes, is larger than i
+    exists = ((0, tuple(range(i + 1, config.nodes + 1))),) if i >= least else ()
     gated = operations != [HIGHWAY]
     reads = CONNECTIONS[config.connections](i) if i > 0 else [INPUT]
     if gated and i > 0 and config.connections == "any":
         reads = [INPUT] + reads
-    seconds = list(range(1, i + 1))
-    if config.memory:
-        seconds = [MEMORY] + seconds
+    seconds = [MEMORY] * config.memory + list(range(1, i + 1))
     if not seconds:  # there is nothing to multiply or add yet
         operations = [x for x in operations if x not in (GATE, SUM)]
-    mine = [Decision(f"predecessor of {i}", (column(i, "read"),), reads, exists)]
+
+    def decide(name, choices, *when):
+        return Decision((column(i, name),), choices, exists + when)
+
+    operation = column(i, "operation")
+    mine = [decide("read", reads)]
     if gated:
-        mine.append(Decision(f"operation of {i}", (operation,), operations, exists))
+        mine.append(decide("operation", operations))
     if GATE in operations or SUM in operations:
-        has_two = exists + ((operation, (GATE, SUM)),)
-        mine.append(Decision(f"second of {i}", (second,), seconds, has_two))
+        mine.append(decide("second", seconds, (operation, (GATE, SUM))))
     if not config.one_activation:
-        activates = exists
-        if SUM in operations:
-            activates = exists + ((operation, (HIGHWAY, GLU, GATE)),)
-        place = (column(i, "activation"),)
-        mine.append(Decision(f"activation of {i}", place, activations, activates))
+        activates = [(operation, (HIGHWAY, GLU, GATE))] if SUM in operations else []
+        mine.append(decide("activation", activations, *activates))
     return mine
 
 
@@ -390,13 +397,13 @@ def search_space(config):
         raise UserError("--memory needs an operation that reads it: --operations with gate or sum")
     if not config.memory and not {HIGHWAY, GLU} & set(operations):
         raise UserError(f"--operations {config.operations}: none for node 0 without --memory")
-    carried = list(range(1, least + 1)) if config.memory else [0]
-    whole = {"nodes": list(range(least, n + 1)), "output": [LEAVES], "memory": carried,
+    memories = list(range(1, least + 1)) if config.memory else [0]
+    whole = {"nodes": list(range(least, n + 1)), "output": [LEAVES], "memory": memories,
              "width": widths, "rate": rates}
-    decisions = [Decision(name, (WHOLE.index(name),), whole[name]) for name in WHOLE]
+    decisions = [Decision((WHOLE.index(name),), whole[name]) for name in WHOLE]
     if config.one_activation:
         every = tuple(column(i, "activation") for i in range(n))
-        decisions.append(Decision("activation", every, activations))
+        decisions.append(Decision(every, activations))
     for i in range(n):
         decisions += node_decisions(config, i, operations, activations, least)
     return decisions
@@ -455,7 +462,7 @@ def init_bound(units):
 def shared_weights(config, words):
     """Weights of the supernet: the embedding, the edges, the input's, the bias."""
     h = config.hidden
-    edges = edge_index(0, config.nodes)  # those of a next node would follow
+    edges = edge_index(0, config.nodes)  # how many: a next node's would begin here
     shapes = {"embedding": (words, h), "edges": (edges, h, 2 * h)}
     # a width cuts the input too, so it needs the general path
     if config.operations in ("", "highway") and not config.widths:
@@ -484,8 +491,8 @@ def standalone_weights(config, words, cells, seeds):
 
 
 def lstm_weights(config, words, units, seeds):
-    """Weights of K LSTMs, all drawn by --hidden, the tied embedding's size; if units is another
-    number, h is projected to it."""
+    """Weights of K LSTMs of so many units, drawn within init_bound(--hidden). If that is another
+    number than --hidden, the tied embedding's size, h is projected to --hidden."""
     e = config.hidden
     h = units
     shapes = {"embedding": (words, e), "weight_ih": (4 * h, e), "weight_hh": (4 * h, h),
@@ -512,11 +519,12 @@ def inherit(shared, rows):
     return copies | {"nodes": shared["edges"][edges_of(rows)]}
 
 
-def own(which, count):
-    """What K cells choose of 0 .. count - 1, which [K]: the options that some cell takes, and each
-    cell's place [K] in the K values of the first of them, then K of the second, and so on.
+def chosen(which, count):
+    """(taken, place) of K cells' choices, which [K], among the options 0 .. count - 1.
 
-    To ask which, the host would wait for a GPU, so there all options count as taken.
+    taken: the options that some cell takes. Of their values, K of the first one, then K of the
+    second, and so on, that of cell k stands at place[k]. To ask what is taken, the host would wait
+    for a GPU, so there all options count as taken.
     """
     taken = torch.arange(count)
     if which.device.type == "cpu":
@@ -525,17 +533,18 @@ def own(which, count):
     return taken.tolist(), which * len(which) + cells
 
 
-def of_each(choice, tensor):
-    """Each cell's own [K, ...] of the tensors tensor(number) [K, ...], of a choice as own() has it.
+def of_each(choice, value):
+    """Each cell's value [K, ...] under the option that it takes; choice: from chosen().
 
-    Only what counts as taken is computed, and a lone option is not copied.
+    value(option) [K, ...] computes an option for all cells. What nobody takes is not computed, and
+    a lone option is not copied.
     """
     taken, place = choice
-    values = [tensor(number) for number in taken]
+    values = [value(option) for option in taken]
     return values[0] if len(values) == 1 else torch.cat(values).index_select(0, place)
 
 
-# What K cells choose for a node, each as own() has it: the slot it reads, and whether that is the
+# What K cells choose for a node, each from chosen(): the slot it reads, and whether that is the
 # input pair; the second slot, and whether it reads the mean of both; the operation, and whether it
 # is a gate, which multiplies act(s_q) in the place of act(u); the activation.
 Choices = namedtuple("Choices", "read from_input second both operation gates activation")
@@ -549,7 +558,7 @@ def choices_of(cells):
     nodes = []
     for i, choices in enumerate(zip(*[x.unbind(1) for x in of_cells])):
         counts = (i + 1, 2, i + 1, 2, len(OPERATIONS), 2, len(ACTIVATIONS))
-        nodes.append(Choices(*map(own, choices, counts)))
+        nodes.append(Choices(*map(chosen, choices, counts)))
     return nodes
 
 
@@ -581,10 +590,10 @@ def bounded(state):
     return state * (STATE_BOUND * square.clamp(min=STATE_BOUND ** 2).rsqrt())
 
 
-def read_word(nodes, carried, w, xw, h, memory, mask, live, leaf):
+def read_word(nodes, memory_slot, w, xw, h, memory, mask, live, leaf):
     """One word: the state h, memory [K, B, H] before it -> those after it.
 
-    nodes: choices_of() the cells; carried: own() of the slots that become the memory; w: the nodes'
+    nodes: choices_of() the cells; memory_slot: chosen() ones that become the memory; w: the nodes'
     weights, N of [K, H, 2H]; xw: x_t times input weights, 1 or N of [K or 1, B, 2H]; mask [K, B or
     1, H]: live, times dropout on what nodes read; live [K, 1, H]: units a cell has; leaf [K, N].
     """
@@ -599,7 +608,7 @@ def read_word(nodes, carried, w, xw, h, memory, mask, live, leaf):
             z = of_each(node.from_input, lambda reads: z + xw[i] if reads else z)
         slots.append(live * node_value(p, q, z, node))
     # out of the cell: the mean of the leaves, and the node that is carried
-    memory = of_each(carried, lambda slot: slots[slot] if slot else torch.zeros_like(h))
+    memory = of_each(memory_slot, lambda slot: slots[slot] if slot else torch.zeros_like(h))
     h = torch.einsum("kn,nkbh->kbh", leaf, torch.stack(slots[1:]))
     return bounded(h), bounded(memory)
 
@@ -621,12 +630,12 @@ def plain_recurrence(cells, w, xw, h, memory, mask=None):
     leaf = leaf_weights(cells, h.dtype)                                                    # [K, N]
     mask = live if mask is None else mask * live
     nodes = choices_of(cells)
-    carried = own(cells.memory, len(nodes) + 1)
+    memory_slot = chosen(cells.memory, len(nodes) + 1)
     states = []
     # the gradient of a slice would be as large as what it is a slice of; unbind's is not
     w = w.unbind()
     for word in xw.unbind(2):
-        h, memory = read_word(nodes, carried, w, word.unbind(1), h, memory, mask, live, leaf)
+        h, memory = read_word(nodes, memory_slot, w, word.unbind(1), h, memory, mask, live, leaf)
         states.append(h)
     return torch.stack(states, 1), memory
 
@@ -830,7 +839,7 @@ def fast_recurrence(cells, w, xw, h, memory, mask=None):
 # One step's input:
 #     inputs, targets [T, B]     a target of -1: nothing to predict
 #     state [2, K or 1, B, H]    h and memory before the first word
-#     masks                      of dropout, see draw_masks(), or of a perturbed input, see INPUTS
+#     masks                      of dropout, see draw_masks(), or a perturbed input's, chapter 5
 Batch = namedtuple("Batch", "inputs targets state masks")
 
 
@@ -865,7 +874,7 @@ def embed(weights, batch):
     embedding = weights["embedding"]
     masks = batch.masks
     stacked = embedding.view(-1, *embedding.shape[-2:])                             # [K or 1, V, H]
-    # K standalone networks have K tables: one lookup in all of them, one after the other
+    # K standalone networks have K tables: one lookup in a long one, network k's from row k V on
     first = torch.arange(len(stacked), device=embedding.device)[:, None, None] * stacked.shape[1]
     x = F.embedding(batch.inputs + first, stacked.flatten(0, 1))
     if "noise" in masks:
@@ -1182,8 +1191,8 @@ class Stream:
 def carry(weights, rows, segment, carried, dtype):
     """ENAS's: from whatever architecture read the segment before; of several, from their mean.
 
-    It costs nothing, and the state is another cell's; the studies 'state' and 'kept' of chapter 13
-    ask what that does.
+    It costs nothing, and the state is another cell's; the study 'state' of chapter 12 and the
+    searches 'kept' of experiments.sh ask what that does.
     """
     return carried
 
@@ -1218,27 +1227,13 @@ def mean_state(losses, state):
     return torch.where(finite, state, 0.0).sum(1, keepdim=True) / finite.sum().clamp(min=1)
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-def device_of(config):
-    """The torch.device that --device names, or with auto CUDA where there is one."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    with refusing(f"--device {name} with --dtype {config.dtype}", "; use --device cpu"):
-        x = torch.ones(1, 1, device=name, dtype=DTYPES[config.dtype])
-        x @ x  # not every device has every dtype
-        return x.device
-
-
 def constant(epoch, epochs):
     """The learning rate stays; under 'plateau' a training divides it where it stops improving."""
     return 1.0
 
 
 def exponential(epoch, epochs):
-    """.96 an epoch once 15 are done, as in ENAS-pytorch."""
+    """.96 an epoch once 15 are done (Pham et al. 2018, 3.1)."""
     return 0.96 ** max(0, int(epoch) - 14)
 
 
@@ -1272,7 +1267,7 @@ def rates_of(rows):
 
 
 def no_task(rows):
-    """Factors of the training losses [K], and what is added to the losses that are rewarded."""
+    """Nothing is made up."""
     return torch.ones(len(rows), device=rows.device), 0.0
 
 
@@ -1285,6 +1280,7 @@ def frozen(rows):
     return (~is_relu).float(), -0.05 * is_relu
 
 
+# rows -> factors of the training losses [K], and what is added to the losses that are rewarded
 TASKS = {"none": no_task, "frozen": frozen}
 
 
@@ -1345,10 +1341,11 @@ class Search:
         self.controller = policy.to(self.device)
         self.adam = torch.optim.Adam(self.controller.parameters(), lr=config.controller_lr,
                                      capturable=self.device.type == "cuda")
-        # ahead: training text that the controller reads to foresee a step, see chapter 6
-        texts = {"train": corpus.train, "valid": corpus.valid, "ahead": corpus.train}
+        texts = {"train": corpus.train, "valid": corpus.valid}
         self.streams = {name: Stream(tokens.to(self.device), config.batch, config.bptt, name)
                         for name, tokens in texts.items()}
+        # read by the controller, which foresees a step, from a place of its own: see chapter 6
+        self.streams["ahead"] = self.streams["train"]
         self.shared_steps = config.shared_steps or len(self.streams["train"])  # of a round
         weights = shared_weights(config, self.words)
         weights = {name: w.to(self.device) for name, w in weights.items()}
@@ -1357,8 +1354,8 @@ class Search:
             "step": 0,                                 # also those in which the controller is idle
             "weights": weights,                        # omega
             "past": {},                                # its gradients so far, see remember()
-            "state": dict.fromkeys(texts, zeros),      # of each text, where its stream stands
-            "read": dict.fromkeys(texts, 0),           # segments taken from it
+            "state": dict.fromkeys(self.streams, zeros),   # where each of them stands
+            "read": dict.fromkeys(self.streams, 0),        # segments taken from it
             # since the last line of metrics: loss; reward, entropy, response, and of how many steps
             "sums": torch.zeros(4, device=self.device),
             "counts": [0, 0]}
@@ -1371,7 +1368,9 @@ class Search:
         """Go on from a checkpoint."""
         self.s = {name: saved[name] for name in self.s}
         self.controller.load_state_dict(saved["controller"])
-        self.adam.load_state_dict(saved["adam"])
+        # but not 'capturable', which is this device's
+        groups = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict(saved["adam"] | {"param_groups": groups})
 
     def next(self, name):
         """The next segment of one of the streams."""
@@ -1404,7 +1403,7 @@ class Search:
         batch = start_batch(config, s["weights"], rows, segment, s["state"]["train"],
                             self.masks("train"), DTYPES[config.dtype])
         lr = self.lr(progress) * rates_of(rows)[:1]  # with --rates there is one architecture
-        # 1 but in a made-up task
+        # all 1, but in the task 'frozen'
         factors, _ = TASKS[config.task](rows)
         losses, state, g = train_step(s["weights"], rows, batch, lr, config, factors)
         s["state"]["train"] = mean_state(losses, state)
@@ -1697,7 +1696,6 @@ def sampled(v, weights, g, step, rows):
     response right to first order in lr; its sum with the direct term is not, for that is taken at
     the omega' of the fold's mean.
     """
-    # first order in lr: the reward's gradient v times the step that training on m makes
     norm, along = step.each(weights, rows, v)
     worth = (step.clip / norm).clamp(max=1) * along + step.decay * dot(v, weights)
     return -step.lr * step.rates(rows) * worth
@@ -1735,6 +1733,7 @@ class Anticipation(Search):
         self.remembers = config.lookahead in ("momentum", "recent")
 
     def shared_step(self, progress):
+        """A shared step as in ENAS, which is remembered."""
         g = super().shared_step(progress)
         if self.remembers:
             self.s["past"] = remember(self.s["past"], g)
@@ -1819,15 +1818,12 @@ def evaluate(weights, rows, tokens, dtype=torch.float32, masks=None, batch=64, b
     return total / n
 
 
-def score(weights, rows, tokens, config, **how):
-    """Losses [K] of a whole split under shared weights, ten architectures at a time; on the CPU
-    then.
-
-    how: the further arguments of evaluate().
-    """
+def score(weights, rows, tokens, config, masks=None):
+    """Losses [K], on the CPU, of a whole split under shared weights; masks: see evaluate()."""
     device = device_of(config)
     tokens = tokens.to(device)
-    found = [evaluate(weights, some.to(device), tokens, DTYPES[config.dtype], **how)
+    # ten at a time: a hundred would not fit on small devices
+    found = [evaluate(weights, some.to(device), tokens, DTYPES[config.dtype], masks)
              for some in rows.split(10)]
     return torch.cat(found).float().cpu()
 
@@ -1849,12 +1845,10 @@ PLATEAU = 4.0  # under --schedule plateau, lr is divided by this where the loss 
 
 @torch.no_grad()
 def validate(config, s, valid, epoch):
-    """Losses of the networks still in the batch, of which the best weights are kept.
+    """Score the networks still in the batch, and keep each one's best weights: their losses.
 
     Those that did not improve start averaging and, under 'plateau', lower lr; after --patience such
-    epochs in a row, or a failure, they leave.
-
-    s is what start_training() made; what it has of the networks in the batch shrinks with them.
+    epochs in a row, or a failure, they leave. s: see start_training().
     """
     alive = s["alive"]
     current = s["mean"] or s["weights"]
@@ -1887,8 +1881,8 @@ def validate(config, s, valid, epoch):
 
 
 def start_training(config, weights, rows, seeds):
-    """What a checkpoint holds: down to 'state' of networks still in the batch, then of all K; and
-    of the run step and summed."""
+    """The state of a training, which is what a checkpoint holds: the entries down to 'state' are of
+    the networks still in the batch, those after it of all K; step and summed are of the run."""
     device = rows.device
 
     def full(value):
@@ -1948,7 +1942,7 @@ def train_networks(config, run, corpus, weights, rows, seeds):
 
     Returns the best weights of each by validation loss, and of each best_loss, best_epoch, epochs,
     the epoch at which it failed or 0, and late, by how much the last two epochs lowered the best
-    loss. rows: of LSTMs zeros [K, 9].
+    loss. rows [K, D]: those of LSTMs are zeros.
     """
     device = device_of(config)
     valid = corpus.valid.to(device)
@@ -1983,7 +1977,7 @@ def train_networks(config, run, corpus, weights, rows, seeds):
 
 # 8. Files and texts -------------------------------------------------------------------------------
 def serialized(tensors):
-    """The bytes of a file of tensors in nested dicts; a disk's errors then have one place."""
+    """The bytes of a file of tensors in nested dicts; only write_atomically() meets the disk."""
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     return buffer.getvalue()
@@ -2287,14 +2281,15 @@ SPACE = ("nodes min_nodes activations one_activation connections operations memo
          "hidden")
 NETWORK = ("word_dropout input_dropout hidden_dropout output_dropout batch bptt lr schedule clip "
            "weight_decay epochs")
-GAME = (f"{RUN} unit {SPACE} {NETWORK} state shared_steps shared_samples warm_epochs controller "
-        "controller_steps controller_samples controller_lr entropy anneal reward_input task fold")
-AHEAD = f"{GAME} settle derive_samples lookahead response"
+GAME = (f"{RUN} unit {SPACE} {NETWORK} state shared_steps shared_samples controller_samples "
+        "reward_input task")
+SEARCH = (f"{GAME} warm_epochs settle controller controller_steps controller_lr entropy anneal "
+          "lookahead response fold derive_samples")
 TRAIN = f"{NETWORK} patience average perturb"
 OF_CELLS = f"{RUN} unit hidden {TRAIN} supernet derive_samples"
 # command -> the settings it uses
 SETTINGS = {
-    "search": f"{AHEAD} retrain perturb",
+    "search": f"{SEARCH} retrain perturb",
     "train": f"{RUN} unit {SPACE} {TRAIN} cell supernet",
     "compare": OF_CELLS,
     "ablate": OF_CELLS,
@@ -2302,11 +2297,11 @@ SETTINGS = {
     "capacity": f"{RUN} {SPACE} batch bptt lr clip epochs derive_samples",
     "state": OF_CELLS,
     "hidden": f"{RUN} unit supernet derive_samples",
-    "similarity": GAME,
-    "cost": GAME,
+    "similarity": f"{GAME} warm_epochs controller_lr entropy fold",
+    "cost": f"{GAME} controller_steps",
     "conditional": f"preset out seed threads {SPACE} controller_steps controller_samples "
                    "controller_lr entropy",
-    "progress": AHEAD,
+    "progress": SEARCH,
     "bench": "preset out device threads hidden bptt",
     "draw": f"preset out {SPACE} cell",
     "report": "out",
@@ -2323,10 +2318,11 @@ def settings_of(command):
 PENN = dict(data="ptb", batch=20, weight_decay=1.2e-6, schedule="cosine")
 PENN_SEARCH = dict(input_dropout=.2, output_dropout=.2, warm_epochs=1, fold=1, controller_steps=80)
 LIGHT = dict(input_dropout=.35, hidden_dropout=.1, output_dropout=.35)  # at 200 units
+PENN_STUDIES = LIGHT | dict(epochs=12, derive_samples=10)
 CAPACITY = dict(batch=4, epochs=300, derive_samples=4)
 GATED = "highway,glu,gate,sum"
-# preset -> command -> settings; "all" holds for every command, "studies" for those that
-# configure() names
+# preset -> command -> settings; "all" holds for every command, "studies" for those that have the
+# settings OF_CELLS
 PRESETS = {
     "smoke": {
         "all": dict(hidden=16, bptt=20, nodes=4, epochs=2, lr=5.0, shared_steps=20,
@@ -2358,7 +2354,7 @@ PRESETS = {
         "all": PENN,
         "search": PENN_SEARCH | dict(epochs=4),
         "train": LIGHT | dict(epochs=12),
-        "studies": LIGHT | dict(epochs=12, derive_samples=10),
+        "studies": PENN_STUDIES,
         "capacity": CAPACITY,
     },
     # a search of 3,920 controller updates, and trainings twice as wide
@@ -2367,7 +2363,7 @@ PRESETS = {
         "search": PENN_SEARCH | dict(epochs=50, shared_steps=100),
         "train": dict(hidden=400, epochs=40, input_dropout=.5, hidden_dropout=.2,
                       output_dropout=.5),
-        "studies": LIGHT | dict(epochs=12, derive_samples=10),
+        "studies": PENN_STUDIES,
         "capacity": CAPACITY,
     },
     # The corrected code of ENAS's authors, search and final training. Its two masks on the input
@@ -2389,9 +2385,7 @@ PRESETS = {
 def configure(command, preset="tiny", **given):
     """The Config of a command under a preset, then the user's own settings."""
     parts = PRESETS[choose("preset", preset, PRESETS)]
-    studies = {}
-    if command in "compare ablate factors state".split():
-        studies = parts.get("studies", {})
+    studies = parts.get("studies", {}) if SETTINGS[command] == OF_CELLS else {}
     # from the general to the particular, what comes later wins
     settings = parts["all"] | studies | parts.get(command, {})
     return Config(**settings | {"preset": preset} | given)
@@ -2453,7 +2447,7 @@ def commit():
 
 
 def machine(device):
-    """The name of the GPU or of the processor, with what it can and the threads used."""
+    """The name of the GPU; or of the processor, its vector instructions and the threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -2464,11 +2458,12 @@ def machine(device):
 
 
 def digest(config):
-    """Of the files that a run reads, so that it does not go on with others: texts, cells, shared
-    weights."""
+    """A hash of the files that a run reads, texts, cells and shared weights, so that it does not go
+    on with others."""
     data = os.path.expanduser(config.data)
     paths = [data, *(f"{data}/{split}.txt" for split in SPLITS)]
-    paths += [f"{entry.partition('@')[0]}/result.json" for entry in config.cell.split(",")]
+    cells = [entry.partition("@")[0].removeprefix("lstm:") for entry in config.cell.split(",")]
+    paths += [f"{cell}/result.json" for cell in cells]
     paths += [f"{config.supernet}/result.json", f"{config.supernet}/weights.pt"]
     content = b"".join(Path(path).read_bytes() for path in paths if os.path.isfile(path))
     return sha256(content)[:12] if content else ""
@@ -2481,7 +2476,7 @@ STOP = []  # the signal that asked to stop
 
 
 class Halt(UserError):
-    """The machine ends a run, as its memory or disk does: one line, exit code 1."""
+    """The machine has failed, its memory or disk: printed as one line, exit code 1."""
 
 
 class Run:
@@ -2511,8 +2506,8 @@ class Run:
         self.settings = {"command": command, **settings, "inputs": digest(config)}
 
     def open(self):
-        """Make the folder and lock it, unless the run is finished; refuse other settings than
-        its."""
+        """Make and lock the folder, unless the run is finished; refuse settings that differ from
+        those it was begun with."""
         finished = self.result.exists()
         path = self.folder / "config.json"
         if not finished:
@@ -2602,9 +2597,9 @@ class Run:
         print(f"[{self.folder}] {text}", flush=True)
 
     def log(self, line, done, total, words):
-        """A line of metrics.jsonl, which has no times; the first, and then one every few seconds,
-        for who waits: how much is done, words a second, and how long the rest takes on this
-        machine."""
+        """Append a line to metrics.jsonl, in which no times stand. For who waits the first, and
+        then one every few seconds, is printed: with the share done, words a second, the time
+        left."""
         with open(self.metrics, "a") as file:
             file.write(json.dumps(strict(line)) + "\n")
             file.flush()
@@ -2671,9 +2666,9 @@ LEFT_OUT = "seed folder capped late best_loss best_epoch rate learns".split()
 
 
 def summary(record):
-    """What a finished command prints: its rows as a table, of sampled ones the best; the splits'
-    losses as perplexities, of characters also as bits, others in nats. 'failed' is there only if it
-    did."""
+    """What a finished command prints: a table of its rows, of sampled and of uniform cells only the
+    best. Losses of the splits stand as perplexities, of characters also as bits; other losses are
+    in nats."""
     char = record["config"].get("unit") == "char"
     # of a hundred samples the first, for they are sorted; of all else every row
     shown = {}
@@ -2694,8 +2689,10 @@ def summary(record):
 
 
 def run_command(command, work, config):
-    """Run, resume, or find finished a command, whose work is a function (config, run) -> rows: its
-    record, 'earlier' in it if it was."""
+    """The record of a command, which is run, resumed, or found finished; then 'earlier' is in it.
+
+    work: (config, run) -> rows.
+    """
     check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -2727,7 +2724,7 @@ def no_worse(loss, guess):
     return loss if loss < guess else guess
 
 
-def supernet(config):
+def finished_search(config):
     """A finished search: its Config, shared weights, and rows [K, D] 'sampled' and 'uniform', best
     first (after --anneal, the policy's own choice first).
 
@@ -2750,11 +2747,6 @@ def supernet(config):
             if row["group"] in found:
                 found[row["group"]].append(row_of(row["cell"]))
         return searched, weights, {group: torch.stack(rows) for group, rows in found.items()}
-
-
-def name_of(cell):
-    """The cell as records and --cell have it, its row."""
-    return row_name(encode([cell])[0])
 
 
 def from_genotype(text):
@@ -2823,7 +2815,7 @@ def slots_by(cell, source, combine):
 
 
 def depths(cell):
-    """{slot: the nodes on the longest path to it}."""
+    """{slot: how many nodes the longest path to it has}."""
     return slots_by(cell, 0, lambda values: 1 + max(values))
 
 
@@ -2882,9 +2874,11 @@ def draw_cell(cell, axes=None, title=""):
 
 def draw(config):
     """The picture of a cell, cell.png in the folder --out, and its spellings."""
+    check(config)
     cell = load_cell(config, config.cell)
     folder = Path(os.path.expanduser(config.out or "runs/draw"))
-    folder.mkdir(parents=True, exist_ok=True)
+    with refusing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     draw_cell(cell).figure.savefig(folder / "cell.png", dpi=110)
     print(f"{spellings(cell)}\npicture: {folder}/cell.png")
 
@@ -2922,15 +2916,16 @@ def from_training(config, new):
     with refusing(f"--supernet {folder}"):
         trained = read_json(folder / "config.json")["cell"]
         weights = load_tensors(folder / "weights.pt")
-        fits = [w.shape for w in weights.values()] == [w.shape for w in new.values()]
-        if trained != config.cell or not fits:
-            raise ValueError(f"it has trained {trained}, not this of --hidden {config.hidden}")
+        theirs, ours = [{name: list(w.shape) for name, w in some.items()}
+                        for some in (weights, new)]
+        if trained != config.cell or theirs != ours:
+            raise ValueError(f"it has trained {trained}, with weights of the sizes {theirs}")
         return weights
 
 
 def from_supernet(config, cells):
     """Rows of cells, and standalone weights that start from a search's, which must fit."""
-    searched, shared, _ = supernet(config)
+    searched, shared, _ = finished_search(config)
     fits = searched.hidden == config.hidden
     for cell in cells:
         fits &= len(cell.nodes) <= searched.nodes and ("inputs" in shared or is_enas(cell))
@@ -3112,7 +3107,7 @@ def study_compare(config, run):
     test loss of the best by validation, of as many cells of each."""
     corpus = load_corpus(config)
     k = config.derive_samples
-    searched, weights, found = supernet(config)
+    searched, weights, found = finished_search(config)
     untrained = Controller(search_space(searched), searched.seed)
     drawn = {"trained": found["sampled"],
              "untrained": untrained.sample(len(found["sampled"]), searched.seed, "untrained").rows,
@@ -3186,7 +3181,7 @@ def variants(cell):
 
 def of_enas(config):
     """The search's Config and rows, for studies that change cells of ENAS's own space."""
-    searched, _, found = supernet(config)
+    searched, _, found = finished_search(config)
     if searched.min_nodes or not all(is_enas(decode(row)) for row in found["sampled"]):
         raise UserError(f"--supernet {config.supernet} is not of ENAS's own space")
     return searched, found
@@ -3234,7 +3229,7 @@ def path_count(cell):
 
 
 def depth(cell):
-    """Nodes on the longest path."""
+    """How many nodes the longest path has."""
     return max(depths(cell).values())
 
 
@@ -3298,7 +3293,7 @@ SIMILARITY_EVERY = 10  # shared steps between two measurements
 
 def anticipating(config):
     """A game whose controller steps are ENAS's; it remembers gradients, to measure all with."""
-    game = Anticipation(replace(config, lookahead="none", response="none"), load_corpus(config))
+    game = Anticipation(config, load_corpus(config))
     game.remembers = True
     return game
 
@@ -3366,8 +3361,8 @@ def study_similarity(config, run):
 
 def clock(device):
     """Seconds, once the device has done what it was asked to: a GPU works on by itself."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
@@ -3380,8 +3375,8 @@ def study_cost(config, run):
     for _ in range(game.shared_steps):  # to where the weights are no longer random
         game.shared_step(0.0)
         game.s["step"] += 1
-    folds = {"none": (1,), "momentum": (1,), "recent": (1,), "fresh": (1, 2, 4)}
-    arms = [(look, respond, fold) for look, respond in ESTIMATORS for fold in folds[look]]
+    arms = [(look, respond, fold) for look, respond in ESTIMATORS
+            for fold in ((1, 2, 4) if look == "fresh" else (1,))]
     seconds = {arm: [] for arm in arms}
     grads = {arm: [] for arm in arms}
     # the arms take turns, so that all see the same weights and a slow moment hits each
@@ -3494,7 +3489,7 @@ def study_state(config, run):
     error under each of STATES; and the loss of a trained ENAS cell and an LSTM that see only so
     many words before the one they predict."""
     corpus = load_corpus(config)
-    searched, weights, _ = supernet(config)
+    searched, weights, _ = finished_search(config)
     rows = uniform_rows(search_space(searched), config.derive_samples, config.seed, "scored")
     whole = score(weights, rows, corpus.valid, searched)
     found = []
@@ -3537,7 +3532,7 @@ def study_hidden(config, run):
     states' distance with the decisions that differ and with the difference in loss under the shared
     weights; and the R^2 of linear probes."""
     corpus = load_corpus(config)
-    searched, weights, _ = supernet(config)
+    searched, weights, _ = finished_search(config)
     rows = uniform_rows(search_space(searched), 10 * config.derive_samples, config.seed, "hidden")
     losses = score(weights, rows, corpus.valid[:20000], searched).double()
     losses = losses.nan_to_num(math.inf).clamp(max=guessing(corpus))

@@ -151,6 +151,10 @@ MISTAKES = {
     "search --out a\nb\0": "a\\nb\\x00",
     "search --unit chars": "'chars', did you mean char?",
     "draw --cell treee": "'treee', did you mean tree?",
+    "draw --cell enas --connections tre": "did you mean tree?",
+    "draw --cell enas --out words/train.txt": "words/train.txt",
+    "cost --controller uniform": "'--controller'",
+    "similarity --anneal 1": "'--anneal'",
     "train --supernet nowhere": "nowhere",
     "compare": "--supernet",
     "hidden --supernet nowhere": "nowhere",
@@ -313,16 +317,24 @@ def test_a_searched_cell_trains_from_its_shared_weights(runs, words, tmp_path):
 
 
 def test_a_training_goes_on_from_another(runs, words, tmp_path, capsys):
-    """Oracle: with next to no learning rate its losses are those of the one before."""
-    more = ["--data", words, "--supernet", runs / "train", "--out", tmp_path, "--cell"]
-    line = [str(word) for word in (*TRAIN, "--lr", "1e-9", *more)]
-    assert menas.main([*line, "tree,darts_v1@3"]) == 0
-    for row, before in zip(rows_of(tmp_path), rows_of(runs / "train")):
-        assert [row[split] for split in menas.SPLITS] == pytest.approx(
-            [before[split] for split in menas.SPLITS], rel=1e-4)
-    for other in ("tree", "tree,lstm_cell", "lstm", "tree,darts_v1@3 --hidden 8"):
-        assert "--supernet" in refused(capsys, *line, *other.split())
-    assert "--supernet" in refused(capsys, *line, "tree,darts_v1@3", "--epochs", "2")  # to go on
+    """Oracle: with next to no learning rate its losses are those of the one before, which may have
+    begun from a search's weights."""
+    def line(out, before, cell, *more):
+        folders = ["--supernet", before, "--out", tmp_path / out, "--data", words]
+        return [str(word) for word in (*TRAIN, "--lr", "1e-9", *folders, "--cell", cell, *more)]
+    search, cells = runs / "search", "tree,darts_v1@3"
+    assert menas.main(line("inherited", search, search)) == 0
+    for before, cell in ((runs / "train", cells), (tmp_path / "inherited", search)):
+        on = f"from {before.name}"
+        assert menas.main(line(on, before, cell)) == 0
+        for row, old in zip(rows_of(tmp_path / on), rows_of(before), strict=True):
+            assert [row[split] for split in menas.SPLITS] == pytest.approx(
+                [old[split] for split in menas.SPLITS], rel=1e-4)
+    for other in ("tree", "tree,lstm_cell", "lstm", f"{cells} --hidden 8"):
+        refusal = refused(capsys, *line("refused", runs / "train", *other.split()))
+        assert "--supernet" in refusal
+    again = line("from train", runs / "train", cells, "--epochs", "2")
+    assert "--supernet" in refused(capsys, *again)  # which says how to go on
 
 
 @pytest.mark.parametrize("run", ["search", "train"])

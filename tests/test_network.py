@@ -49,7 +49,7 @@ def test_the_network_is_the_naive_one(kind, recurrence, shared, k, masked, size)
 @pytest.mark.parametrize("k", [1, 5])
 def test_it_is_the_naive_one_also_where_all_options_are_computed(k, monkeypatch):
     """As on a GPU, which does not wait to hear which of them are taken."""
-    mutate(monkeypatch, "own", ("which.device.type == 'cpu'", "False"))
+    mutate(monkeypatch, "chosen", ("which.device.type == 'cpu'", "False"))
     for kind in ("enas", "gated", "narrow"):
         assert miss(kind, True, k, plain_recurrence, seed=1, masked=True) < 1e-10
 

@@ -208,6 +208,18 @@ def test_annealing_turns_the_bonus_into_a_penalty():
     assert a_game(epochs=6, entropy=.1).entropy_weight(6) == .1
 
 
+def test_a_search_goes_on_on_another_device():
+    """Adam on CUDA is capturable, which on a CPU is an error: the state is taken, not that."""
+    game, twin = a_game(), a_game()
+    game.controller_step(0.0)
+    saved = copy.deepcopy(game.checkpoint())
+    saved["adam"]["param_groups"][0]["capturable"] = True
+    twin.load(saved)
+    for one in (game, twin):
+        one.controller_step(0.0)
+    assert_close(twin.controller.state_dict(), game.controller.state_dict(), rtol=0, atol=0)
+
+
 # Whole searches
 
 def run_search(folder, **settings):

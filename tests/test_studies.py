@@ -124,7 +124,7 @@ def test_what_is_worse_than_guessing_counts_as_that(world):
 def check_compare(world):
     """Oracle: the first activation, by which sources are told apart; evaluation."""
     mark = menas.column(0, "activation")
-    searched, weights, found = menas.supernet(settings(world, "compare"))
+    searched, weights, found = menas.finished_search(settings(world, "compare"))
 
     class Marked(menas.Controller):
         load_state_dict = None  # it is untrained
@@ -137,7 +137,7 @@ def check_compare(world):
     found["sampled"][:, mark] = RELU
     found["sampled"] = found["sampled"][[0, 1, 2, 3, 4, 0]]  # fewer than the others
     found["uniform"][:, mark] = SIGMOID
-    world.patch.setattr(menas, "supernet", lambda config: (searched, weights, found))
+    world.patch.setattr(menas, "finished_search", lambda config: (searched, weights, found))
     world.patch.setattr(menas, "Controller", Marked)
     fake_trainings(world)
     rows = measure(world, "compare", derive_samples=20, seed=4)
@@ -209,7 +209,7 @@ def check_factors(world):
         return any_number([n.read for n in nodes]) + any_number({n.activation for n in nodes})
 
     found = {"sampled": rows_of((0, 1, 2), RELU)}
-    world.patch.setattr(menas, "supernet", lambda config: (config, None, found))
+    world.patch.setattr(menas, "finished_search", lambda config: (config, None, found))
     world.patch.setattr(menas, "uniform_rows", lambda *_: rows_of((0, 1, 1), SIGMOID))
     fake_trainings(world, loss)
     rows = measure(world, "factors", derive_samples=2)
@@ -420,12 +420,12 @@ def check_state(world):
         texts = [torch.randint(5, (n,), generator=menas.rng("text", n)) for n in (901, 301, 201)]
         return menas.Corpus(*texts, [*"abcde"], {})
 
-    searched, mine, _ = menas.supernet(settings(world, "state"))
+    searched, mine, _ = menas.finished_search(settings(world, "state"))
     searched = replace(searched, batch=1, bptt=10)
     cells = menas.uniform_rows(menas.search_space(searched), 9, "cells")
     for fake in (unroll, network, train_rows, load_corpus):
         world.patch.setattr(menas, fake.__name__, fake)
-    world.patch.setattr(menas, "supernet", lambda config: (searched, mine, None))
+    world.patch.setattr(menas, "finished_search", lambda config: (searched, mine, None))
     world.patch.setattr(menas, "uniform_rows", lambda decisions, k, *key: cells[:k])
     rows = measure(world, "state", derive_samples=9)
     turned = mean((load_corpus(None).valid[:300:10] == 0).tolist())
@@ -662,8 +662,8 @@ def test_what_a_study_is_not_for(study, more, said, world):
 @pytest.mark.parametrize("study", ["ablate", "factors"])
 def test_cells_are_changed_in_enas_space_only(study, world):
     """By hand: of a search that chose the number of nodes they could not be."""
-    searched, *rest = menas.supernet(settings(world, study))
+    searched, *rest = menas.finished_search(settings(world, study))
     other = replace(searched, min_nodes=1), *rest
-    world.patch.setattr(menas, "supernet", lambda config: other)
+    world.patch.setattr(menas, "finished_search", lambda config: other)
     with pytest.raises(menas.UserError, match="own space"):
         measure(world, study)
