@@ -224,6 +224,19 @@ def test_every_unit_is_drawn_in_its_groups_row():
     assert torch.trapezoid(torch.tensor(y), torch.tensor(x)) == pytest.approx(1, abs=.02)
 
 
+def test_curves_are_those_of_the_first_network_of_each_arms_first_run(tmp_path):
+    """By hand. A network's curve ends where it leaves the batch; an arm may lack the metric."""
+    lines = [dict(step=step, loss=1.0, valid_perplexity=[9.0 - step, 7.0], networks=networks)
+             for step, networks in ((1, [0, 1]), (2, [0, 1]), (3, [1, 2]))]
+    for arm, metrics in (("enas", lines), ("lstm", lines[:1]), ("none", [dict(step=1)])):
+        for seed in "12":
+            save(tmp_path, f"train/{arm}/{seed}", [], metrics=metrics[:int(seed)] + metrics[2:])
+    _, (axes,) = menas.figure_of(1)
+    menas.curves(axes, load_records(tmp_path)["train"], "valid_perplexity")
+    drawn = {line.get_label(): [list(x) for x in line.get_data()] for line in axes.lines}
+    assert drawn == {"enas": [[1], [8.0]], "lstm": [[1], [8.0]]}
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_a_picture_has_all_nodes_and_arrows(name, tmp_path):
     """Counted: a box a node, and one each for the input, the memory and h; an arrow a slot read,
