@@ -3411,7 +3411,8 @@ def bench_case(config, hidden, batch, words, k, dtype, repeats=5):
     path, all of them in turn, medians."""
     config = replace(config, hidden=hidden, batch=batch, nodes=12, hidden_dropout=0.25)
     device = device_of(config)
-    rows = encode([CELLS["enas"]] * k).to(device)
+    # different cells, as in a search: of equal ones the plain loop computes one activation alone
+    rows = uniform_rows(search_space(config), k, "bench").to(device)
     tokens = torch.randint(words, (config.bptt, batch), generator=rng("bench")).to(device)
     masks = draw_masks(config, words, batch, [1], 0)
     cell = {name: w.to(device) for name, w in shared_weights(config, words).items()}
