@@ -92,6 +92,9 @@ def test_the_findings_are_those_of_the_records():
     test = {group: mean(x) for group, x in values("compare", "test").items()}
     factors = {group: mean(x) for group, x in values("factors", "test").items()}
     capacity = {group: mean(x) for group, x in values("capacity", "train").items()}
+    ablate = {group: mean(x) for group, x in values("ablate", "test").items()}
+    speedup = {group.removeprefix("forward and backward, fast path, "): mean(x)
+               for group, x in values("bench", "speedup").items()}
     rates = {group: mean(x) for group, x in values("optimizer", "valid").items()}
     kept = {group: mean(x) for group, x in values("kept", "valid").items()}
     bias = {group: mean(x) for group, x in values("state", "bias").items()}
@@ -116,6 +119,7 @@ def test_the_findings_are_those_of_the_records():
         [shown(test["uniform"] - test["trained"], 3), shown(test["trained"] - test["LSTM"], 3)],
         [shown(factors[f"{a} connections, {b} activations"], 3) for a, b in
          (("searched", "searched"), ("random", "searched"), ("random", "random"))],
+        [shown(ablate[kind] - ablate["itself"], 3) for kind in ("only relu", "only sigmoid")],
         [shown(capacity[kind], 3) for kind in ("as it is", "only tanh", "only sigmoid")],
         [shown(spaces[arm], 2) for arm in ("chain", "ENAS", "gated", "gated-memory")],
         [shown(rates["no-choice"] - rates[arm], 3) for arm in ("sampled", "control", "larger-rate")],
@@ -130,7 +134,9 @@ def test_the_findings_are_those_of_the_records():
             ("distance with decisions", "trained"), ("distance with decisions", "untrained"),
             ("distance with loss", "trained"), ("distance with loss", "untrained"),
             ("probe for loss", "trained"), ("probe for loss", "untrained"))],
-        [], [shown(ptb[arm], 1) for arm in ("found", "random-cell-1")],
+        [], [shown(speedup[case], 2) for case in (
+            "float32, 32 units, 32 at once", "float32, 200 units, 1 at once", "bfloat16, 200 units, 1 at once")],
+        [shown(ptb[arm], 1) for arm in ("found", "random-cell-1")],
         [f"{long[f'{arm}: sampled']:.0f}" for arm in ("trained", "untrained")]]
     assert len(findings) == len(expected)
     for finding, numbers in zip(findings, expected):
