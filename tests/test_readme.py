@@ -49,7 +49,7 @@ ARMS = {"LSTM of as many": "lstm-as-many-weights", "a cell drawn": "random-cell-
 def test_the_first_table_is_that_of_the_records():
     rows = rows_of(between("table: train-ptb"))
     assert len(rows) == len(ARMS)
-    for name, n, valid, test, _ in rows:
+    for name, n, valid, test, *_ in rows:
         (arm,) = [arm for start, arm in ARMS.items() if name.startswith(start)]
         for shown, split in ((valid, "valid"), (test, "test")):
             perplexities = [math.exp(x) for x in values("train-ptb", split, arm)]
@@ -90,7 +90,8 @@ def test_the_findings_are_those_of_the_records():
     records = [json.loads(path.read_text()) for path in RESULTS.glob("extra-frozen/plain/*/result.json")]
     learns_uniform = mean(row["learns"] for record in records for row in record["rows"] if row["group"] == "uniform")
     test = {group: mean(x) for group, x in values("compare", "test").items()}
-    factors = {group: mean(x) for group, x in values("factors", "test").items()}
+    factors = {kind: mean(x for group, several in values("factors", "test").items() if kind in group for x in several)
+               for kind in ("searched connections", "random connections", "searched activations", "random activations")}
     capacity = {group: mean(x) for group, x in values("capacity", "train").items()}
     ablate = {group: mean(x) for group, x in values("ablate", "test").items()}
     speedup = {group.removeprefix("forward and backward, fast path, "): mean(x)
@@ -117,8 +118,7 @@ def test_the_findings_are_those_of_the_records():
         [shown(learns_uniform, 2)] + [shown(learns[arm], 2) for arm in ("plain", "fresh-sampled", "fresh-unrolled")]
         + [shown(frozen["plain"] - frozen[arm], 3) for arm in ("fresh-sampled", "fresh-unrolled")],
         [shown(test["uniform"] - test["trained"], 3), shown(test["trained"] - test["LSTM"], 3)],
-        [shown(factors[f"{a} connections, {b} activations"], 3) for a, b in
-         (("searched", "searched"), ("random", "searched"), ("random", "random"))],
+        [shown(factors[f"random {kind}"] - factors[f"searched {kind}"], 3) for kind in ("connections", "activations")],
         [shown(ablate[kind] - ablate["itself"], 3) for kind in ("only relu", "only sigmoid")],
         [shown(capacity[kind], 3) for kind in ("as it is", "only tanh", "only sigmoid")],
         [shown(spaces[arm], 2) for arm in ("chain", "ENAS", "gated", "gated-memory")],
