@@ -121,7 +121,7 @@ def test_the_findings_are_those_of_the_records():
         [shown(factors[f"random {kind}"] - factors[f"searched {kind}"], 3) for kind in ("connections", "activations")],
         [shown(ablate[kind] - ablate["itself"], 3) for kind in ("only relu", "only sigmoid")],
         [shown(capacity[kind], 3) for kind in ("as it is", "only tanh", "only sigmoid")],
-        [shown(spaces[arm], 2) for arm in ("chain", "ENAS", "gated", "gated-memory")],
+        [shown(abs(spaces[arm] - spaces["ENAS"]), 3) for arm in ("tanh-only", "chain", "gated", "gated-memory")],
         [shown(rates["no-choice"] - rates[arm], 3) for arm in ("sampled", "control", "larger-rate")],
         [shown(kept["carry"], 3)] + [shown(kept[arm] - kept["carry"], 3) for arm in ("zero", "warm")],
         [shown(bias[policy], 3) for policy in ("carry", "zero", "warm")] + [shown(tau, 2)],
