@@ -152,6 +152,9 @@ for seed in $(seq $few); do
     run train-$preset/found/$seed train --preset $preset --cell "$out/search-$preset/trained/1" --seed $seed
     run train-$preset/random-search/$seed train --preset $preset --cell "$out/search-$preset/untrained/1" --seed $seed
 done
+# The best of the search of 3,920 updates, where it was run, at the size and under the schedule of the others. Expected: 93.
+[ $preset != ptb ] || [ ! -f "$out/search-day/trained/1/result.json" ] ||
+    run train-ptb/found-day/1 train --preset ptb --cell "$out/search-day/trained/1"
 # From the shared weights, where trainings are as wide as searches.
 case $preset in smoke | ptb)
     run train-$preset/from-shared-weights/1 train --preset $preset --cell "$out/search-$preset/trained/1" \

@@ -3931,9 +3931,10 @@ def flags(records):
     for record in records:
         arms.setdefault(record["label"], []).append(record["config"])
     known = {f.name for f in fields(Config)} - WHEREABOUTS - {"seed"}
-    base = next(iter(arms.values()))[0]
+    # records of older versions may lack some
+    known = known.intersection(*[record["config"] for record in records])
     differ = []
-    for name in known & base.keys():
+    for name in known:
         values = [{str(config.get(name)) for config in configs} for configs in arms.values()]
         if max(map(len, values)) == 1 and len(set.union(*values)) > 1:
             differ.append(name)

@@ -137,7 +137,7 @@ def test_the_findings_are_those_of_the_records():
         [], [shown(speedup[case], 2) for case in (
             "float32, 32 units, 32 at once", "float32, 200 units, 1 at once", "bfloat16, 200 units, 1 at once")],
         [shown(ptb[arm], 1) for arm in ("found", "random-cell-1")],
-        [f"{long[f'{arm}: sampled']:.0f}" for arm in ("trained", "untrained")]]
+        [f"{long[f'{arm}: sampled']:.0f}" for arm in ("trained", "untrained")] + [shown(ptb["found-day"], 1)]]
     assert len(findings) == len(expected)
     for finding, numbers in zip(findings, expected):
         written = map(float, re.findall(r"[-+]?(?:\d*\.)?\d+", finding))
