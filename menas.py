@@ -593,9 +593,10 @@ def bounded(state):
 def read_word(nodes, memory_slot, w, xw, h, memory, mask, live, leaf):
     """One word: the state h, memory [K, B, H] before it -> those after it.
 
-    nodes: choices_of() the cells; memory_slot: chosen() ones that become the memory; w: the nodes'
-    weights, N of [K, H, 2H]; xw: x_t times input weights, 1 or N of [K or 1, B, 2H]; mask [K, B or
-    1, H]: live, times dropout on what nodes read; live [K, 1, H]: units a cell has; leaf [K, N].
+    nodes: choices_of() the cells; memory_slot: the slots that become the memory, from chosen(); w:
+    the nodes' weights, N of [K, H, 2H]; xw: x_t times input weights, 1 or N of [K or 1, B, 2H];
+    mask [K, B or 1, H]: live, times dropout on what nodes read; live [K, 1, H]: units a cell has;
+    leaf [K, N].
     """
     # what the next node can read: the input pair's h, then the nodes so far
     slots = [h]
@@ -1845,7 +1846,7 @@ PLATEAU = 4.0  # under --schedule plateau, lr is divided by this where the loss 
 
 @torch.no_grad()
 def validate(config, s, valid, epoch):
-    """Score the networks still in the batch, and keep each one's best weights: their losses.
+    """Score the networks still in the batch and keep each one's best weights. Returns the losses.
 
     Those that did not improve start averaging and, under 'plateau', lower lr; after --patience such
     epochs in a row, or a failure, they leave. s: see start_training().
@@ -3164,7 +3165,7 @@ def all_alike(cell):
 
 
 def variants(cell):
-    """{kind of change: a cell of ENAS's space changed so in one place, or to one activation}.
+    """{kind of change: all cells of ENAS's space that it makes of this one}.
 
     A connection that is added is a second one: the node reads the mean of both. Node 0, which alone
     reads the input pair, is never removed.
@@ -3681,7 +3682,8 @@ def by_unit(rows, value):
     """{group: {unit: its rows' mean}}, so that a unit, what was drawn independently, counts once.
 
     A unit is a run, for the cells of one search are not independent of each other; or, where rows
-    have a source, a cell of a run with its changes (of which darts_v2 is the same in every run).
+    have a source, a cell of a run with its changes; a known cell, such as darts_v2, is the same in
+    every run and counts once.
     """
     found = {}
     for row in rows:
@@ -3867,9 +3869,9 @@ def study_of(folder):
 def load_records(out):
     """{folder: [record]} of OUT/STUDY[/ARM]/SEED/result.json; of PRESET-SEED the preset is the arm.
 
-    A row's unit is the seed, and its source if it has one. Its group is the arm; without arms its
-    own; 'ARM: GROUP' where the study is about all groups. Rows that it is not about, and folders
-    that are no study's, are left out.
+    A row's unit is the seed, and its source if it has one; of a known cell the source alone. Its
+    group is the arm; without arms its own; 'ARM: GROUP' where the study is about all groups. Rows
+    that it is not about, and folders that are no study's, are left out.
     """
     found = {}
     for path in sorted(Path(out).glob("**/result.json")):
@@ -3890,7 +3892,8 @@ def load_records(out):
                 names = arm
                 if not study.about or not names:
                     names = names + [row["group"]]
-                unit = " ".join([seed, row.get("source", "")]).strip()
+                source = row.get("source", "")
+                unit = source if source in CELLS else f"{seed} {source}".strip()
                 rows.append(row | {"unit": unit, "arm": arm, "group": ": ".join(names)})
         label = ": ".join(arm) or folder
         found.setdefault(folder, []).append(
@@ -3983,7 +3986,7 @@ def report(out):
         raise UserError(f"no records in {out}/")
     page = ["# What the records say",
             "Made by `python menas.py report`. Losses are in nats per token. A draw is a run, or "
-            "where cells are changed a cell of a run with its changes."]
+            "where cells are changed a cell of a run with its changes; darts_v2 counts once."]
     ours = load_records("results") if Path(out).resolve() != Path("results").resolve() else {}
     for folder, several in sorted(records.items()):
         page += report_study(folder, several, out)

@@ -93,7 +93,8 @@ def test_the_findings_are_those_of_the_records():
     factors = {kind: mean(x for group, several in values("factors", "test").items() if kind in group for x in several)
                for kind in ("searched connections", "random connections", "searched activations", "random activations")}
     capacity = {group: mean(x) for group, x in values("capacity", "train").items()}
-    ablate = {group: mean(x) for group, x in values("ablate", "test").items()}
+    changes = menas.rows_of(menas.load_records(RESULTS)["ablate"])
+    ablate = {group: mean(units.values()) for group, units in menas.by_unit(changes, "test").items()}
     speedup = {group.removeprefix("forward and backward, fast path, "): mean(x)
                for group, x in values("bench", "speedup").items()}
     rates = {group: mean(x) for group, x in values("optimizer", "valid").items()}

@@ -36,7 +36,8 @@ def test_records_are_found_where_they_belong(tmp_path):
     rows = [dict(group=group, valid=1.0) for group in ("sampled", "uniform", "floor")]
     for place in ("compare/1", "compare/2", "extra/plain/1", "extra/fresh/1", "extra-slow/plain/1"):
         save(tmp_path, place, rows)
-    save(tmp_path, "ablate/1", [dict(group="itself", source=x, test=1.0) for x in ("a", "b")])
+    save(tmp_path, "ablate/1", [dict(group="itself", source=x, test=1.0)
+                               for x in ("a", "b", "darts_v2")])
     for place in ("compare/1/cells 0", "extra/plain/1/cells 0", "capacity/1/lstm 4 0", "mine/1",
                   "mine/arm/1", "compare", "search/a/b/1", "."):
         save(tmp_path, place, rows, seed=1)
@@ -46,7 +47,8 @@ def test_records_are_found_where_they_belong(tmp_path):
     rows = {study: [(row["unit"], row["group"]) for record in records for row in record["rows"]]
             for study, records in found.items()}
     assert rows["compare"] == [(seed, group) for seed in "12" for group in ("sampled", "uniform")]
-    assert rows["ablate"] == [("1 a", "itself"), ("1 b", "itself")]  # two cells, drawn apart
+    # two cells, drawn apart, and one that is the same in every run
+    assert rows["ablate"] == [("1 a", "itself"), ("1 b", "itself"), ("darts_v2", "itself")]
     assert rows["extra"] == [("1", "fresh"), ("1", "plain")]
     assert rows["extra-slow"] == [("1", "plain")]
 
